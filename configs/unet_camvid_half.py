@@ -1,0 +1,19 @@
+"""U-Net on CamVid at half resolution, for two CPU cores; scored against the labels at their full 360x480.
+
+python -m segjax.main --config=configs/unet_camvid_half.py --config.data.dir=CAMVID --workdir=runs/unet_camvid_half
+"""
+
+from configs import unet_camvid
+
+
+def get_config():
+  config = unet_camvid.get_config()
+  config.num_steps = 1400
+  config.batch_size = 4
+  config.crop_size = (176, 240)
+  config.eval_every = 700
+  config.checkpoint_every = 350
+  config.model.width = 16  # 1/16 of the multiply-adds of the paper's 64.
+  config.augment.scale = (0.35, 0.75)  # Half the full-resolution range.
+  config.eval.scales = (0.5,)
+  return config

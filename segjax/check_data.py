@@ -1,0 +1,119 @@
+"""Looking at a data set before training on it: python -m segjax.check_data --config=configs/x.py
+
+Reads every image and mask of the training and evaluation splits, prints class names with their share of the pixels,
+and every problem with its file and remedy. Exits with 1 where there is a problem.
+"""
+
+import concurrent.futures
+import os
+import sys
+
+import numpy as np
+import tqdm
+from absl import app
+
+from segjax import commandline, input_pipeline
+from segjax.config import IGNORE_LABEL
+from segjax.input_pipeline import DataError
+
+
+def scan(source, indices, progress: str | None = None) -> tuple[np.ndarray, list[str]]:
+  """Label counts per example, [len(indices), 256] int64 (zeros where it cannot be read), and the problems met.
+
+  Args:
+    progress: title of a progress bar, or None for none.
+  """
+
+  def count(index):
+    try:
+      return np.bincount(source[int(index)][1].reshape(-1), minlength=256), None
+    except DataError as error:
+      return np.zeros(256, np.int64), str(error)
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    results = list(tqdm.tqdm(pool.map(count, indices), total=len(indices), desc=progress, disable=progress is None))
+  return np.stack([counts for counts, _ in results]), [problem for _, problem in results if problem]
+
+
+def label_statistics(source) -> tuple[np.ndarray, np.ndarray]:
+  """Over all labels: [K] pixels per class, and [K] valid pixels of the images that contain the class.
+
+  Raises:
+    DataError: the first example that cannot be read.
+  """
+  counts, problems = scan(source, range(len(source)), "class weights")
+  if problems:
+    raise DataError(problems[0])
+  counts = counts[:, : len(source.classes)]
+  return counts.sum(0), ((counts > 0) * counts.sum(1, keepdims=True)).sum(0)
+
+
+def share_table(source, counts: np.ndarray) -> str:
+  """One line a class: name and share of all pixels; then void."""
+  counts = counts.sum(0)
+  width = max(len(name) for name in (*source.classes, "void"))
+  rows = [*zip(source.classes, counts), ("void", counts[IGNORE_LABEL])]
+  return "\n".join(f"  {name:<{width}} {100 * n / max(counts.sum(), 1):8.3f} %" for name, n in rows)
+
+
+def warnings(source, counts: np.ndarray) -> list[str]:
+  """What is legal and yet surely unintended, seen in the labels."""
+  counts, found = counts.sum(0), []
+  if len(source.classes) == 2 and counts[0] and not counts[1] and counts[IGNORE_LABEL]:
+    found.append(
+      f"the masks hold 0 and 255, and 255 is void, so class {source.classes[1]!r} never occurs. If 255 means"
+      f" {source.classes[1]!r}, set --config.data.label_map=255:1."
+    )
+  elif absent := [name for name, n in zip(source.classes, counts) if not n]:
+    found.append(f"no pixel of {', '.join(absent)}. Check data.classes and data.label_map.")
+  if counts.sum() and counts[IGNORE_LABEL] == counts.sum():
+    found.append("every pixel is void. Check data.label_map.")
+  return found
+
+
+def probe(source, count: int = 16) -> str:
+  """Reads a few examples, spread over the split, and describes their labels; cheap enough for every start.
+
+  Raises:
+    DataError: an example that cannot be read, or masks of 0 and 255 whose foreground would be ignored as void.
+  """
+  counts, problems = scan(source, np.unique(np.linspace(0, len(source) - 1, count).astype(int)))
+  found = warnings(source, counts)
+  if problems or any("255 is void" in w or "every pixel" in w for w in found):
+    raise DataError("\n".join(problems or found))
+  text = f"labels of {len(counts)} examples:\n{share_table(source, counts)}"
+  return text + "".join(f"\n  note: in these examples, {w}" for w in found)
+
+
+def check(config) -> int:
+  """Scans both splits and prints what it finds; returns the number of problems."""
+  total = 0
+  for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
+    try:
+      source = input_pipeline.make_source(config.data, split)
+      input_pipeline.canvas_of(source, config.data)
+    except DataError as error:
+      print(f"{split}: {error}")
+      total += 1
+      continue
+    counts, problems = scan(source, range(len(source)), split)
+    found = problems + warnings(source, counts)
+    print(
+      f"{split}: {len(source)} examples, largest {source.canvas_size} (height, width)\n{share_table(source, counts)}"
+    )
+    for problem in found:
+      print(f"  PROBLEM: {problem}")
+    total += len(found)
+  print("no problems found" if not total else f"{total} problem(s) found")
+  return total
+
+
+def main(argv: list[str]) -> None:
+  """The command line."""
+  del argv
+  with commandline.readable_errors():
+    sys.exit(1 if check(commandline.config()) else 0)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=commandline.parse)

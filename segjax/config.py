@@ -1,0 +1,290 @@
+"""Every option of segjax, once: name, type, default, unit and reason.
+
+A config file starts from `default_config(model=..., data=...)` and sets what differs. The result is locked and
+typed, so a misspelt field or a wrong type stops in the file as on the command line. `model` and `data` choose which
+`config.model.*` and `config.data.*` fields exist: they are exactly the constructor arguments of that model and
+that data source, so an option that nothing reads cannot be set.
+"""
+
+import copy
+import difflib
+import json
+import math
+import os
+import pathlib
+
+from ml_collections import config_dict
+
+IGNORE_LABEL = 255  # Void, everywhere inside segjax: no loss, no gradient, no score.
+CONFIG_FILE = "config.json"  # In the workdir.
+
+# Constructor arguments by model; the reasons and units stand in the constructors.
+MODELS = {
+  "unet": dict(width=64, depth=4, up="transposed", dropout=0.0, bn_momentum=0.9),
+}
+
+# Constructor arguments by data source, beside `dir` and `split`.
+SOURCES = {
+  "synthetic": dict(
+    num_train=512,  # Examples in the split `train`.
+    num_val=64,  # Examples in any other split.
+    image_size=(64, 64),  # (H, W), pixels.
+  ),
+  "folder": dict(
+    images="images/{split}",  # Folder of images, under `dir`.
+    masks="masks/{split}",  # Folder of masks, under `dir`; a mask has its image's name, any extension.
+    mask_suffix="",  # What a mask's name has behind its image's name, e.g. "_mask".
+    list="",  # List file under `dir`, e.g. "{split}.txt": a name, or "image mask" paths, per line. Empty: all.
+    holdout=0.1,  # Share of images held out for validation where neither folders nor lists name a split.
+    classes=(),  # Class names in the order of their ids. Empty: the lines of `dir`/classes.txt.
+    colors=(),  # One RRGGBB per class: overlays, and the meaning of RGB masks. Empty: a standard palette.
+    void_colors=(),  # RRGGBB of RGB masks that mean void.
+    label_map="",  # Mask values to ids, "255:1,11:255"; 255 is void. Values not named keep their number.
+  ),
+}
+
+# What a resumed run may change: none of these alters the updates from here on (num_steps does so through the
+# schedule, which train.py says aloud).
+HARMLESS = (
+  "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "eval", "init",
+  "data.dir", "data.eval_split", "data.loader", "data.workers",
+)  # fmt: skip
+
+CHOICES = {
+  "dtype": ("float32", "bfloat16", "float64"),
+  "data.loader": ("tf_data", "grain"),
+  "optimizer.name": ("sgd", "adamw"),
+  "optimizer.schedule": ("poly", "cosine", "constant"),
+  "eval.checkpoint": ("best", "last"),
+}
+
+
+class ConfigError(ValueError):
+  """A config that cannot run. The message lists every problem found, one a line, each with its remedy."""
+
+
+def default_config(model: str = "unet", data: str = "folder") -> config_dict.ConfigDict:
+  """The whole schema with its defaults, locked.
+
+  Args:
+    model: a name in `MODELS`; decides the fields of `config.model`.
+    data: a name in `SOURCES`; decides the fields of `config.data`.
+
+  Raises:
+    ConfigError: an unknown name, with the list of known ones.
+  """
+  for field, name, known in (("model.name", model, MODELS), ("data.name", data, SOURCES)):
+    if name not in known:
+      raise ConfigError(f"{field}: {name!r} is none of {', '.join(known)}.")
+  config = config_dict.ConfigDict()
+  config.seed = 0  # Initial weights, order of examples, augmentation and dropout.
+  config.num_steps = 1000  # Updates in all.
+  config.batch_size = 8  # Images per update over all devices and hosts; batch norm sees all of them.
+  config.crop_size = (256, 256)  # (H, W) of a training crop, pixels.
+  config.dtype = "float32"  # Of the computation. Parameters, statistics and loss: float32 (or float64 with float64).
+  config.log_every = 20  # Steps between progress lines.
+  config.eval_every = 500  # Steps between evaluations; each also saves a checkpoint. The last step always does.
+  config.checkpoint_every = 500  # Steps between checkpoints.
+  config.keep_checkpoints = 2  # The last so many, beside the one of best mean IoU.
+  # Devices along each axis: `data` splits the batch, `space` the image height. -1: all that remain.
+  config.mesh = config_dict.ConfigDict(dict(data=-1, space=1))
+
+  config.model = config_dict.ConfigDict(dict(name=model, **copy.deepcopy(MODELS[model])))
+  config.data = config_dict.ConfigDict(
+    dict(
+      name=data,
+      dir="",  # Root folder of the data set.
+      train_split="train",
+      eval_split="val",
+      loader="tf_data",  # "tf_data", or "grain", which never imports TensorFlow. Batches are the same, bit for bit.
+      workers=0,  # Threads that read and decode, per host. 0: one per core.
+      canvas_size=(0, 0),  # (H, W) that images are padded to on the host. (0, 0): the largest of the split.
+      **copy.deepcopy(SOURCES[data]),
+    )
+  )
+  config.augment = config_dict.ConfigDict(
+    dict(
+      scale=(0.5, 2.0),  # Range of the random resize, relative to the stored image.
+      scale_step=0.0,  # 0: continuous uniform. 0.25: one of 0.5, 0.75, ... as official DeepLab draws it.
+      flip=True,  # Left-right, with probability 1/2.
+      # Strengths s: a factor from [1-s, 1+s] (hue: a shift from [-s, s] of the colour circle). 0: off.
+      brightness=0.0,
+      contrast=0.0,
+      saturation=0.0,
+      hue=0.0,
+    )
+  )
+  # (): equal. ("median_frequency",), ("inverse_log",): from the training labels. Or one number per class.
+  config.loss = config_dict.ConfigDict(dict(class_weights=()))
+  config.optimizer = config_dict.ConfigDict(
+    dict(
+      name="sgd",
+      base_lr=0.01,
+      schedule="poly",
+      poly_power=0.9,  # DeepLab (arXiv 1606.00915, section 4.1).
+      warmup_steps=0,  # Linear from 0; the schedule then spans the remaining steps.
+      end_lr=0.0,  # What the schedule falls to.
+      momentum=0.9,  # SGD momentum, or AdamW's b1.
+      nesterov=False,  # SGD only.
+      weight_decay=1e-4,  # On kernels only: no bias, no batch norm.
+      clip_norm=0.0,  # Largest global norm of the gradient. 0: no clipping.
+      ema_decay=0.0,  # Moving average of parameters and statistics, used for evaluation. 0: none.
+    )
+  )
+  config.eval = config_dict.ConfigDict(
+    dict(
+      batch_size=8,  # Images per evaluation step over all devices; no influence on the score.
+      scales=(1.0,),  # Sizes at which the image is shown; probabilities are averaged at the label's size.
+      flip=False,  # Also the mirror image, averaged.
+      checkpoint="best",  # Which one --mode=eval scores: "best" mean IoU or "last".
+      num_overlays=4,  # Pictures image | label | prediction per evaluation.
+    )
+  )
+  config.init = config_dict.ConfigDict(
+    dict(
+      path="",  # Workdir of another run whose weights this one starts from. Empty: random.
+      exclude=(),  # Parameter paths or prefixes left random, e.g. ("logits",) for other classes.
+    )
+  )
+  return config.lock()
+
+
+def finalize(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """Normalises what the command line gives: "a,b" in a tuple of strings becomes two items."""
+  config = config.copy_and_resolve_references()
+  for name, value in fields(config).items():
+    if isinstance(value, tuple) and any(isinstance(item, str) for item in value):
+      _set(config, name, tuple(part.strip() for item in value for part in str(item).split(",")))
+  return config
+
+
+def fields(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, object]:
+  """All leaves as {"optimizer.base_lr": 0.01, ...}."""
+  leaves = {}
+  for key, value in config.items():
+    if isinstance(value, config_dict.ConfigDict):
+      leaves |= fields(value, f"{prefix}{key}.")
+    else:
+      leaves[prefix + key] = value
+  return leaves
+
+
+def suggest(name: str, names) -> str:
+  """' Did you mean x?' for a misspelt field or class name, or ''. Also finds a leaf named without its section."""
+  names = list(names)
+  leaf = name.rpartition(".")[2]
+  close = difflib.get_close_matches(name, names, 1) or [n for n in names if n.rpartition(".")[2] == leaf][:1]
+  return f" Did you mean {close[0]}?" if close else ""
+
+
+def validate(config: config_dict.ConfigDict) -> None:
+  """Checks ranges and combinations that types cannot express.
+
+  Raises:
+    ConfigError: all problems at once, each naming its field, its value and the remedy.
+  """
+  problems = []
+
+  def check(ok: bool, field: str, remedy: str):
+    if not ok:
+      problems.append(f"config.{field} = {fields(config)[field]!r}: {remedy}")
+
+  for field, choices in CHOICES.items():
+    check(fields(config)[field] in choices, field, f"choose one of {', '.join(choices)}.")
+  for field in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
+                "eval.batch_size", "mesh.space"):  # fmt: skip
+    check(fields(config)[field] >= 1, field, "must be at least 1.")
+  check(0 <= config.seed < 2**31, "seed", "must lie in [0, 2^31).")
+  check(config.mesh.data >= 1 or config.mesh.data == -1, "mesh.data", "must be at least 1, or -1 for all devices.")
+  for field in ("crop_size", "data.canvas_size") + (("data.image_size",) if config.data.name == "synthetic" else ()):
+    size, least = fields(config)[field], 0 if field == "data.canvas_size" else 1
+    check(len(size) == 2 and all(isinstance(n, int) and n >= least for n in size), field, "must be (H, W) in pixels.")
+  check(config.data.name == "synthetic" or bool(config.data.dir), "data.dir",
+        "name the data set's root folder, e.g. --config.data.dir=/data/camvid.")  # fmt: skip
+  check(config.data.workers >= 0, "data.workers", "must be 0 (one per core) or more.")
+  scale = config.augment.scale
+  check(len(scale) == 2 and 0 < scale[0] <= scale[-1], "augment.scale", "must be (smallest, largest), above 0.")
+  check(config.augment.scale_step >= 0, "augment.scale_step", "must be 0 (continuous) or more.")
+  for field in ("brightness", "contrast", "saturation"):
+    check(0 <= config.augment[field] <= 1, f"augment.{field}", "must lie in [0, 1].")
+  check(0 <= config.augment.hue <= 0.5, "augment.hue", "must lie in [0, 0.5], a share of the colour circle.")
+  weights = config.loss.class_weights
+  named = len(weights) == 1 and weights[0] in ("median_frequency", "inverse_log")
+  numbers = all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in weights)
+  check(named or numbers, "loss.class_weights",
+        'give one number >= 0 per class, ("median_frequency",), ("inverse_log",), or ().')  # fmt: skip
+  optimizer = config.optimizer
+  check(optimizer.base_lr > 0, "optimizer.base_lr", "must be above 0.")
+  check(0 <= optimizer.end_lr <= optimizer.base_lr, "optimizer.end_lr", "must lie in [0, base_lr].")
+  check(optimizer.poly_power > 0, "optimizer.poly_power", "must be above 0.")
+  check(0 <= optimizer.warmup_steps < max(config.num_steps, 1), "optimizer.warmup_steps", "must be below num_steps.")
+  for field in ("momentum", "ema_decay"):
+    check(0 <= optimizer[field] < 1, f"optimizer.{field}", "must lie in [0, 1).")
+  check(not (optimizer.nesterov and optimizer.name != "sgd"), "optimizer.nesterov", "is an option of sgd only.")
+  for field in ("weight_decay", "clip_norm"):
+    check(optimizer[field] >= 0, f"optimizer.{field}", "must be 0 (off) or more.")
+  check(len(config.eval.scales) > 0 and all(s > 0 for s in config.eval.scales), "eval.scales", "needs numbers above 0.")
+  check(config.eval.num_overlays >= 0, "eval.num_overlays", "must be 0 or more.")
+  if config.data.name == "folder":
+    check(0 < config.data.holdout < 1, "data.holdout", "must lie between 0 and 1.")
+  if problems:
+    raise ConfigError("The config cannot run:\n  " + "\n  ".join(problems))
+
+
+def to_json(config: config_dict.ConfigDict) -> str:
+  """The resolved config as indented JSON."""
+  return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def save(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
+  """Writes the resolved config to `workdir`/config.json, whole or not at all."""
+  path = pathlib.Path(workdir) / CONFIG_FILE
+  path.with_suffix(".tmp").write_text(to_json(config))
+  path.with_suffix(".tmp").replace(path)
+
+
+def load(workdir: str | os.PathLike) -> config_dict.ConfigDict:
+  """Reads the config a run saved; the inverse of `save`.
+
+  Raises:
+    ConfigError: no such file, or one that this version of segjax cannot read, with the fields that differ.
+  """
+  path = pathlib.Path(workdir) / CONFIG_FILE
+  if not path.is_file():
+    raise ConfigError(f"{path}: no such file, so {workdir} is not the workdir of a run. Check --workdir.")
+  try:
+    saved = config_dict.ConfigDict(json.loads(path.read_text()))
+    config = default_config(model=saved.model.name, data=saved.data.name)
+    have, want = fields(saved), fields(config)
+  except (ValueError, AttributeError) as error:
+    raise ConfigError(
+      f"{path}: not a saved config ({error}). Restore the file, or start with a new --workdir."
+    ) from error
+  if have.keys() != want.keys():
+    raise ConfigError(
+      f"{path} was written by another version of segjax: unknown {sorted(have.keys() - want.keys())}, missing"
+      f" {sorted(want.keys() - have.keys())}. Use that version, or start with a new --workdir."
+    )
+  for name, value in have.items():
+    _set(config, name, tuple(value) if isinstance(value, (list, tuple)) else value)
+  return config
+
+
+def get_config(workdir: str) -> config_dict.ConfigDict:
+  """Lets `--config=segjax/config.py:WORKDIR` name a finished run as a config file; main.py does so by itself."""
+  return load(workdir)
+
+
+def differences(config: config_dict.ConfigDict, saved: config_dict.ConfigDict) -> list[str]:
+  """Fields in which `config` may not continue the run of `saved`, as 'name: saved -> new' lines."""
+  new, old = fields(config), fields(saved)
+  return [
+    f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+    for name in sorted(new.keys() | old.keys())
+    if new.get(name) != old.get(name) and not any(name == h or name.startswith(h + ".") for h in HARMLESS)
+  ]
+
+
+def _set(config: config_dict.ConfigDict, name: str, value) -> None:
+  section, _, leaf = name.rpartition(".")
+  (config[section] if section else config)[leaf] = value

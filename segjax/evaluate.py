@@ -1,0 +1,112 @@
+"""Scoring: whole images against their own labels, one confusion matrix over the split."""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from segjax import input_pipeline, metrics, report, sharding, steps
+from segjax.checkpoint import Checkpoints
+from segjax.state import TrainState, build, with_sharding
+
+
+@dataclasses.dataclass
+class Evaluator:
+  """Scores variables on one split; compiled at its first call, and not again.
+
+  Attributes:
+    source: the split.
+    step: from `steps.make_eval_step`.
+    config, mesh: of the run.
+  """
+
+  source: object
+  step: object
+  config: object
+  mesh: jax.sharding.Mesh
+
+  def __call__(self, variables: dict) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """[K, K] int64 confusion of the whole split, and {name: picture} of its first `eval.num_overlays` examples."""
+    data, batch_size = self.config.data, self.config.eval.batch_size
+    rows = sharding.local_rows(self.mesh, batch_size)
+    batches = input_pipeline.eval_batches(self.source, data, batch_size=batch_size, rows=rows)
+    confusion, pictures, pending = None, {}, None
+    for batch in sharding.to_device(batches, self.mesh):
+      out = self.step(variables, batch)
+      if len(pictures) < self.config.eval.num_overlays:
+        self._draw(batch, out["prediction"], pictures)
+      if pending is not None:  # One batch late, so that the device already has its next one.
+        confusion = metrics.add(confusion, pending)
+      pending = out["confusion"]
+    return metrics.add(confusion, pending), pictures
+
+  def _draw(self, batch, prediction, pictures):
+    """Adds pictures of the examples that this host holds."""
+    host = {name: _local(value) for name, value in (*batch.items(), ("prediction", prediction))}
+    for image, label, size, index, classes in zip(
+      host["image"], host["label"], host["size"], host["id"], host["prediction"]
+    ):
+      if index >= 0 and len(pictures) < self.config.eval.num_overlays:
+        crop = np.s_[: size[0], : size[1]]
+        picture = report.overlay(image[crop], label[crop], classes[crop], self.source.palette)
+        pictures[self.source.describe(int(index))] = picture
+
+
+def _local(array: jax.Array) -> np.ndarray:
+  """This host's rows of a batch-sharded array; with `space` sharding, whole images are put together again."""
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  parts = {shard.index[0].start: np.asarray(shard.data) for shard in array.addressable_shards}
+  return np.concatenate([parts[start] for start in sorted(parts)])
+
+
+def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
+  """The evaluator of one split under `config.eval`.
+
+  Raises:
+    ValueError: a batch or canvas that the mesh does not divide.
+  """
+  canvas = input_pipeline.canvas_of(source, config.data)
+  sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size, canvas[0])
+  step = steps.make_eval_step(
+    graphdef, mesh, num_classes=len(source.classes), scales=config.eval.scales, flip=config.eval.flip
+  )
+  return Evaluator(source, step, config, mesh)
+
+
+def evaluate(config, workdir) -> dict[str, float]:
+  """--mode=eval: scores the best or last checkpoint of `workdir` on `config.data.eval_split`.
+
+  Prints the table, appends the scores to `workdir`/eval.jsonl and writes overlays to `workdir`/eval_SPLIT/.
+
+  Returns:
+    The scores, e.g. {"val/mean_iou": ...}.
+
+  Raises:
+    ValueError: no checkpoint, or one of another model.
+  """
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
+  source = input_pipeline.make_source(config.data, config.data.eval_split)
+  checkpoints = Checkpoints(workdir, read_only=True)
+  last, best = checkpoints.latest_step(), checkpoints.best_step()
+  step = best if config.eval.checkpoint == "best" and best is not None else last
+  if step is None:
+    raise ValueError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
+  graphdef, _, _, init = build(config, len(source.classes))
+  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
+  state: TrainState = checkpoints.restore(abstract, step)
+
+  split = config.data.eval_split
+  confusion, pictures = make_evaluator(config, source, graphdef, mesh)(state.eval_variables())
+  kind = "best" if step == best else "last"
+  print(f"{split}: {len(source)} images, checkpoint of step {step} ({kind}), scales {config.eval.scales},"
+        f" flip {config.eval.flip}")  # fmt: skip
+  print(report.class_table(source.classes, confusion))
+  sys.stdout.flush()
+  scores = report.score_scalars(split, source.classes, confusion)
+  writer = report.Writer(pathlib.Path(workdir) / f"eval_{split}", start_step=step - 1, tensorboard=False)
+  writer.scalars(step, scores)
+  print(f"scores and pictures: {writer.pictures(step, pictures).parent.parent}")
+  return scores

@@ -1,0 +1,109 @@
+"""From files to host batches. Nothing below this package imports JAX, so data workers stay free of it.
+
+A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the facts
+`classes`, `palette` [K, 3] uint8 and `canvas_size`. `order` says which examples a step sees. A loader reads them:
+
+    batches(positions, load, num_workers) -> iterator of dicts
+
+Batches hold this host's rows: `image` [b, H, W, 3] uint8 and `label` [b, H, W] uint8 on the split's canvas, padded at
+the bottom and right; `size` [b, 2] int32, each image's own height and width; `id` [b] int32.
+"""
+
+import functools
+import importlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from segjax.config import IGNORE_LABEL, SOURCES
+from segjax.input_pipeline import order
+from segjax.input_pipeline.folder import FolderSource
+from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.synthetic import SyntheticSource
+
+_SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
+# Imported when asked for: a run with grain must not import TensorFlow, nor the other way round.
+_LOADERS = {"tf_data": "segjax.input_pipeline.tf_data", "grain": "segjax.input_pipeline.grain_loader"}
+
+
+def make_source(data, split: str):
+  """The source of one split from `config.data`.
+
+  Raises:
+    DataError: the data set cannot be used; the message says why.
+  """
+  options = {name: data[name] for name in SOURCES[data.name]}
+  return _SOURCES[data.name](dir=data.dir, split=split, **options)
+
+
+def canvas_of(source, data) -> tuple[int, int]:
+  """(H, W) of the split's canvas: `data.canvas_size`, or the size of the largest image.
+
+  Raises:
+    DataError: an image larger than `data.canvas_size`.
+  """
+  if not any(data.canvas_size):
+    return source.canvas_size
+  if any(image > canvas for image, canvas in zip(source.canvas_size, data.canvas_size)):
+    raise DataError(
+      f"data.canvas_size = {tuple(data.canvas_size)} is smaller than the largest image, {source.canvas_size}. Set"
+      " data.canvas_size=(0,0) to fit them all, or shrink the images."
+    )
+  return tuple(data.canvas_size)
+
+
+def load_example(source, canvas_size: tuple[int, int], index: int) -> dict[str, np.ndarray]:
+  """Example `index` on the canvas; `order.PADDING` gives one that is all void.
+
+  Raises:
+    DataError: an image larger than the canvas (a file that changed since start-up), or what the source raises.
+  """
+  image = np.zeros((*canvas_size, 3), np.uint8)
+  label = np.full(canvas_size, IGNORE_LABEL, np.uint8)
+  h, w = 0, 0
+  if index != order.PADDING:
+    pixels, classes = source[int(index)]
+    h, w = classes.shape
+    if h > canvas_size[0] or w > canvas_size[1]:
+      raise DataError(
+        f"{source.describe(int(index))} is {h}x{w}, larger than the canvas {canvas_size}. Restore the file."
+      )
+    image[:h, :w], label[:h, :w] = pixels, classes
+  return dict(image=image, label=label, size=np.array([h, w], np.int32), id=np.array(index, np.int32))
+
+
+def _batches(source, canvas_size, data, ids, rows, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of the steps [start, stop); `ids(step)` gives the global batch, `rows` this host's part of it."""
+  ids = functools.lru_cache(maxsize=64)(ids)
+
+  def load(position: int) -> dict[str, np.ndarray]:
+    step, row = divmod(int(position), len(rows))
+    return load_example(source, canvas_size, ids(step)[rows[row]])
+
+  loader = importlib.import_module(_LOADERS[data.loader])
+  return loader.batches(range(start * len(rows), stop * len(rows)), load, len(rows), data.workers)
+
+
+def train_batches(source, data, *, seed, batch_size, rows, start_step, num_steps) -> Iterator[dict[str, np.ndarray]]:
+  """Training batches of steps start_step .. num_steps - 1, the same whatever the loader and the number of hosts.
+
+  Args:
+    data: `config.data`.
+    batch_size: of the global batch.
+    rows: the rows of the global batch that this host loads.
+  """
+
+  def ids(step):
+    return order.train_ids(seed, step, batch_size, len(source))
+
+  return _batches(source, canvas_of(source, data), data, ids, rows, start_step, num_steps)
+
+
+def eval_batches(source, data, *, batch_size, rows) -> Iterator[dict[str, np.ndarray]]:
+  """Batches that show every example once, the last one filled up with void examples; arguments as above."""
+
+  def ids(step):
+    return order.eval_ids(step, batch_size, len(source))
+
+  stop = order.num_eval_steps(batch_size, len(source))
+  return _batches(source, canvas_of(source, data), data, ids, rows, 0, stop)

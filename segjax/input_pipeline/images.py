@@ -1,0 +1,158 @@
+"""Reading image and mask files, with errors that name the file and the remedy. Pillow and NumPy only.
+
+One reader serves both loaders, so their pixels are the same by construction, and Pillow gives palette masks as
+indices, where TensorFlow's PNG decoder would expand the palette to colours (class 1 would arrive as grey 38).
+"""
+
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from segjax.config import IGNORE_LABEL
+
+
+class DataError(Exception):
+  """Input that cannot be used; the message names the file, what is wrong with it, and the remedy."""
+
+
+_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def read_size(path: pathlib.Path) -> tuple[int, int]:
+  """(H, W) from the file's header, without decoding.
+
+  Raises:
+    DataError: missing, or not an image.
+  """
+  try:
+    with Image.open(path) as file:
+      return file.height, file.width
+  except FileNotFoundError as error:
+    raise DataError(f"{path}: no such file. Restore it, or remove its name from the split.") from error
+  except _READ_ERRORS as error:
+    raise DataError(f"{path}: not a readable image ({error}). Replace the file, or remove it.") from error
+
+
+def _decode(path: pathlib.Path, convert):
+  try:
+    with Image.open(path) as file:
+      file.load()
+      return convert(file)
+  except FileNotFoundError as error:
+    raise DataError(f"{path}: no such file. Restore it, or remove its name from the split.") from error
+  except _READ_ERRORS as error:
+    raise DataError(f"{path}: damaged or truncated ({error}). Replace the file, or remove it.") from error
+
+
+def read_image(path: pathlib.Path) -> np.ndarray:
+  """[H, W, 3] uint8 RGB. Grey becomes three equal channels; transparency is dropped.
+
+  Raises:
+    DataError: missing, damaged, or with more than 8 bits per channel, which RGB conversion would clip.
+  """
+
+  def convert(file):
+    if file.mode.startswith(("I", "F")):
+      raise DataError(f"{path}: {file.mode} pixels have more than 8 bits per channel. Convert the image to 8 bits.")
+    return np.asarray(file.convert("RGB"))
+
+  return _decode(path, convert)
+
+
+def read_mask(path: pathlib.Path) -> np.ndarray:
+  """The stored numbers: [H, W] integers (palette files as indices), or [H, W, 3] uint8 for an RGB file.
+
+  Raises:
+    DataError: missing, damaged, or JPEG, whose compression changes labels along every edge.
+  """
+
+  def convert(file):
+    if file.format == "JPEG":
+      raise DataError(f"{path}: a JPEG cannot hold labels, its compression blurs them. Export masks as PNG.")
+    if file.mode in ("RGB", "RGBA"):
+      return np.asarray(file.convert("RGB"))
+    if file.mode == "LA":
+      file = file.getchannel(0)
+    if file.mode == "F":
+      raise DataError(f"{path}: floating-point pixels are no labels. Export masks with integer pixels.")
+    mask = np.asarray(file)
+    return mask.astype(np.uint8) if mask.dtype == bool else mask
+
+  return _decode(path, convert)
+
+
+def encode_colors(rgb: np.ndarray) -> np.ndarray:
+  """[..., 3] uint8 -> [...] int32, red * 65536 + green * 256 + blue."""
+  rgb = rgb.astype(np.int32)
+  return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+
+
+def map_colors(path, rgb: np.ndarray, table: dict[int, int]) -> np.ndarray:
+  """An RGB mask to ids through {encoded colour: id}.
+
+  Raises:
+    DataError: no table, or colours outside it, with their pixel counts.
+  """
+  codes = encode_colors(rgb)
+  colors, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
+  unknown = [(f"{int(c):06X}", int(n)) for c, n in zip(colors, counts) if int(c) not in table]
+  if unknown:
+    listed = ", ".join(f"{color} ({count} px)" for color, count in unknown[:8])
+    raise DataError(
+      f"{path}: an RGB mask with colours that no class has: {listed}. Name every class's colour in data.colors (in the"
+      " order of data.classes) and void's in data.void_colors, or export masks as palette or grey PNGs of class ids."
+    )
+  return np.array([table[int(c)] for c in colors], np.int64)[inverse].reshape(codes.shape)
+
+
+def parse_label_map(text: str) -> dict[int, int]:
+  """ "255:1,11:255" -> {255: 1, 11: 255}.
+
+  Raises:
+    DataError: text of another form, or a value named twice.
+  """
+  table = {}
+  for item in filter(None, (part.strip() for part in text.split(","))):
+    value, colon, target = item.partition(":")
+    if not (colon and value.strip().isdecimal() and target.strip().isdecimal()):
+      raise DataError(f"data.label_map: {item!r} is not of the form VALUE:CLASS, e.g. 255:1.")
+    if int(value) in table:
+      raise DataError(f"data.label_map names the value {int(value)} twice.")
+    table[int(value)] = int(target)
+  return table
+
+
+def map_labels(path, mask: np.ndarray, label_map: dict[int, int], num_classes: int) -> np.ndarray:
+  """Stored numbers to class ids, [H, W] uint8, all in [0, num_classes) or void.
+
+  JAX would hide a bad label (an out-of-range one silently trains nothing, -1 wraps to the last class), so this check
+  runs on every mask that is read.
+
+  Raises:
+    DataError: other values, with their pixel counts and the remedy.
+  """
+  if mask.dtype.itemsize > 2:
+    values, inverse, counts = np.unique(mask, return_inverse=True, return_counts=True)
+  else:  # 8 or 16 bits: a look-up table, ten times faster than the sort in np.unique.
+    counts = np.bincount(mask.reshape(-1))
+    values, inverse = np.arange(len(counts)), mask
+  ids = np.array([label_map[int(v)] if int(v) in label_map else int(v) for v in values], np.int64)
+  bad = (ids != IGNORE_LABEL) & ((ids < 0) | (ids >= num_classes)) & (counts > 0)
+  if bad.any():
+    present = values[counts > 0]
+    listed = ", ".join(f"{int(v)} ({int(n)} px)" for v, n in list(zip(values[bad], counts[bad]))[:8])
+    raise DataError(
+      f"{path}: label values outside the {num_classes} classes (0 to {num_classes - 1}; {IGNORE_LABEL} is void):"
+      f" {listed}. Map them with data.label_map, e.g. {_suggest_map(values[bad], present, num_classes)}, or name all"
+      " classes in data.classes."
+    )
+  return ids.astype(np.uint8)[inverse].reshape(mask.shape)
+
+
+def _suggest_map(bad: np.ndarray, values: np.ndarray, num_classes: int) -> str:
+  if num_classes == 2 and len(bad) == 1:
+    return f"{int(bad[0])}:1"  # A binary mask drawn with another number than 1.
+  if 0 not in values and int(values.max()) == num_classes:
+    return ",".join(f"{i + 1}:{i}" for i in range(min(num_classes, 3))) + ("..." if num_classes > 3 else "")
+  return f"{int(bad[0])}:{IGNORE_LABEL}"

@@ -1,0 +1,55 @@
+"""Losses: pure functions of logits and labels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def softmax_cross_entropy(
+  logits: jax.Array, label: jax.Array, *, ignore_label: int, class_weights: jax.Array | np.ndarray | None = None
+) -> jax.Array:
+  """Mean cross-entropy over the valid pixels of the whole batch.
+
+  The sum is divided by the number of valid pixels of all devices at once; a mean of per-device means would weigh
+  pixels by how much void their device happened to get. Weights scale the numerator only, as in official DeepLab
+  (utils/train_utils.py); PyTorch divides by the sum of weights instead.
+
+  Args:
+    logits: [B, H, W, K] float32 (or float64).
+    label: [B, H, W] int, in [0, K) or `ignore_label`, which adds exactly 0 to loss and gradient.
+    class_weights: [K] >= 0.
+
+  Returns:
+    A float scalar; 0 where every pixel is void.
+  """
+  valid = label != ignore_label
+  one_hot = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)  # All False where void.
+  picked = jnp.where(one_hot, logits, 0).sum(-1)
+  loss = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
+  if class_weights is not None:
+    loss = loss * jnp.where(one_hot, jnp.asarray(class_weights, loss.dtype).reshape(1, 1, 1, -1), 0).sum(-1)
+  return loss.sum() / jnp.maximum(valid.sum(), 1)
+
+
+def class_weights(rule: str, pixels: np.ndarray, images_with_class: np.ndarray) -> np.ndarray:
+  """Weights [K] float32 from label statistics of the training split.
+
+  Args:
+    rule: "median_frequency": median(f) / f, f = a class's share of the pixels of the images that contain it (Eigen &
+      Fergus 2015, section 4.3). "inverse_log": 1 / ln(1.02 + share of all pixels) (ENet, Paszke et al. 2016, section 5.2).
+    pixels: [K] valid pixels per class.
+    images_with_class: [K] valid pixels of the images that contain the class.
+
+  Raises:
+    ValueError: a class without any pixel under "median_frequency", where its weight would be infinite.
+  """
+  pixels, images_with_class = np.asarray(pixels, np.float64), np.asarray(images_with_class, np.float64)
+  if rule == "inverse_log":
+    return (1 / np.log(1.02 + pixels / pixels.sum())).astype(np.float32)
+  if (pixels == 0).any():
+    raise ValueError(
+      f"loss.class_weights = median_frequency, but classes {np.flatnonzero(pixels == 0).tolist()} have no pixel in the"
+      " training labels. Use inverse_log, list the weights, or remove these classes."
+    )
+  frequency = pixels / images_with_class
+  return (np.median(frequency) / frequency).astype(np.float32)

@@ -1,0 +1,28 @@
+"""The models by name."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax.models.unet import UNet
+
+MODELS = {"unet": UNet}
+
+
+def build(name: str, *, num_classes: int, dtype="float32", rngs: nnx.Rngs, **options) -> nnx.Module:
+  """Builds a model; call under `jax.jit` or `jax.eval_shape`, as eager initialisation takes seconds.
+
+  A model has `mean` (raw RGB of the padding), `preprocess(image)` for raw RGB in [0, 255], and
+  `model(image, train=False, key=None)` -> float32 logits of the image's size.
+
+  Args:
+    name: a key of `MODELS`.
+    num_classes: channels of the logits.
+    dtype: of the computation.
+    options: of the model's constructor.
+
+  Raises:
+    ValueError: an unknown name (lists the known ones) or an option out of range.
+  """
+  if name not in MODELS:
+    raise ValueError(f"model.name = {name!r}: choose one of {', '.join(MODELS)}.")
+  return MODELS[name](num_classes=num_classes, dtype=jnp.dtype(dtype), rngs=rngs, **options)

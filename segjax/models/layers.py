@@ -1,0 +1,146 @@
+"""The layers that all models share. NHWC; parameters in float32 (float64 under dtype float64), compute in `dtype`.
+
+Mode is an argument of each call, never hidden state. Module attributes give parameters their names: `kernel`, `bias`,
+`scale`; batch norm's running `mean` and `var` are `nnx.BatchStat`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+# Mean and standard deviation of ImageNet's training images, RGB in [0, 255] (the field's customary numbers).
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")  # He et al. 2015, equation 10.
+
+
+def param_dtype(dtype) -> jnp.dtype:
+  """Parameters and statistics stay in float32 under bfloat16 compute, and follow float64, which tests use."""
+  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def per_channel(variable: nnx.Variable) -> jax.Array:
+  """[C] -> [1, 1, 1, C], to broadcast over [B, H, W, C] without implicit rank promotion."""
+  return variable[...].reshape(1, 1, 1, -1)
+
+
+class Conv(nnx.Module):
+  """Dense convolution, stride 1, padded with zeros so that the size stays ("same").
+
+  Args:
+    in_features, out_features: channels.
+    kernel_size: odd.
+    use_bias: off where a batch norm follows, which would cancel it.
+  """
+
+  def __init__(self, in_features, out_features, kernel_size=3, *, use_bias=False, kernel_init=he_normal,
+               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+    shape = (kernel_size, kernel_size, in_features, out_features)
+    self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype(dtype)))
+    self.bias = nnx.Param(jnp.zeros(out_features, param_dtype(dtype))) if use_bias else None
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, in] -> [B, H, W, out]."""
+    x = jax.lax.conv_general_dilated(
+      x.astype(self.dtype), self.kernel[...].astype(self.dtype), (1, 1), "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    return x if self.bias is None else x + per_channel(self.bias).astype(self.dtype)
+
+
+class ConvTranspose2x2(nnx.Module):
+  """Transposed convolution, kernel 2x2, stride 2 (the U-Net's "up-convolution").
+
+  Windows do not overlap, so it is one matrix product and a depth-to-space; XLA:CPU's own form has a gradient over ten
+  times slower. The kernel is [2, 2, in, out]: output pixel (2i+a, 2j+b) = x[i, j] @ kernel[a, b] + bias.
+  """
+
+  def __init__(self, in_features, out_features, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    # Each output pixel sees one input pixel, so the fan-in is in_features alone.
+    kernel = he_normal(rngs.params(), (in_features, 4 * out_features), param_dtype(dtype))
+    self.kernel = nnx.Param(kernel.reshape(in_features, 2, 2, out_features).transpose(1, 2, 0, 3))
+    self.bias = nnx.Param(jnp.zeros(out_features, param_dtype(dtype)))
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, in] -> [B, 2H, 2W, out]."""
+    b, h, w, _ = x.shape
+    kernel = self.kernel[...].astype(self.dtype)
+    x = jnp.einsum("bhwi,xyio->bhxwyo", x.astype(self.dtype), kernel)  # [B, H, 2, W, 2, out]
+    return x.reshape(b, 2 * h, 2 * w, kernel.shape[-1]) + per_channel(self.bias).astype(self.dtype)
+
+
+def max_pool_2x2(x: jax.Array) -> jax.Array:
+  """[B, H, W, C] -> [B, H/2, W/2, C]; H and W even. Where values tie, the gradient is shared.
+
+  Pairwise maxima of strided views: the gradient of lax.reduce_window is a select-and-scatter, 15x slower on XLA:CPU
+  and not deterministic on GPU.
+
+  Raises:
+    ValueError: an odd height or width.
+  """
+  b, h, w, c = x.shape
+  if h % 2 or w % 2:
+    raise ValueError(f"max_pool_2x2 needs an even height and width, got {h}x{w}; pad the input to the model's stride.")
+  return x.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+
+
+class BatchNorm(nnx.Module):
+  """Batch normalisation (Ioffe & Szegedy 2015) over batch, height and width.
+
+  Under jit with a sharded batch the means below are global, so 1 device and 8 devices compute the same. Statistics are
+  float32 whatever the compute type, by two passes: E[x^2] - E[x]^2 loses all digits where the mean is large.
+
+  Args:
+    momentum: share of the old running statistic kept at an update (PyTorch's momentum is 1 minus this).
+    epsilon: added to the variance.
+
+  The running variance takes the unbiased batch variance (N / (N - 1)), as TensorFlow's fused kernel and PyTorch do;
+  the normalisation takes the biased one.
+  """
+
+  def __init__(self, features, *, momentum=0.9, epsilon=1e-5, dtype=jnp.float32):
+    self.scale = nnx.Param(jnp.ones(features, param_dtype(dtype)))
+    self.bias = nnx.Param(jnp.zeros(features, param_dtype(dtype)))
+    self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype(dtype)))
+    self.var = nnx.BatchStat(jnp.ones(features, param_dtype(dtype)))
+    self.momentum, self.epsilon, self.dtype = momentum, epsilon, dtype
+
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """[B, H, W, C] -> the same, in `dtype`. With `train`, uses the batch's statistics and updates the running ones."""
+    if train:
+      wide = x.astype(param_dtype(self.dtype))
+      mean = wide.mean((0, 1, 2), keepdims=True)
+      var = jnp.square(wide - mean).mean((0, 1, 2), keepdims=True)  # [1, 1, 1, C]
+      count = x.shape[0] * x.shape[1] * x.shape[2]
+      for running, batch in ((self.mean, mean), (self.var, var * (count / max(count - 1, 1)))):
+        batch = jax.lax.stop_gradient(batch).reshape(-1)
+        running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
+    else:
+      mean, var = per_channel(self.mean), per_channel(self.var)
+    factor = per_channel(self.scale) * jax.lax.rsqrt(var + self.epsilon)
+    # One multiply-add per element: cheaper than subtract, scale, shift.
+    return (x.astype(factor.dtype) * factor + (per_channel(self.bias) - mean * factor)).astype(self.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes elements with probability `rate` and scales the others by 1 / (1 - rate). No key or rate 0: x itself."""
+  if key is None or rate == 0:
+    return x
+  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
+  """Zero-pads [B, H, W, C] at the bottom and right until H and W are multiples of `multiple`."""
+  h, w = x.shape[1:3]
+  return jnp.pad(x, ((0, 0), (0, -h % multiple), (0, -w % multiple), (0, 0)))
+
+
+def standardize(image: jax.Array, mean: tuple, std: tuple) -> jax.Array:
+  """(image - mean) / std per channel of [B, H, W, 3]. The mean pixel, which pads crops, becomes exactly 0."""
+  mean, std = (np.asarray(v, np.float32).reshape(1, 1, 1, 3) for v in (mean, std))
+  return (image - mean) / std

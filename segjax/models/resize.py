@@ -1,0 +1,35 @@
+"""Bilinear resizing with align_corners=True, the one convention of segjax (official DeepLab, core/utils.py).
+
+Output pixel i looks at input position i * (in - 1) / (out - 1): corners map to corners, so a 4k+1 grid resizes
+exactly onto its 2k+1 grid. jax.image.resize has half-pixel centres and would move every logit.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def interpolation_matrix(size_in: int, size_out: int) -> np.ndarray:
+  """[size_out, size_in] float32; each row holds the one or two weights of an output pixel. Identity for equal sizes."""
+  step = np.float32((size_in - 1) / (size_out - 1)) if size_out > 1 else np.float32(0)
+  position = np.minimum(np.arange(size_out, dtype=np.float32) * step, np.float32(size_in - 1))
+  low = np.floor(position).astype(int)
+  high = np.minimum(low + 1, size_in - 1)
+  weight = position - low
+  matrix = np.zeros((size_out, size_in), np.float32)
+  np.add.at(matrix, (np.arange(size_out), low), 1 - weight)
+  np.add.at(matrix, (np.arange(size_out), high), weight)
+  return matrix
+
+
+def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Resizes [B, h, w, C] to [B, H, W, C], `size` = (H, W), in x's dtype.
+
+  Two small matrix products: unlike a gather, their gradient is no scatter, and accelerators like them.
+  """
+  for axis, size_out in ((1, size[0]), (2, size[1])):
+    if x.shape[axis] != size_out:
+      matrix = jnp.asarray(interpolation_matrix(x.shape[axis], size_out), x.dtype)
+      spec = "oh,bhwc->bowc" if axis == 1 else "ow,bhwc->bhoc"
+      x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
+  return x

@@ -1,0 +1,102 @@
+"""U-Net (Ronneberger, Fischer & Brox 2015, arXiv 1505.04597), in the padded, batch-normed form in common use."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax.models import layers, resize
+
+
+class DoubleConv(nnx.Module):
+  """Twice 3x3 convolution, batch norm, ReLU: a level of the U-Net (figure 1)."""
+
+  def __init__(self, in_features, mid_features, out_features, *, bn_momentum, dtype, rngs):
+    self.conv1 = layers.Conv(in_features, mid_features, dtype=dtype, rngs=rngs)
+    self.norm1 = layers.BatchNorm(mid_features, momentum=bn_momentum, dtype=dtype)
+    self.conv2 = layers.Conv(mid_features, out_features, dtype=dtype, rngs=rngs)
+    self.norm2 = layers.BatchNorm(out_features, momentum=bn_momentum, dtype=dtype)
+
+  def __call__(self, x, train):
+    x = jax.nn.relu(self.norm1(self.conv1(x), train))
+    return jax.nn.relu(self.norm2(self.conv2(x), train))
+
+
+class UNet(nnx.Module):
+  """U-Net for images of any size.
+
+  Args:
+    num_classes: channels of the logits.
+    width: channels at full resolution; they double at each level (the paper: 64).
+    depth: number of 2x2 poolings (the paper: 4).
+    up: "transposed" convolution, as in the paper, or "bilinear" resizing, whose bottleneck is half as wide.
+    dropout: rate at the end of the contracting path (section 3.1; its code uses 0.5).
+    bn_momentum: of the running statistics.
+    dtype: of the computation.
+
+  Differs from the paper: "same" padding instead of unpadded convolutions, and batch norm before each ReLU.
+
+  Raises:
+    ValueError: an option out of range, with the values that are in it.
+  """
+
+  mean = layers.IMAGENET_MEAN  # The raw pixel that pads crops; `preprocess` maps it to 0.
+
+  def __init__(self, *, num_classes, width=64, depth=4, up="transposed", dropout=0.0, bn_momentum=0.9,
+               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+    if up not in ("transposed", "bilinear"):
+      raise ValueError(f"model.up = {up!r}: choose transposed or bilinear.")
+    if depth < 1 or width < 1:
+      raise ValueError(f"model.depth = {depth} and model.width = {width} must be at least 1.")
+    if not 0 <= dropout < 1:
+      raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
+    if not 0 <= bn_momentum < 1:
+      raise ValueError(f"model.bn_momentum = {bn_momentum} must lie in [0, 1).")
+    self.depth, self.up, self.dropout, self.dtype = depth, up, dropout, dtype
+    options = dict(bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
+    features = [width * 2**level for level in range(depth + 1)]
+    if up == "bilinear":
+      features[-1] //= 2  # Resizing keeps the channels, so that what is concatenated has the same width in both forms.
+
+    self.down0 = DoubleConv(3, width, width, **options)
+    for level in range(1, depth + 1):
+      setattr(self, f"down{level}", DoubleConv(features[level - 1], features[level], features[level], **options))
+    below = features[-1]
+    for level in reversed(range(depth)):
+      if up == "transposed":
+        setattr(self, f"upconv{level}", layers.ConvTranspose2x2(below, features[level], dtype=dtype, rngs=rngs))
+        mid, out = features[level], features[level]
+      else:
+        mid, out = features[level], features[level - 1] if level else width
+      setattr(self, f"up{level}", DoubleConv(2 * features[level], mid, out, **options))
+      below = out
+    self.logits = layers.Conv(below, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
+
+  def preprocess(self, image: jax.Array) -> jax.Array:
+    """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet."""
+    return layers.standardize(image, self.mean, layers.IMAGENET_STD)
+
+  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None) -> jax.Array:
+    """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
+
+    Sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped back, so that
+    skips always meet features of their own size.
+
+    Args:
+      train: batch statistics instead of running ones, and dropout.
+      key: for dropout; without it there is none.
+    """
+    h, w = image.shape[1:3]
+    x = self.down0(layers.pad_to_multiple(image.astype(self.dtype), 2**self.depth), train)
+    skips = []
+    for level in range(1, self.depth + 1):
+      skips.append(x)
+      x = getattr(self, f"down{level}")(layers.max_pool_2x2(x), train)  # [B, H/2^level, W/2^level, width*2^level]
+    x = layers.dropout(x, self.dropout, key if train else None)
+    for level in reversed(range(self.depth)):
+      skip = skips[level]
+      if self.up == "transposed":
+        x = getattr(self, f"upconv{level}")(x)
+      else:
+        x = resize.resize_bilinear(x, skip.shape[1:3])
+      x = getattr(self, f"up{level}")(jnp.concatenate([skip, x], axis=-1), train)  # [B, H/2^level, ...]
+    return self.logits(x)[:, :h, :w].astype(layers.param_dtype(self.dtype))

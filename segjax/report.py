@@ -1,0 +1,177 @@
+"""What a person sees of a run: progress lines, tables, curves and pictures."""
+
+import importlib.util
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+
+from segjax import metrics
+from segjax.config import IGNORE_LABEL
+from segjax.input_pipeline import datasets
+
+
+class Writer:
+  """Scalars and pictures of a run, under its workdir.
+
+  `metrics.jsonl` gets one JSON object a line: "step" and any number of names. The same goes to TensorBoard through clu,
+  where TensorFlow may be imported.
+
+  Args:
+    workdir: created if missing.
+    start_step: lines of later steps are dropped: a run that resumes from an older checkpoint writes them again.
+    tensorboard: False under the grain loader, which must not import TensorFlow.
+  """
+
+  def __init__(self, workdir, *, start_step: int, tensorboard: bool):
+    self._workdir = pathlib.Path(workdir)
+    self._path = self._workdir / "metrics.jsonl"
+    if self._path.exists():
+      lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
+      temporary = self._path.with_suffix(".tmp")
+      temporary.write_text("".join(line + "\n" for line in lines))
+      temporary.replace(self._path)
+    self._tensorboard = None
+    if tensorboard and importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
+      from clu.metric_writers import summary_writer  # Imports TensorFlow.
+
+      self._tensorboard = summary_writer.SummaryWriter(str(self._workdir))
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    """Appends a line; NaN (a class that does not occur) becomes null, as JSON has no NaN."""
+    values = {name: float(value) for name, value in values.items()}
+    clean = {name: value if np.isfinite(value) else None for name, value in values.items()}
+    with self._path.open("a") as file:
+      file.write(json.dumps(dict(step=step, **clean)) + "\n")
+    if self._tensorboard:
+      self._tensorboard.write_scalars(step, {n: v for n, v in values.items() if np.isfinite(v)})
+      self._tensorboard.flush()
+
+  def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
+    """Writes {name: [H, W, 3] uint8} as overlays/step_N/name.png; returns the folder."""
+    folder = self._workdir / "overlays" / f"step_{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+      Image.fromarray(picture).save(folder / f"{name.replace('/', '_')}.png")
+    if self._tensorboard:
+      self._tensorboard.write_images(step, {f"overlays/{name}": picture[None] for name, picture in pictures.items()})
+    return folder
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, KeyError, TypeError):
+    return float("inf")  # A line cut short when its run was killed.
+
+
+class Progress:
+  """Speed, share of time spent waiting for data, and time left, between progress lines."""
+
+  def __init__(self, step: int, num_steps: int, batch_size: int):
+    self._num_steps, self._batch_size = num_steps, batch_size
+    self._pace = None  # Seconds per step, without evaluations.
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    """Starts a new interval, e.g. after an evaluation."""
+    self.step, self._start, self._waited = step, time.perf_counter(), 0.0
+
+  def seconds(self) -> float:
+    """Since the interval began."""
+    return time.perf_counter() - self._start
+
+  def wait(self, batches):
+    """The next batch; the time it takes counts as waiting."""
+    start = time.perf_counter()
+    batch = next(batches)
+    self._waited += time.perf_counter() - start
+    return batch
+
+  def lap(self, step: int) -> tuple[dict[str, float], str]:
+    """Scalars of the interval up to `step`, and the time left as text; starts a new interval.
+
+    Training calls `restart` after its first step, whose compilation would spoil both.
+    """
+    seconds = self.seconds()
+    pace = seconds / (step - self.step)
+    self._pace = pace if self._pace is None else 0.7 * self._pace + 0.3 * pace
+    rates = {
+      "train/images_per_s": self._batch_size / pace,
+      "train/step_time_ms": 1e3 * pace,
+      "train/data_wait_share": self._waited / seconds,
+    }
+    self.restart(step)
+    return rates, duration((self._num_steps - step) * self._pace)
+
+
+def duration(seconds: float) -> str:
+  """75 -> '1:15', 3675 -> '1:01:15'."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def class_table(classes: tuple[str, ...], confusion: np.ndarray) -> str:
+  """Per class: share of the labels, share of the predictions, IoU, all in per cent; then the means.
+
+  '-' is the IoU of a class that neither labels nor predictions contain; the mean leaves it out.
+  """
+  scores, total = metrics.scores(confusion), max(confusion.sum(), 1)
+  width = max(len(name) for name in (*classes, "class"))
+  lines = [f"  {'class':<{width}}   label %    pred %     IoU %"]
+  for i, name in enumerate(classes):
+    iou = scores["iou_per_class"][i]
+    label, predicted = 100 * confusion[i].sum() / total, 100 * confusion[:, i].sum() / total
+    lines.append(f"  {name:<{width}} {label:9.2f} {predicted:9.2f} {'-' if np.isnan(iou) else f'{100 * iou:.2f}':>9}")
+  lines.append(
+    f"  mean IoU {100 * scores['mean_iou']:.2f} | pixel accuracy {100 * scores['pixel_accuracy']:.2f} | mean accuracy"
+    f" {100 * scores['mean_accuracy']:.2f} | frequency-weighted IoU {100 * scores['frequency_weighted_iou']:.2f}"
+  )
+  absent = [name for name, iou in zip(classes, scores["iou_per_class"]) if np.isnan(iou)]
+  if absent:
+    lines.append(f"  in neither labels nor predictions, left out of the mean: {', '.join(absent)}")
+  collapsed = metrics.collapsed_class(confusion)
+  if collapsed is not None:
+    lines.append(
+      f"  WARNING PREDICTION_COLLAPSE: nearly all pixels are predicted as {classes[collapsed]!r}. Train longer, lower"
+      " the learning rate, weigh the classes (loss.class_weights), or check the labels (python -m segjax.check_data)."
+    )
+  return "\n".join(lines)
+
+
+def score_scalars(split: str, classes: tuple[str, ...], confusion: np.ndarray) -> dict[str, float]:
+  """{"val/mean_iou": ..., "val/iou/Road": ...}; shares of 1."""
+  scores = metrics.scores(confusion)
+  names = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
+  per_class = {f"{split}/iou/{name}": iou for name, iou in zip(classes, scores["iou_per_class"])}
+  return {f"{split}/{name}": scores[name] for name in names} | per_class
+
+
+def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """[H, W] class ids -> [H, W, 3] uint8 colours; void in cream."""
+  table = np.zeros((256, 3), np.uint8)
+  table[: len(palette)], table[IGNORE_LABEL] = palette, datasets.VOID_COLOR
+  return table[label]
+
+
+def overlay(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """image | label | prediction, the latter two over the faded image, side by side: [H, 3W, 3] uint8."""
+
+  def blend(classes):
+    return (0.35 * image + 0.65 * colorize(classes, palette)).astype(np.uint8)
+
+  return np.concatenate([image, blend(label), blend(prediction)], axis=1)
+
+
+def parameter_table(params: dict, batch_stats: dict) -> str:
+  """Parameters per top-level module, and in all."""
+  rows = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
+  width = max(len(name) for name in rows)
+  lines = [f"  {name:<{width}} {count:>12,}" for name, count in sorted(rows.items())]
+  statistics = sum(x.size for x in jax.tree.leaves(batch_stats))
+  lines.append(f"  {'all':<{width}} {sum(rows.values()):>12,}  (and {statistics:,} batch statistics)")
+  return "\n".join(lines)

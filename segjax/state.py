@@ -1,0 +1,134 @@
+"""The training state: its parts, its birth in its sharding, and the only place where a model is split."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, traverse_util
+
+from segjax import models
+from segjax import optimizer as optimizer_lib
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+  """All that training carries from one step to the next, as plain nested dicts of arrays.
+
+  Attributes:
+    step: int32 scalar, updates done. Data order, augmentation, dropout and learning rate follow from it and the seed.
+    params, batch_stats: {"down0": {"conv1": {"kernel": ...}}, ...}.
+    opt_state: of the optax optimiser.
+    ema: {"params": ..., "batch_stats": ...}, moving averages; None without ema_decay.
+    failed_step: int32 scalar, the step whose loss or gradient was not finite; -1 for none. A failed state does not
+      change any more, so the host can look at it when it comes to it.
+  """
+
+  step: jax.Array
+  params: dict
+  batch_stats: dict
+  opt_state: optax.OptState
+  ema: dict | None
+  failed_step: jax.Array
+
+  def variables(self) -> dict:
+    """{"params", "batch_stats"} as trained."""
+    return dict(params=self.params, batch_stats=self.batch_stats)
+
+  def eval_variables(self) -> dict:
+    """{"params", "batch_stats"} to evaluate with: the moving averages where there are any."""
+    return self.variables() if self.ema is None else self.ema
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
+  """graphdef, params, batch_stats of a model; `steps.apply` puts them together again."""
+  graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+def build(config, num_classes: int):
+  """Everything that a config says about model and optimiser.
+
+  Returns:
+    graphdef, optimizer, schedule, init. `init()` is the initial TrainState: call it under
+    `jax.jit(init, out_shardings=...)`, so that arrays are born where they belong, or under `jax.eval_shape`, for the
+    abstract state that a checkpoint is restored into.
+
+  Raises:
+    ValueError: a model option out of range.
+  """
+  o = config.optimizer
+  schedule = optimizer_lib.make_schedule(
+    o.schedule, base_lr=o.base_lr, num_steps=config.num_steps, poly_power=o.poly_power, warmup_steps=o.warmup_steps,
+    end_lr=o.end_lr,
+  )  # fmt: skip
+  optimizer = optimizer_lib.make_optimizer(
+    o.name, schedule, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+  )
+
+  def build_model() -> nnx.Module:
+    return models.build(num_classes=num_classes, dtype=config.dtype, rngs=nnx.Rngs(config.seed), **config.model)
+
+  def init() -> TrainState:
+    _, params, batch_stats = split(build_model())
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      batch_stats=batch_stats,
+      opt_state=optimizer.init(params),
+      # Copies: a donated state must not hold one buffer twice.
+      ema=jax.tree.map(jnp.copy, dict(params=params, batch_stats=batch_stats)) if o.ema_decay else None,
+      failed_step=jnp.full((), -1, jnp.int32),
+    )
+
+  return nnx.graphdef(nnx.eval_shape(build_model)), optimizer, schedule, init
+
+
+def with_sharding(abstract: TrainState, sharding) -> TrainState:
+  """An abstract state whose every array has `sharding`."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+
+
+def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], origin: str) -> tuple[dict, int, int]:
+  """Replaces weights by imported ones, strictly both ways.
+
+  Args:
+    variables, imported: {"params": ..., "batch_stats": ...}.
+    exclude: paths or prefixes ("logits", "up0/conv1") that keep their own weights and may be missing or of another
+      shape in `imported`.
+    origin: where the weights come from, for messages.
+
+  Returns:
+    The merged variables, how many tensors were taken, and of how many.
+
+  Raises:
+    ValueError: listing every tensor that is only on one side or of another shape, or an exclusion that fits nothing.
+  """
+  ours, theirs = (traverse_util.flatten_dict(v, sep="/") for v in (variables, imported))
+
+  def excluded(name):  # Names begin with params/ or batch_stats/.
+    path = name.partition("/")[2]
+    return any(path == e or path.startswith(e.rstrip("/") + "/") for e in exclude)
+
+  useless = [
+    e
+    for e in exclude
+    if not any(excluded(n) and (n.partition("/")[2] + "/").startswith(e.rstrip("/") + "/") for n in ours)
+  ]
+  wanted, given = ({n for n in side if not excluded(n)} for side in (ours, theirs))
+  problems = [f"no parameter of the model begins with {e!r}" for e in useless]
+  problems += [f"only in the model: {n}" for n in sorted(wanted - given)]
+  problems += [f"only in {origin}: {n}" for n in sorted(given - wanted)]
+  problems += [
+    f"{n}: the model has {ours[n].shape}, {origin} has {theirs[n].shape}"
+    for n in sorted(wanted & given)
+    if ours[n].shape != theirs[n].shape
+  ]
+  if problems:
+    raise ValueError(
+      f"The weights of {origin} do not fit the model ({len(problems)} problems; name what may differ in init.exclude):\n  "
+      + "\n  ".join(problems[:40])
+    )
+  merged = {n: theirs[n] if n in wanted else ours[n] for n in ours}
+  return traverse_util.unflatten_dict(merged, sep="/"), len(wanted), len(ours)

@@ -1,0 +1,42 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = (ROOT / "segjax" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+
+setuptools.setup(
+  name="segjax",
+  version=VERSION,
+  description="Semantic segmentation in JAX: U-Net, exact and resumable bit for bit, on 1 to N devices.",
+  long_description=(ROOT / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  packages=setuptools.find_packages(include=["segjax", "segjax.*"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "absl-py",
+    "clu>=0.0.12",
+    "flax>=0.12.8,<0.13",  # The NNX state API changed in 0.10, 0.11 and 0.12.
+    "grain>=0.2.18,<0.3",  # Still 0.x: names move between minor releases.
+    "jax>=0.10",  # The first release this was measured on; also tested on 0.12.
+    "ml-collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<0.13",  # Its checkpoint manager is being replaced by another API.
+    "pillow>=11",
+    "tensorboard",  # clu's writers need it beside TensorFlow.
+    # tensorflow-cpu has wheels for these machines only; it spares the others' CUDA download, as JAX does the computing.
+    "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux'",
+    "tensorflow>=2.20; platform_machine != 'x86_64' or sys_platform != 'linux'",
+    "tqdm",
+  ],
+  extras_require={
+    "cuda12": ["jax[cuda12]"],
+    "cuda13": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    "test": ["pytest>=8", "ruff==0.17.5"],  # Pinned: another ruff formats differently and would fail CI by itself.
+  },
+)
