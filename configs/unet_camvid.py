@@ -21,6 +21,7 @@ def get_config():
   config.checkpoint_every = 1000
   config.model.width = 64  # The paper's.
   config.augment.scale = (0.7, 1.5)
+  config.loss.class_weights = ("inverse_log",)  # Without weights, poles, fences and people are never predicted.
   config.optimizer.name = "adamw"
   config.optimizer.base_lr = 2e-3
   config.optimizer.schedule = "cosine"

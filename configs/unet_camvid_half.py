@@ -8,11 +8,11 @@ from configs import unet_camvid
 
 def get_config():
   config = unet_camvid.get_config()
-  config.num_steps = 1400
+  config.num_steps = 1600
   config.batch_size = 4
   config.crop_size = (176, 240)
-  config.eval_every = 700
-  config.checkpoint_every = 350
+  config.eval_every = 800
+  config.checkpoint_every = 400
   config.model.width = 16  # 1/16 of the multiply-adds of the paper's 64.
   config.augment.scale = (0.35, 0.75)  # Half the full-resolution range.
   config.eval.scales = (0.5,)

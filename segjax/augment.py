@@ -113,7 +113,9 @@ def shift_hue(image: jax.Array, shift) -> jax.Array:
   chroma = value - image.min(-1)
   safe = jnp.where(chroma > 0, chroma, 1)
   r, g, b = image[..., 0], image[..., 1], image[..., 2]
-  sector = jnp.where(value == r, (g - b) / safe % 6, jnp.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
+  # By comparisons: `value == r` may fail for the largest channel, as XLA computes a pixel twice with other roundings.
+  green_or_blue = jnp.where(g >= b, (b - r) / safe + 2, (r - g) / safe + 4)
+  sector = jnp.where((r >= g) & (r >= b), (g - b) / safe % 6, green_or_blue)
   # HSV to RGB: channel n = value - chroma * clip(min(k, 4 - k), 0, 1), k = (n + sector) mod 6, n = 5, 3, 1.
   k = (jnp.array([5.0, 3.0, 1.0]).reshape(1, 1, 3) + sector[..., None] + 6 * shift) % 6
   return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)

@@ -91,18 +91,15 @@ def check(config) -> int:
   for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
     try:
       source = input_pipeline.make_source(config.data, split)
-      input_pipeline.canvas_of(source, config.data)
+      counts, found = scan(source, range(len(source)), split)
+      found += warnings(source, counts)
+      print(f"{split}: {len(source)} examples\n{share_table(source, counts)}")
+      if not found:  # Otherwise it would tell the same again.
+        print("  canvas {} x {} (height x width)".format(*input_pipeline.canvas_of(source, config.data)))
     except DataError as error:
-      print(f"{split}: {error}")
-      total += 1
-      continue
-    counts, problems = scan(source, range(len(source)), split)
-    found = problems + warnings(source, counts)
-    print(
-      f"{split}: {len(source)} examples, largest {source.canvas_size} (height, width)\n{share_table(source, counts)}"
-    )
+      found = [str(error)]
     for problem in found:
-      print(f"  PROBLEM: {problem}")
+      print(f"  PROBLEM in {split}: {problem}")
     total += len(found)
   print("no problems found" if not total else f"{total} problem(s) found")
   return total

@@ -6,6 +6,7 @@ import pathlib
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from segjax.config import ConfigError
 from segjax.state import TrainState
 
 
@@ -65,12 +66,12 @@ class Checkpoints:
     """Reads a checkpoint into the shapes and shardings of `abstract`, on any number of devices.
 
     Raises:
-      ValueError: it holds another model or optimiser.
+      ConfigError: it holds another model or optimiser.
     """
     try:
       restored = self._manager.restore(step, args=ocp.args.StandardRestore(_as_dict(abstract)))
     except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{self.folder}: step {step} does not hold the state of this config: {error}") from error
+      raise ConfigError(f"{self.folder}: step {step} does not hold the state of this config: {error}") from error
     return TrainState(**restored)
 
   def restore_variables(self, step: int) -> dict:
@@ -78,9 +79,13 @@ class Checkpoints:
     restored = self._manager.restore(step, args=ocp.args.StandardRestore())
     return restored["ema"] or {name: restored[name] for name in ("params", "batch_stats")}
 
-  def close(self) -> None:
+  def wait(self) -> None:
     """Waits until everything is on disk."""
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits until everything is on disk, and ends Orbax's threads."""
+    self.wait()
     self._manager.close()
 
 

@@ -1,13 +1,14 @@
 """Flags and error messages that the commands of segjax share."""
 
 import contextlib
-import pathlib
+import runpy
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from segjax import config as config_lib
+from segjax.input_pipeline import images
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; --config.field=value overrides. Without it, the config saved in --workdir.",
@@ -26,23 +27,32 @@ def with_saved_config(argv: list[str]) -> list[str]:
 
 def parse(argv: list[str]) -> list[str]:
   """Parses flags; a misspelt config field, in the file or on the command line, ends with a suggestion."""
+  _check_config_names(argv)
   try:
     rest = flags.FLAGS(argv)
-    if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell much that a run's own report need not show.
-    return rest
-  except flags.Error as error:
-    _stop(f"{error}\nSee python -m {pathlib.Path(argv[0]).stem} --help.")
-  except (AttributeError, KeyError, TypeError, config_lib.ConfigError, FileNotFoundError) as error:
-    names = [a.lstrip("-").partition("=")[0] for a in argv if a.lstrip("-").startswith("config.")]
-    base = _CONFIG.value
-    if base is None:  # The config file itself failed.
-      _stop(f"--config: {error}")
-    known = config_lib.fields(base)
-    for name in (name.removeprefix("config.") for name in names):
-      if name not in known:
-        _stop(f"config.{name}: no such field.{config_lib.suggest(name, known)}")
+  except (flags.Error, TypeError, ValueError) as error:
     _stop(str(error))
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell much that a run's own report need not show.
+  return rest
+
+
+def _check_config_names(argv: list[str]) -> None:
+  """Loads the config file, and looks up every --config.field: config_flags ends both kinds of mistake in a traceback."""
+  named = [argument.lstrip("-").partition("=") for argument in argv[1:] if argument.startswith("-")]
+  files = [value for name, _, value in named if name == "config"]
+  if not files:
+    return
+  path, colon, argument = files[-1].partition(":")
+  try:
+    get_config = runpy.run_path(path)["get_config"]
+    known = config_lib.fields(get_config(argument) if colon else get_config())
+  except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    _stop(f"--config={files[-1]}: {error.args[-1] if isinstance(error, OSError) else error}")
+  for name, _, _ in named:
+    field = name.removeprefix("config.")
+    if field != name and field not in known:
+      _stop(f"{name}: no such field.{config_lib.suggest(field, known)}")
 
 
 def config():
@@ -59,13 +69,11 @@ def config():
 
 
 @contextlib.contextmanager
-def readable_errors():
-  """Ends the program with the bare message of the errors that tell the user what to do."""
-  from segjax.input_pipeline import DataError
-
+def readable_errors(*more: type[Exception]):
+  """Ends the program with the bare message of errors that tell the user what to do: DataError, ConfigError, `more`."""
   try:
     yield
-  except (DataError, config_lib.ConfigError) as error:
+  except (images.DataError, config_lib.ConfigError, *more) as error:
     _stop(str(error))
 
 

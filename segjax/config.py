@@ -60,7 +60,7 @@ CHOICES = {
 
 
 class ConfigError(ValueError):
-  """A config that cannot run. The message lists every problem found, one a line, each with its remedy."""
+  """A config, or something it names, that cannot be used. The message names every problem found and its remedy."""
 
 
 def default_config(model: str = "unet", data: str = "folder") -> config_dict.ConfigDict:

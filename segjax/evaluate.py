@@ -1,15 +1,17 @@
 """Scoring: whole images against their own labels, one confusion matrix over the split."""
 
+import contextlib
 import dataclasses
 import pathlib
-import sys
 
 import jax
 import numpy as np
 
+from segjax import config as config_lib
 from segjax import input_pipeline, metrics, report, sharding, steps
 from segjax.checkpoint import Checkpoints
-from segjax.state import TrainState, build, with_sharding
+from segjax.config import ConfigError
+from segjax.state import build, with_sharding
 
 
 @dataclasses.dataclass
@@ -66,7 +68,7 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   """The evaluator of one split under `config.eval`.
 
   Raises:
-    ValueError: a batch or canvas that the mesh does not divide.
+    ConfigError: a batch or canvas that the mesh does not divide.
   """
   canvas = input_pipeline.canvas_of(source, config.data)
   sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size, canvas[0])
@@ -79,34 +81,38 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
 def evaluate(config, workdir) -> dict[str, float]:
   """--mode=eval: scores the best or last checkpoint of `workdir` on `config.data.eval_split`.
 
-  Prints the table, appends the scores to `workdir`/eval.jsonl and writes overlays to `workdir`/eval_SPLIT/.
+  Prints the table, appends the scores to `workdir`/eval_SPLIT/metrics.jsonl, and writes overlays beside it.
 
   Returns:
     The scores, e.g. {"val/mean_iou": ...}.
 
   Raises:
-    ValueError: no checkpoint, or one of another model.
+    ConfigError: no run or no checkpoint in `workdir`, or one of another model.
+    DataError: the split cannot be used.
   """
+  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
-  source = input_pipeline.make_source(config.data, config.data.eval_split)
-  checkpoints = Checkpoints(workdir, read_only=True)
-  last, best = checkpoints.latest_step(), checkpoints.best_step()
-  step = best if config.eval.checkpoint == "best" and best is not None else last
-  if step is None:
-    raise ValueError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
-  graphdef, _, _, init = build(config, len(source.classes))
-  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
-  state: TrainState = checkpoints.restore(abstract, step)
-
   split = config.data.eval_split
-  confusion, pictures = make_evaluator(config, source, graphdef, mesh)(state.eval_variables())
-  kind = "best" if step == best else "last"
-  print(f"{split}: {len(source)} images, checkpoint of step {step} ({kind}), scales {config.eval.scales},"
-        f" flip {config.eval.flip}")  # fmt: skip
-  print(report.class_table(source.classes, confusion))
-  sys.stdout.flush()
+  source = input_pipeline.make_source(config.data, split)
+  graphdef, _, _, init = build(config, len(source.classes))
+  evaluator = make_evaluator(config, source, graphdef, mesh)
+  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+    best, last = checkpoints.best_step(), checkpoints.latest_step()
+    step = best if config.eval.checkpoint == "best" and best is not None else last
+    if step is None:
+      raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
+    state = checkpoints.restore(with_sharding(jax.eval_shape(init), sharding.replicated(mesh)), step)
+
+  confusion, pictures = evaluator(state.eval_variables())
   scores = report.score_scalars(split, source.classes, confusion)
-  writer = report.Writer(pathlib.Path(workdir) / f"eval_{split}", start_step=step - 1, tensorboard=False)
+  writer = report.Writer(pathlib.Path(workdir) / f"eval_{split}", tensorboard=False)
   writer.scalars(step, scores)
-  print(f"scores and pictures: {writer.pictures(step, pictures).parent.parent}")
+  folder = writer.pictures(step, pictures)
+  if jax.process_index() == 0:
+    kind = "best" if step == best else "last"
+    print(
+      f"{split}: {len(source)} images, checkpoint of step {step} ({kind}), scales {tuple(config.eval.scales)}, flip"
+      f" {config.eval.flip}\n{report.class_table(source.classes, confusion)}\nscores and pictures: {folder.parent.parent}",
+      flush=True,
+    )
   return scores

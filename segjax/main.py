@@ -19,18 +19,17 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"Unknown argument {argv[1]!r}; options look like --config.num_steps=100.")
   with commandline.readable_errors():
     config = commandline.config()
-    import jax  # Not earlier: --help and config errors should not wait for it.
 
-    if config.dtype == "float64":
-      jax.config.update("jax_enable_x64", True)
-    if _MODE.value == "train":
-      from segjax.train import train
+  # Not earlier: --help and config errors should not wait for these imports.
+  import jax
 
-      train(config, _WORKDIR.value)
-    else:
-      from segjax.evaluate import evaluate
+  from segjax.evaluate import evaluate
+  from segjax.train import NonFiniteLoss, train
 
-      evaluate(config, _WORKDIR.value)
+  if config.dtype == "float64":
+    jax.config.update("jax_enable_x64", True)
+  with commandline.readable_errors(NonFiniteLoss):
+    {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

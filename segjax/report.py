@@ -22,14 +22,16 @@ class Writer:
 
   Args:
     workdir: created if missing.
-    start_step: lines of later steps are dropped: a run that resumes from an older checkpoint writes them again.
     tensorboard: False under the grain loader, which must not import TensorFlow.
+    start_step: lines of later steps are dropped: a run that resumes from an older checkpoint writes them again.
+      None keeps all.
   """
 
-  def __init__(self, workdir, *, start_step: int, tensorboard: bool):
+  def __init__(self, workdir, *, tensorboard: bool, start_step: int | None = None):
     self._workdir = pathlib.Path(workdir)
+    self._workdir.mkdir(parents=True, exist_ok=True)
     self._path = self._workdir / "metrics.jsonl"
-    if self._path.exists():
+    if start_step is not None and self._path.exists():
       lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
       temporary = self._path.with_suffix(".tmp")
       temporary.write_text("".join(line + "\n" for line in lines))

@@ -11,26 +11,28 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from segjax.config import ConfigError
+
 
 def make_mesh(data: int = -1, space: int = 1, devices=None) -> Mesh:
-  """A ("data", "space") mesh over all devices (or `devices`).
+  """A ("data", "space") mesh over all devices (or `devices`), or over the first of them where both sizes say fewer.
 
   Args:
     data: devices along the batch; -1 for all that `space` leaves.
     space: devices along the image height.
 
   Raises:
-    ValueError: sizes whose product is not the number of devices.
+    ConfigError: more than there are, or, on several processes, not all of them.
   """
   devices = jax.devices() if devices is None else devices
-  if data == -1:
-    data = max(len(devices) // space, 1)
-  if data * space != len(devices):
-    raise ValueError(
-      f"config.mesh = (data={data}, space={space}) needs {data * space} devices, but there are {len(devices)}. Set"
-      " mesh.data=-1, or limit the devices (CUDA_VISIBLE_DEVICES)."
+  wanted = space * (max(len(devices) // space, 1) if data == -1 else data)
+  if wanted > len(devices) or (wanted < len(devices) and (data == -1 or jax.process_count() > 1)):
+    raise ConfigError(
+      f"config.mesh = (data={data}, space={space}) does not fit {len(devices)} devices in {jax.process_count()}"
+      " process(es). Set mesh.data=-1 and a mesh.space that divides their number."
     )
-  return jax.make_mesh((data, space), ("data", "space"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+  sizes = (wanted // space, space)
+  return jax.make_mesh(sizes, ("data", "space"), axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -44,13 +46,13 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
 
 
 def check_batch(mesh: Mesh, field: str, batch_size: int, height: int) -> None:
-  """Raises ValueError, naming `field`, where the mesh does not divide the batch or the image height."""
+  """Raises ConfigError, naming `field`, where the mesh does not divide the batch or the image height."""
   if batch_size % mesh.shape["data"]:
-    raise ValueError(
+    raise ConfigError(
       f"config.{field} = {batch_size} is not divisible by the {mesh.shape['data']} devices of mesh.data. Change one."
     )
   if height % mesh.shape["space"]:
-    raise ValueError(
+    raise ConfigError(
       f"Images of height {height} cannot be split over mesh.space = {mesh.shape['space']}. Set data.canvas_size (and"
       " crop_size) to a height it divides."
     )

@@ -66,7 +66,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
       ema = optax.incremental_update(dict(params=params, batch_stats=batch_stats), ema, 1 - decay)
     updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.failed_step)
 
-    grad_norm = optax.global_norm(gradient)
+    grad_norm = optax.tree.norm(gradient)
     sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.failed_step < 0)
     failed = jnp.where(state.failed_step < 0, state.step, state.failed_step)
     kept = TrainState(state.step, state.params, state.batch_stats, state.opt_state, state.ema, failed)

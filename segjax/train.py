@@ -1,5 +1,6 @@
 """Training, from a config to a scored checkpoint, top to bottom in the order things happen."""
 
+import contextlib
 import json
 import pathlib
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import check_data, evaluate, input_pipeline, losses, report, sharding, steps
-from segjax import checkpoint as checkpoint_lib
 from segjax import config as config_lib
+from segjax.checkpoint import Checkpoints
+from segjax.config import ConfigError
 from segjax.input_pipeline import order
-from segjax.state import TrainState, build, merge_variables, with_sharding
+from segjax.state import TrainState, build, materialize, merge_variables, with_sharding
 
 
 class NonFiniteLoss(RuntimeError):
@@ -22,114 +24,137 @@ def train(config, workdir) -> dict[str, float]:
   """Trains and evaluates as `config` says, resuming whatever `workdir` holds.
 
   Returns:
-    The scores of the last evaluation, e.g. {"val/mean_iou": ...}.
+    The scores of the last evaluation, e.g. {"val/mean_iou": ...}; empty where the run was complete already.
 
   Raises:
-    ConfigError: `workdir` belongs to a run with another config; names the fields.
-    DataError, ValueError: data, mesh or weights that do not fit; the message has the remedy.
+    ConfigError: `workdir` belongs to a run with another config (names the fields), or mesh, model, weights or class
+      weights do not fit.
+    DataError: the data set cannot be used.
     NonFiniteLoss: training diverged; the last good checkpoint is kept.
   """
   workdir = pathlib.Path(workdir)
   say = print if jax.process_index() == 0 else (lambda *args, **kwargs: None)
 
-  # The workdir: new, or of a run with the same config.
-  claim_workdir(config, workdir, say)
-
   # Mesh: one program for 1 to N devices.
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
-  say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh data={mesh.shape['data']}"
-      f" space={mesh.shape['space']}, {jax.process_count()} process(es)")  # fmt: skip
+  say(
+    f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh data={mesh.shape['data']}"
+    f" space={mesh.shape['space']}, {jax.process_count()} process(es)"
+  )
 
   # Data: opened, paired and probed before anything slow.
   train_source = input_pipeline.make_source(config.data, config.data.train_split)
   eval_source = input_pipeline.make_source(config.data, config.data.eval_split)
-  sharding.check_batch(mesh, "batch_size", config.batch_size, input_pipeline.canvas_of(train_source, config.data)[0])
-  sharding.check_batch(mesh, "batch_size", config.batch_size, config.crop_size[0])
-  say(f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in"
-      f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {config.data.loader}")  # fmt: skip
+  for height in (input_pipeline.canvas_of(train_source, config.data)[0], config.crop_size[0]):
+    sharding.check_batch(mesh, "batch_size", config.batch_size, height)
+  say(
+    f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in"
+    f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {config.data.loader}"
+  )
   say(check_data.probe(train_source))
-  class_weights = make_class_weights(config, train_source, workdir)
 
-  # Model and state: shapes inferred abstractly, arrays born where they belong.
+  # Model and optimiser: shapes inferred abstractly.
   graphdef, optimizer, schedule, init = build(config, len(train_source.classes))
   abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
   say(f"parameters of {config.model.name}:\n{report.parameter_table(abstract.params, abstract.batch_stats)}")
-
-  # Start: 1. resume from the workdir, else 2. from the weights of init.path, else 3. from scratch.
-  checkpoints = checkpoint_lib.Checkpoints(workdir, config.keep_checkpoints)
-  start = checkpoints.latest_step()
-  if start is not None and start >= config.num_steps:
-    checkpoints.close()
-    say(f"{workdir}: this run is complete ({start} of {config.num_steps} steps, best mean IoU"
-        f" {_percent(checkpoints.best_mean_iou())}).\n  To continue, raise --config.num_steps; to start anew, give another"
-        f" --workdir; to score it: python -m segjax.main --mode=eval --workdir={workdir}")  # fmt: skip
-    return {}
-  if start is not None:
-    state = checkpoints.restore(abstract, start)
-    say(f"init: resumed {workdir} at step {start}")
-  else:
-    state = jax.jit(init, out_shardings=sharding.replicated(mesh))()
-    state = warm_start(config, state, mesh, say)
-    start = 0
-
-  # Steps: compiled at their first call.
-  train_step = steps.make_train_step(
-    graphdef, optimizer, mesh, seed=config.seed, crop_size=config.crop_size, augmentation=dict(config.augment),
-    class_weights=class_weights, ema_decay=config.optimizer.ema_decay,
-  )  # fmt: skip
   evaluator = evaluate.make_evaluator(config, eval_source, graphdef, mesh)
-  batches = input_pipeline.train_batches(
-    train_source, config.data, seed=config.seed, batch_size=config.batch_size,
-    rows=sharding.local_rows(mesh, config.batch_size), start_step=start, num_steps=config.num_steps,
-  )  # fmt: skip
-  batches = sharding.to_device(batches, mesh)
 
-  tensorboard = config.data.loader != "grain" and jax.process_index() == 0
-  if not tensorboard:
-    say("TensorBoard is off: it would import TensorFlow, which the grain loader avoids. See metrics.jsonl.")
-  writer = report.Writer(workdir, start_step=start, tensorboard=tensorboard)
-  progress = report.Progress(start, config.num_steps, config.batch_size)
-  say(f"training to step {config.num_steps}; the first step compiles ...")
+  # The workdir: new, or of a run with the same config. Nothing is written before this point.
+  claim_workdir(config, workdir, say)
+  class_weights = make_class_weights(config, train_source, workdir)
 
-  scores, recent = {}, []
-  for step in range(start + 1, config.num_steps + 1):
-    state, step_metrics = train_step(state, progress.wait(batches))
-    recent.append(step_metrics)  # Stays on the device: the host waits for it at log steps only.
-    if step == start + 1:
-      jax.block_until_ready(step_metrics)
-      say(f"compiled, and loss {float(step_metrics['loss']):.4f} after {progress.seconds():.0f} s", flush=True)
-      progress.restart(step)
-    last = step == config.num_steps
-    evaluation_due = last or step % config.eval_every == 0
-    checkpoint_due = evaluation_due or step % config.checkpoint_every == 0
+  with contextlib.closing(Checkpoints(workdir, config.keep_checkpoints)) as checkpoints:
+    # Start: 1. resume from the workdir, else 2. from the weights of init.path, else 3. from scratch.
+    start = checkpoints.latest_step() or 0
+    if start >= config.num_steps:
+      say(
+        f"{workdir}: this run is complete ({start} of {config.num_steps} steps, best mean IoU"
+        f" {_percent(checkpoints.best_mean_iou())}).\n  to continue:   raise --config.num_steps\n  to start anew: give"
+        f" another --workdir\n  to score it:   python -m segjax.main --mode=eval --workdir={workdir}"
+      )
+      return {}
+    if start:
+      state = checkpoints.restore(abstract, start)
+      say(f"init: resumed {workdir} at step {start}")
+    else:
+      state = materialize(init, sharding.replicated(mesh))
+      state = warm_start(config, state, mesh, say)
 
-    if step > progress.step and (step % config.log_every == 0 or checkpoint_due):
-      check_finite(config, state, schedule, len(train_source), checkpoints)
-      means = {f"train/{k}": float(np.mean([m[k] for m in jax.device_get(recent)])) for k in step_metrics}
-      recent.clear()
-      rates, left = progress.lap(step)
-      lr = float(schedule(step - 1))
-      writer.scalars(step, means | rates | {"train/learning_rate": lr})
-      say(f"step {step:>6}/{config.num_steps}  loss {means['train/loss']:.4f}  lr {lr:.2e}"
+    # The step, and its batches from `start` on.
+    train_step = steps.make_train_step(
+      graphdef,
+      optimizer,
+      mesh,
+      seed=config.seed,
+      crop_size=config.crop_size,
+      augmentation=dict(config.augment),
+      class_weights=class_weights,
+      ema_decay=config.optimizer.ema_decay,
+    )
+    batches = input_pipeline.train_batches(
+      train_source,
+      config.data,
+      seed=config.seed,
+      batch_size=config.batch_size,
+      rows=sharding.local_rows(mesh, config.batch_size),
+      start_step=start,
+      num_steps=config.num_steps,
+    )
+    batches = sharding.to_device(batches, mesh)
+
+    tensorboard = config.data.loader != "grain" and jax.process_index() == 0
+    if not tensorboard:
+      say("TensorBoard is off: it would import TensorFlow, which the grain loader avoids. Curves are in metrics.jsonl.")
+    writer = report.Writer(workdir, start_step=start, tensorboard=tensorboard)
+    progress = report.Progress(start, config.num_steps, config.batch_size)
+    say(f"training from step {start} to {config.num_steps}; the first step compiles ...", flush=True)
+
+    scores, recent = {}, []
+    for step in range(start + 1, config.num_steps + 1):
+      state, step_metrics = train_step(state, progress.wait(batches))
+      recent.append(step_metrics)  # Stays on the device: the host waits for it at log steps only.
+      evaluation_due = step == config.num_steps or step % config.eval_every == 0
+      checkpoint_due = evaluation_due or step % config.checkpoint_every == 0
+
+      if step % config.log_every == 0 or checkpoint_due:
+        means = {f"train/{k}": float(np.mean([m[k] for m in jax.device_get(recent)])) for k in step_metrics}
+        recent.clear()
+        check_finite(config, state, schedule, len(train_source), checkpoints)
+        rates, left = progress.lap(step)
+        lr = float(schedule(step - 1))
+        writer.scalars(step, means | rates | {"train/learning_rate": lr})
+        say(
+          f"step {step:>6}/{config.num_steps}  loss {means['train/loss']:.4f}  lr {lr:.2e}"
           f"  {rates['train/images_per_s']:.1f} images/s  data wait {100 * rates['train/data_wait_share']:.0f} %"
-          f"  ETA {left}", flush=True)  # fmt: skip
+          f"  ETA {left}",
+          flush=True,
+        )
+      elif step == start + 1:
+        jax.block_until_ready(step_metrics)
+        say(f"compiled after {progress.seconds():.0f} s, loss {float(step_metrics['loss']):.4f}", flush=True)
+        progress.restart(step)  # Compilation would spoil images/s and ETA.
 
-    if evaluation_due:
-      confusion, pictures = evaluator(state.eval_variables())
-      scores = report.score_scalars(config.data.eval_split, eval_source.classes, confusion)
-      writer.scalars(step, scores)
-      writer.pictures(step, pictures)
-      say(f"{config.data.eval_split} at step {step}:\n{report.class_table(eval_source.classes, confusion)}", flush=True)
-    if checkpoint_due:
-      checkpoints.save(state, scores[f"{config.data.eval_split}/mean_iou"] if evaluation_due else None)
-      progress.restart(step)
+      if evaluation_due:
+        confusion, pictures = evaluator(state.eval_variables())
+        scores = report.score_scalars(config.data.eval_split, eval_source.classes, confusion)
+        writer.scalars(step, scores)
+        writer.pictures(step, pictures)
+        say(
+          f"{config.data.eval_split} at step {step}:\n{report.class_table(eval_source.classes, confusion)}", flush=True
+        )
+      if checkpoint_due:
+        checkpoints.save(state, scores[f"{config.data.eval_split}/mean_iou"] if evaluation_due else None)
+        progress.restart(step)
 
-  checkpoints.close()
-  say(f"done: {config.data.eval_split} mean IoU {_percent(scores[f'{config.data.eval_split}/mean_iou'])}, best"
+    checkpoints.wait()
+    say(
+      f"done: {config.data.eval_split} mean IoU {_percent(scores[f'{config.data.eval_split}/mean_iou'])}, best"
       f" {_percent(checkpoints.best_mean_iou())} at step {checkpoints.best_step()}\n"
       f"  checkpoints  {checkpoints.folder}\n  curves       {workdir / 'metrics.jsonl'}"
-      + (f" (or: tensorboard --logdir {workdir})" if tensorboard else "") +
-      f"\n  pictures     {workdir / 'overlays'}  (image | label | prediction)", flush=True)  # fmt: skip
+      + (f" (or: tensorboard --logdir {workdir})" if tensorboard else "")
+      + f"\n  pictures     {workdir / 'overlays'}  (image | label | prediction)",
+      flush=True,
+    )
   return scores
 
 
@@ -141,40 +166,51 @@ def claim_workdir(config, workdir: pathlib.Path, say) -> None:
   """Makes `workdir` this run's: saves the config, or compares it with the one that is there.
 
   Raises:
-    ConfigError: fields that would change the run differ.
+    ConfigError: fields that would change the run differ, or the folder holds something else, or cannot be written.
   """
   if (workdir / config_lib.CONFIG_FILE).exists():
     saved = config_lib.load(workdir)
     differences = config_lib.differences(config, saved)
     if differences:
-      raise config_lib.ConfigError(
+      raise ConfigError(
         f"{workdir} holds a run with another config:\n  " + "\n  ".join(differences) + "\nGive another --workdir, or"
         " set these fields back to continue that run."
       )
     if config.num_steps != saved.num_steps and config.optimizer.schedule != "constant":
-      say(f"num_steps {saved.num_steps} -> {config.num_steps}: the {config.optimizer.schedule} schedule now ends there,"
-          " so the learning rate jumps at the resumed step.")  # fmt: skip
+      say(
+        f"note: num_steps {saved.num_steps} -> {config.num_steps} stretches the {config.optimizer.schedule} schedule,"
+        " so the learning rate jumps where the run resumes"
+      )
   elif workdir.is_dir() and any(workdir.iterdir()):
-    raise config_lib.ConfigError(
+    raise ConfigError(
       f"{workdir} is not empty and holds no {config_lib.CONFIG_FILE}, so it is not the workdir of a run. Give another"
       " --workdir."
     )
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, workdir)
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      config_lib.save(config, workdir)
+    except OSError as error:
+      raise ConfigError(f"{workdir} cannot be written ({error}). Give another --workdir.") from error
 
 
 def warm_start(config, state: TrainState, mesh, say) -> TrainState:
-  """The state with the weights of the run `config.init.path`, or as it is."""
+  """The state with the weights of the run `config.init.path`, or as it is.
+
+  Raises:
+    ConfigError: no checkpoint there, or weights that do not fit and are not in `config.init.exclude`.
+  """
   if not config.init.path:
     say("init: scratch")
     return state
-  source = checkpoint_lib.Checkpoints(config.init.path, read_only=True)
-  step = source.best_step() or source.latest_step()
-  if step is None:
-    raise ValueError(f"init.path = {config.init.path}: no checkpoint in {source.folder}. Name the workdir of a run.")
+  config_lib.load(config.init.path)  # Says so where this is no workdir, before Orbax makes folders in it.
+  with contextlib.closing(Checkpoints(config.init.path, read_only=True)) as origin:
+    step = origin.best_step() or origin.latest_step()
+    if step is None:
+      raise ConfigError(f"init.path = {config.init.path}: no checkpoint in {origin.folder}. Name the workdir of a run.")
+    imported = origin.restore_variables(step)
   variables, taken, count = merge_variables(
-    jax.device_get(state.variables()), source.restore_variables(step), config.init.exclude, config.init.path
+    jax.device_get(state.variables()), imported, config.init.exclude, config.init.path
   )
   say(f"init: imported {taken} of {count} tensors from {config.init.path} (step {step})")
   variables = jax.device_put(variables, sharding.replicated(mesh))
@@ -188,27 +224,32 @@ def make_class_weights(config, source, workdir: pathlib.Path) -> np.ndarray | No
   """[K] float32 or None, from `config.loss.class_weights`; statistics of the labels are cached in the workdir.
 
   Raises:
-    ValueError: another number of weights than classes, or a class that never occurs.
+    ConfigError: another number of weights than classes, or a class that never occurs.
   """
   weights = config.loss.class_weights
   if not weights:
     return None
   if not isinstance(weights[0], str):
     if len(weights) != len(source.classes):
-      raise ValueError(f"loss.class_weights has {len(weights)} numbers for {len(source.classes)} classes.")
+      raise ConfigError(f"loss.class_weights has {len(weights)} numbers for {len(source.classes)} classes.")
     return np.asarray(weights, np.float32)
   cache = workdir / "label_statistics.json"
-  key = dict(examples=len(source), classes=list(source.classes))
-  if cache.exists() and (saved := json.loads(cache.read_text()))["of"] == key:
+  if cache.exists():
+    saved = json.loads(cache.read_text())
     pixels, images_with_class = saved["pixels"], saved["images_with_class"]
   else:
     pixels, images_with_class = check_data.label_statistics(source)
-    cache.write_text(json.dumps(dict(of=key, pixels=pixels.tolist(), images_with_class=images_with_class.tolist())))
-  return losses.class_weights(weights[0], pixels, images_with_class)
+    temporary = cache.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dict(pixels=pixels.tolist(), images_with_class=images_with_class.tolist())))
+    temporary.replace(cache)
+  try:
+    return losses.class_weights(weights[0], pixels, images_with_class)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
 
 
-def check_finite(config, state: TrainState, schedule, num_examples: int, checkpoints) -> None:
-  """Stops a diverged run; the state still is the one before the failing step.
+def check_finite(config, state: TrainState, schedule, num_examples: int, checkpoints: Checkpoints) -> None:
+  """Stops a diverged run; its state still is the one before the failing step.
 
   Raises:
     NonFiniteLoss: names step, learning rate, example ids, the last good checkpoint and remedies.
@@ -217,7 +258,7 @@ def check_finite(config, state: TrainState, schedule, num_examples: int, checkpo
   if failed < 0:
     return
   ids = order.train_ids(config.seed, failed, config.batch_size, num_examples)
-  checkpoints.close()
+  checkpoints.wait()
   raise NonFiniteLoss(
     f"Loss or gradient not finite in step {failed + 1} (learning rate {float(schedule(failed)):.3g}, example ids"
     f" {ids.tolist()}). Last good checkpoint: step {checkpoints.latest_step()} in {checkpoints.folder}. Lower"

@@ -15,13 +15,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from segjax.config import IGNORE_LABEL, SOURCES
+from segjax import config as config_lib
+from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import order
 from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.synthetic import SyntheticSource
 
-_SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
+SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
 # Imported when asked for: a run with grain must not import TensorFlow, nor the other way round.
 _LOADERS = {"tf_data": "segjax.input_pipeline.tf_data", "grain": "segjax.input_pipeline.grain_loader"}
 
@@ -32,8 +33,8 @@ def make_source(data, split: str):
   Raises:
     DataError: the data set cannot be used; the message says why.
   """
-  options = {name: data[name] for name in SOURCES[data.name]}
-  return _SOURCES[data.name](dir=data.dir, split=split, **options)
+  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
+  return SOURCES[data.name](dir=data.dir, split=split, **options)
 
 
 def canvas_of(source, data) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Your own images and masks, paired by name, by folder or by list file."""
 
+import functools
 import pathlib
 
 import numpy as np
@@ -16,8 +17,8 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp",
 class FolderSource:
   """Random access to image and mask files.
 
-  All files are paired and their headers compared at construction, so that what is missing or of another size is told
-  before training, all of it at once.
+  All files are paired at construction, and `canvas_size` compares their headers, so that what is missing or of another
+  size is told before training, all of it at once.
 
   Args:
     dir: root folder.
@@ -31,8 +32,8 @@ class FolderSource:
     label_map: "VALUE:CLASS,..."; 255 is void.
 
   Raises:
-    DataError: missing folder, list, image or mask, an unreadable header, sizes that differ, an empty split, or options
-      that contradict each other; each with the remedy.
+    DataError: missing folder, list, image or mask, an empty split, or options that contradict each other; each with the
+      remedy.
   """
 
   def __init__(self, *, dir: str, split: str, images: str, masks: str, mask_suffix: str, list: str, holdout: float,
@@ -58,11 +59,30 @@ class FolderSource:
     self._color_table = dict.fromkeys(void, IGNORE_LABEL) | {code: i for i, code in enumerate(codes)}
 
     self._pairs = self._find_pairs(split, images, masks, mask_suffix, list, holdout)
-    sizes = self._check_headers()
-    self.canvas_size = (max(h for h, _ in sizes), max(w for _, w in sizes))
 
   def __len__(self) -> int:
     return len(self._pairs)
+
+  @functools.cached_property
+  def canvas_size(self) -> tuple[int, int]:
+    """(H, W) that holds every image of the split; reads all headers.
+
+    Raises:
+      DataError: every unreadable header, and every mask of another size than its image.
+    """
+    sizes, problems = [], []
+    for image_path, mask_path in self._pairs:
+      try:
+        image_size, mask_size = images_lib.read_size(image_path), images_lib.read_size(mask_path)
+        if image_size != mask_size:
+          raise DataError(_size_problem(image_path, image_size, mask_path, mask_size))
+        sizes.append(image_size)
+      except DataError as error:
+        problems.append(str(error))
+    if problems:
+      shown = "\n  ".join(problems[:20])
+      raise DataError(f"{len(problems)} of {len(self._pairs)} examples cannot be used:\n  {shown}")
+    return max(h for h, _ in sizes), max(w for _, w in sizes)
 
   def describe(self, index: int) -> str:
     """The image's path under the root, without its extension."""
@@ -166,22 +186,6 @@ class FolderSource:
       if candidate.is_file():
         return candidate
     raise DataError(f"{list_path} names {text}, which is not under {self._root}. Add the file, or remove the line.")
-
-  def _check_headers(self) -> list[tuple[int, int]]:
-    sizes, problems = [], []
-    for image_path, mask_path in self._pairs:
-      try:
-        image_size, mask_size = images_lib.read_size(image_path), images_lib.read_size(mask_path)
-        if image_size != mask_size:
-          raise DataError(_size_problem(image_path, image_size, mask_path, mask_size))
-        sizes.append(image_size)
-      except DataError as error:
-        problems.append(str(error))
-    if problems:
-      raise DataError(
-        f"{len(problems)} of {len(self._pairs)} examples cannot be used:\n  " + "\n  ".join(problems[:20])
-      )
-    return sizes
 
 
 def _size_problem(image_path, image_size, mask_path, mask_size) -> str:

@@ -20,7 +20,7 @@ def _inside(kind: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
   if kind == 2:  # Square.
     return np.maximum(np.abs(y), np.abs(x)) - 0.85
   if kind == 3:  # Triangle.
-    return np.maximum(np.maximum(-y - 0.5, 0.5 * y + 0.866 * x - 0.5), 0.5 * y - 0.866 * x - 0.5)
+    return np.maximum(np.maximum(-y, 0.5 * y + 0.866 * x), 0.5 * y - 0.866 * x) - 0.65
   if kind == 4:  # Ring.
     return np.abs(np.hypot(y, x) - 0.72) - 0.28
   ay, ax = np.abs(y), np.abs(x)  # Cross.
@@ -29,15 +29,15 @@ def _inside(kind: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 def _texture(rng, kind: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
   """The surface of a class in two random colours, [H, W, 3] float."""
-  angle, period = rng.uniform(0, np.pi), rng.uniform(5, 8) if kind else rng.uniform(20, 40)
+  angle, period = rng.uniform(0, np.pi), rng.uniform(*((14, 20), (8, 11), (6, 8), (4, 5), (6, 8), (6, 8))[kind])
   phase = 2 * np.pi / period
   along = np.sin(phase * (np.cos(angle) * y + np.sin(angle) * x) + rng.uniform(0, 2 * np.pi))
   across = np.sin(phase * (np.cos(angle) * x - np.sin(angle) * y) + rng.uniform(0, 2 * np.pi))
   pattern = (
-    0.3 * along,  # Ground: soft shades.
-    along,  # Disk: stripes.
+    0.6 * along,  # Ground: soft, wide stripes.
+    along,  # Disk: coarse stripes.
     np.sign(along * across),  # Square: a chequerboard.
-    np.zeros_like(x),  # Triangle: plain.
+    along,  # Triangle: fine stripes.
     np.maximum(along * across, 0) * 2 - 1,  # Ring: dots.
     rng.uniform(-1, 1, x.shape),  # Cross: noise.
   )[kind]
@@ -75,7 +75,7 @@ class SyntheticSource:
     image = _texture(rng, 0, y, x)
     label = np.zeros((h, w), np.uint8)
     for _ in range(rng.integers(3, 7)):  # Later shapes hide parts of earlier ones.
-      kind, radius = int(rng.integers(1, len(CLASSES))), rng.uniform(0.12, 0.26) * min(h, w)
+      kind, radius = int(rng.integers(1, len(CLASSES))), rng.uniform(0.15, 0.3) * min(h, w)
       angle = rng.uniform(0, 2 * np.pi)
       centre_y, centre_x, reach = rng.uniform(0, h), rng.uniform(0, w), 1.3 * radius + 2  # No shape is wider.
       top, left = max(int(centre_y - reach), 0), max(int(centre_x - reach), 0)

@@ -1,0 +1,170 @@
+"""Laws of the augmentation: labels are never invented, image and label stay aligned, draws cover what is configured."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segjax import augment, sharding
+
+OFF = dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+FILL = (10.0, 20.0, 30.0)
+
+
+def run(image, label, size=None, crop=(24, 24), seed=0, scale=(0.5, 2.0), step=0.0, flip=True, color=OFF):
+  size = np.array([image.shape[1:3]] * len(image), np.int32) if size is None else size
+  function = functools.partial(
+    augment.augment_batch, crop_size=crop, fill=FILL, ignore_label=255, scale=scale, scale_step=step, flip=flip, **color
+  )
+  image, label = jax.jit(function)(jax.random.key(seed), image, label, size)
+  return np.asarray(image), np.asarray(label)
+
+
+def coordinates(batch, h, w):
+  """Images whose red and green are row and column, and labels that say the same, in blocks of 8."""
+  y, x = np.mgrid[:h, :w]
+  image = np.stack([y * 4, x * 4, np.full_like(y, 77)], -1).astype(np.uint8)
+  label = ((y // 8) * 8 + x // 8).astype(np.uint8)
+  return np.tile(image, (batch, 1, 1, 1)), np.tile(label, (batch, 1, 1))
+
+
+def test_labels_after_are_labels_before_or_void():
+  rng = np.random.default_rng(0)
+  label = rng.choice(np.array([3, 9, 200], np.uint8), (16, 20, 30))
+  image = rng.integers(0, 256, (16, 20, 30, 3), dtype=np.uint8)
+  _, out = run(image, label)
+  assert set(np.unique(out)) <= {3, 9, 200, 255}
+
+
+def test_image_and_label_stay_aligned_to_the_pixel():
+  image, label = coordinates(32, 48, 56)
+  out, classes = run(image, label, crop=(40, 40))
+  inside = classes != 255
+  row, col = out[..., 0] / 4, out[..., 1] / 4  # Where each pixel came from, to a fraction.
+  # The label is that of the nearest input pixel; at a half, either neighbour is nearest.
+  for r, c in ((np.floor(row + 0.499), np.floor(col + 0.499)), (np.floor(row + 0.501), np.floor(col + 0.501))):
+    wrong = ((r // 8) * 8 + c // 8 != classes) & inside
+    near_half = (np.abs(row % 1 - 0.5) < 0.01) | (np.abs(col % 1 - 0.5) < 0.01)
+    assert not (wrong & ~near_half).any()
+  assert inside.mean() > 0.5
+
+
+def test_padding_is_the_fill_pixel_and_void():
+  image, label = coordinates(16, 16, 16)
+  out, classes = run(image, label, crop=(40, 32), scale=(0.5, 1.0))
+  padding = classes == 255
+  assert padding.any((1, 2)).all() and (out[padding] == FILL).all()
+  assert (out[~padding][:, 2] == 77).all()
+
+
+def test_canvas_outside_the_image_is_never_seen():
+  image, label = coordinates(32, 32, 32)
+  size = np.array([[20, 12]] * 32, np.int32)
+  image[:, 20:], image[:, :, 12:] = 255, 255
+  label[:, 20:], label[:, :, 12:] = 99, 99
+  out, classes = run(image, label, size=size, crop=(32, 32))
+  assert 99 not in classes and (out[classes != 255][:, 2] == 77).all()
+
+
+def test_scale_1_without_flip_is_an_exact_crop():
+  image, label = coordinates(8, 32, 40)
+  out, classes = run(image, label, crop=(16, 16), scale=(1.0, 1.0), flip=False)
+  for i in range(8):
+    top, left = int(out[i, 0, 0, 0]) // 4, int(out[i, 0, 0, 1]) // 4
+    np.testing.assert_array_equal(out[i], image[i, top : top + 16, left : left + 16])
+    np.testing.assert_array_equal(classes[i], label[i, top : top + 16, left : left + 16])
+  assert len({tuple(out[i, 0, 0]) for i in range(8)}) > 4  # Offsets differ between examples.
+
+
+def test_flip_mirrors_half_of_the_examples_exactly():
+  image, label = coordinates(200, 16, 16)
+  out, classes = run(image, label, crop=(16, 16), scale=(1.0, 1.0))
+  mirrored = out[:, 0, 0, 1] > out[:, 0, -1, 1]
+  assert 70 < mirrored.sum() < 130
+  for i in range(200):
+    side = np.s_[:, ::-1] if mirrored[i] else np.s_[:, :]
+    np.testing.assert_array_equal(out[i], image[i][side])
+    np.testing.assert_array_equal(classes[i], label[i][side])
+
+
+def realised_scales(**options):
+  image, label = coordinates(400, 60, 60)
+  out, _ = run(image, label, crop=(16, 16), flip=False, **options)
+  return 4 / (out[:, 1, 0, 0] - out[:, 0, 0, 0])  # One output row is 1 / scale input rows, which are 4 grey levels.
+
+
+def test_realised_scales_cover_the_configured_range():
+  scales = realised_scales(scale=(0.5, 2.0))
+  assert scales.min() < 0.55 and scales.max() > 1.9 and np.histogram(scales, 6, (0.49, 2.03))[0].min() > 35
+
+
+def test_scale_step_draws_the_seven_values_of_official_deeplab():
+  scales = realised_scales(scale=(0.5, 2.0), step=0.25)
+  nearest = np.round(scales * 4) / 4
+  # Aligned corners: 60 pixels at scale s are trunc(60 s), so the realised ratio is (trunc(60 s) - 1) / 59.
+  np.testing.assert_allclose(scales, (np.trunc(60 * nearest) - 1) / 59, rtol=1e-3)
+  assert sorted(set(nearest)) == [0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]
+
+
+def test_resampling_equals_the_resize_of_official_deeplab(shared):
+  z = np.load(shared / "reference/deeplab/fixtures/preprocess.npz")
+  image, label = z["image"], z["label"].reshape(z["image"].shape[:2]).astype(np.uint8)
+  checked = 0
+  for key in z.files:
+    if not (key.startswith("scale/") and key.endswith("/shape")):
+      continue
+    scale = float(key.split("/")[1])
+    h, w = (int(n) for n in z[key][:2])
+    out, classes = run(image[None], label[None], crop=(h, w), scale=(scale, scale), flip=False)
+    np.testing.assert_allclose(out[0, ::3, ::3], z[f"scale/{key.split('/')[1]}/image"], atol=2e-2)
+    np.testing.assert_array_equal(classes[0], z[f"scale/{key.split('/')[1]}/label"].reshape(h, w))
+    checked += 1
+  assert checked >= 7
+
+
+def test_one_and_eight_devices_draw_the_same():
+  image, label = coordinates(8, 32, 32)
+  color = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
+  alone = run(image, label, color=color)
+  mesh = sharding.make_mesh()
+  put = [jax.device_put(x, sharding.batch_sharding(mesh, 3)) for x in (image, label)]
+  sharded = run(*put, color=color)
+  np.testing.assert_allclose(sharded[0], alone[0], atol=2e-2)  # Grey levels: XLA fuses each batch size differently.
+  np.testing.assert_array_equal(sharded[1], alone[1])
+
+
+def test_step_and_position_decide_the_draw():
+  image, label = coordinates(4, 32, 32)
+  first, again, other = (run(image, label, seed=s)[0] for s in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 0 and np.abs(first[0] - first[1]).max() > 0
+  longer = run(*coordinates(6, 32, 32))[0]
+  np.testing.assert_array_equal(first, longer[:4])  # An example's draw does not depend on how many there are.
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_each_colour_option_changes_the_image_stays_in_range_and_spares_padding(name):
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+  label = np.zeros((4, 16, 16), np.uint8)
+  plain, classes = run(image, label, crop=(24, 24))
+  out, _ = run(image, label, crop=(24, 24), color=OFF | {name: 0.4})
+  assert np.abs(out - plain).max() > 1 and out.min() >= 0 and out.max() <= 255.01
+  assert (out[classes == 255] == FILL).all()
+
+
+def test_hue_by_a_third_turns_red_into_green_and_a_full_turn_changes_nothing():
+  red = jnp.array([[[200.0, 50.0, 50.0]]])
+  np.testing.assert_allclose(augment.shift_hue(red, 1 / 3)[0, 0], [50, 200, 50], atol=1e-3)
+  image = jnp.asarray(np.random.default_rng(0).uniform(0, 255, (5, 5, 3)), jnp.float32)
+  np.testing.assert_allclose(augment.shift_hue(image, 1.0), image, atol=1e-2)
+
+
+def test_grey_has_no_hue_or_saturation_to_change():
+  grey = jnp.full((3, 3, 3), 90.0)
+  color = dict(brightness=0.0, contrast=0.0, saturation=0.9, hue=0.5)
+  np.testing.assert_allclose(
+    augment.jitter_color(jax.random.key(0), grey, jnp.ones((3, 3), bool), **color), grey, atol=1e-3
+  )

@@ -1,0 +1,170 @@
+"""The schema: what is refused, what is saved, and that every field means something."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from segjax import config as config_lib
+from segjax import input_pipeline, models, sharding, state, steps
+from segjax.augment import augment_batch, jitter_color
+from segjax.config import ConfigError, default_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+
+
+def run(*arguments):
+  command = [sys.executable, "-m", "segjax.main", *arguments]
+  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_misspelt_field_in_a_config_file_is_refused_with_a_suggestion():
+  config = default_config()
+  with pytest.raises(AttributeError, match='Did you mean "num_steps"'):
+    config.num_step = 3
+  with pytest.raises(AttributeError):
+    config.optimizer.base_rl = 0.1
+  with pytest.raises(TypeError):
+    config.batch_size = 8.5
+
+
+def test_misspelt_field_on_the_command_line_is_refused_with_a_suggestion(tmp_path):
+  base = ("--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}")
+  for argument, message in (
+    ("--config.num_step=3", "config.num_step: no such field. Did you mean num_steps?"),
+    ("--config.base_lr=3", "config.base_lr: no such field. Did you mean optimizer.base_lr?"),
+    ("--config.num_steps=many", "num_steps=many"),
+    ("--config.data.loader=torch", "config.data.loader = 'torch': choose one of tf_data, grain."),
+    ("--worckdir=x", "worckdir"),
+  ):
+    result = run(*base, argument)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_missing_config_file_and_workdir_say_so(tmp_path):
+  result = run("--config=configs/quickstat.py", f"--workdir={tmp_path}")
+  assert result.returncode == 2 and "quickstat.py" in result.stderr and "Traceback" not in result.stderr
+  result = run(f"--workdir={tmp_path / 'none'}", "--mode=eval")
+  assert result.returncode == 2 and "is not the workdir of a run" in result.stderr
+
+
+def test_validate_reports_all_problems_at_once():
+  config = default_config(data="folder")
+  config.batch_size, config.crop_size, config.optimizer.momentum = 0, (1, 2, 3), 1.5
+  config.optimizer.schedule, config.augment.scale = "step", (2.0, 0.5)
+  with pytest.raises(ConfigError) as error:
+    config_lib.validate(config)
+  for field in ("batch_size", "crop_size", "data.dir", "optimizer.momentum", "optimizer.schedule", "augment.scale"):
+    assert f"config.{field} = " in str(error.value)
+
+
+def test_unknown_model_or_source_lists_the_known_ones():
+  with pytest.raises(ConfigError, match="model.name: 'vnet' is none of unet"):
+    default_config(model="vnet")
+  with pytest.raises(ConfigError, match="data.name: 'coco' is none of synthetic, folder"):
+    default_config(data="coco")
+
+
+def test_command_line_lists_become_tuples():
+  config = default_config()
+  config.data.classes = ("road,car", "sky")
+  assert config_lib.finalize(config).data.classes == ("road", "car", "sky")
+
+
+def test_saved_config_comes_back_whole(tmp_path, tiny_config):
+  config_lib.save(tiny_config, tmp_path)
+  assert config_lib.fields(config_lib.load(tmp_path)) == config_lib.fields(tiny_config)
+  assert config_lib.differences(tiny_config, config_lib.load(tmp_path)) == []
+
+
+def test_differences_name_the_fields_and_spare_the_harmless_ones(tiny_config):
+  other = tiny_config.copy_and_resolve_references()
+  other.num_steps, other.log_every, other.data.loader, other.mesh.data = 99, 7, "grain", 4
+  assert config_lib.differences(other, tiny_config) == []
+  other.optimizer.base_lr, other.seed = 0.5, 3
+  assert config_lib.differences(other, tiny_config) == ["optimizer.base_lr: 0.01 -> 0.5", "seed: 0 -> 3"]
+
+
+def test_harmless_names_exist():
+  config = default_config()
+  known = set(config_lib.fields(config))
+  for name in config_lib.HARMLESS:
+    assert name in known or any(field.startswith(name + ".") for field in known), name
+
+
+def test_config_of_another_version_is_refused(tmp_path):
+  text = config_lib.to_json(default_config()).replace('"log_every"', '"log_period"')
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ConfigError, match=r"unknown \['log_period'\], missing \['log_every'\]"):
+    config_lib.load(tmp_path)
+
+
+def test_model_and_source_options_are_their_constructors_arguments():
+  for name, options in config_lib.MODELS.items():
+    parameters = inspect.signature(models.MODELS[name].__init__).parameters
+    assert set(options) == set(parameters) - {"self", "num_classes", "dtype", "rngs"}, name
+    for option, value in options.items():
+      assert value == parameters[option].default, (name, option)
+  for name, options in config_lib.SOURCES.items():
+    parameters = inspect.signature(input_pipeline.SOURCES[name].__init__).parameters
+    assert set(options) == set(parameters) - {"self", "dir", "split"}, name
+  assert config_lib.MODELS.keys() == models.MODELS.keys()
+  assert config_lib.SOURCES.keys() == input_pipeline.SOURCES.keys()
+
+
+def test_every_field_is_read_somewhere():
+  """A field is read as an attribute named like it; model, source and augmentation options by their constructors."""
+  read = set()
+  for path in (ROOT / "segjax").rglob("*.py"):
+    if path.name != "config.py":
+      read |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+  augmentation = set(inspect.signature(augment_batch).parameters) | set(inspect.signature(jitter_color).parameters)
+  for name in config_lib.SOURCES:
+    for field in config_lib.fields(default_config(data=name)):
+      section, _, leaf = field.rpartition(".")
+      constructed = section == "model" or (section == "data" and leaf in config_lib.SOURCES[name])
+      assert constructed or leaf in (augmentation if section == "augment" else read), f"nobody reads config.{field}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_shipped_config_builds_and_traces_a_step(name):
+  config = config_lib.finalize(importlib.import_module(f"configs.{name}").get_config())
+  config.data.dir = config.data.dir or "/data"
+  config_lib.validate(config)
+  num_classes = len(config.data.classes) if config.data.name == "folder" else 6
+  num_classes = num_classes or 2
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  graphdef, optimizer, _, init = state.build(config, num_classes)
+  abstract = jax.eval_shape(init)
+  step = steps.make_train_step(
+    graphdef, optimizer, mesh, seed=config.seed, crop_size=config.crop_size, augmentation=dict(config.augment),
+    class_weights=None, ema_decay=config.optimizer.ema_decay,
+  )  # fmt: skip
+  b, h, w = config.batch_size, 60, 80
+  batch = dict(
+    image=jax.ShapeDtypeStruct((b, h, w, 3), np.uint8),
+    label=jax.ShapeDtypeStruct((b, h, w), np.uint8),
+    size=jax.ShapeDtypeStruct((b, 2), np.int32),
+  )
+  after, _ = jax.eval_shape(step, abstract, batch)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+  evaluation = steps.make_eval_step(
+    graphdef, mesh, num_classes=num_classes, scales=config.eval.scales, flip=config.eval.flip
+  )
+  out = jax.eval_shape(evaluation, abstract.eval_variables(), batch)
+  assert out["confusion"].shape == (num_classes, num_classes) and out["prediction"].shape == (b, h, w)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_shipped_config_opens_with_its_command(name):
+  header = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
+  assert re.search(rf"python -m segjax.main --config=configs/{name}.py .*--workdir=", header)

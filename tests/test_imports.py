@@ -1,0 +1,87 @@
+"""The house's layers: a file imports only downwards, and data workers never import JAX."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "segjax"
+
+# From the foundation up; a file may import from lower layers and from its own folder.
+LAYERS = [
+  {"config", "input_pipeline.datasets"},
+  {"losses", "metrics", "optimizer", "sharding", "augment", "models.resize"},
+  {"models", "models.layers", "models.unet"},
+  {"input_pipeline", "input_pipeline.images", "input_pipeline.order", "input_pipeline.synthetic",
+   "input_pipeline.folder", "input_pipeline.tf_data", "input_pipeline.grain_loader"},
+  {"state", "steps", "checkpoint", "report", "commandline"},
+  {"check_data", "evaluate", "train"},
+  {"main"},
+]  # fmt: skip
+
+
+def module_of(path):
+  return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__").removesuffix("__init__")
+
+
+def imports_of(path):
+  """Modules of segjax that a file imports, anywhere in it."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "segjax":
+      base = node.module.removeprefix("segjax").lstrip(".")
+      for alias in node.names:
+        whole = f"{base}.{alias.name}".lstrip(".")
+        is_module = (PACKAGE / f"{whole.replace('.', '/')}.py").exists() or (PACKAGE / whole.replace(".", "/")).is_dir()
+        found.add(whole if is_module else base)
+  return found - {""}
+
+
+def test_every_file_has_a_layer_and_imports_only_downwards():
+  level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+  for path in PACKAGE.rglob("*.py"):
+    module = module_of(path)
+    if not module:
+      continue
+    assert module in level, f"{path} is in no layer of the house"
+    for other in imports_of(path):
+      same_folder = module.split(".")[0] == other.split(".")[0]
+      lower = level[other] < level[module] or (level[other] == level[module] and same_folder)
+      beside = level[other] == level[module] and level[module] >= 4
+      assert lower or beside, f"{module} imports {other}, which is not below it"
+
+
+def run(code):
+  return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_sources_and_order_import_no_jax():
+  code = """
+import sys
+sys.modules["jax"] = None  # Any import of it now raises.
+from segjax import input_pipeline
+source = input_pipeline.SyntheticSource(split="train", num_train=3, num_val=1, image_size=(8, 8))
+assert input_pipeline.load_example(source, (9, 9), 1)["image"].shape == (9, 9, 3)
+assert not any(name.split(".")[0] in ("flax", "orbax", "tensorflow") for name in sys.modules)
+"""
+  assert run(code).returncode == 0, run(code).stderr
+
+
+def test_a_run_with_grain_imports_no_tensorflow(tmp_path):
+  code = f"""
+import sys
+for name in ("tensorflow", "tensorflow_datasets"):
+  sys.modules[name] = None  # Any import of it now raises.
+from segjax.config import default_config
+from segjax.train import train
+from segjax.evaluate import evaluate
+config = default_config(data="synthetic")
+config.num_steps, config.batch_size, config.crop_size, config.data.loader = 2, 8, (8, 8), "grain"
+config.data.image_size, config.data.num_train, config.data.num_val = (8, 8), 4, 2
+config.model.width, config.model.depth = 2, 1
+train(config, {str(tmp_path / "run")!r})
+evaluate(config, {str(tmp_path / "run")!r})
+"""
+  result = run(code)
+  assert result.returncode == 0, result.stderr
+  assert (tmp_path / "run" / "metrics.jsonl").exists()

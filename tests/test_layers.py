@@ -1,0 +1,111 @@
+"""Layers against plain XLA forms and PyTorch's numbers, values and gradients."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from segjax.models import layers, resize
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+def random(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def test_max_pool_equals_reduce_window_in_value_and_gradient():
+  x, weight = random(2, 6, 8, 3), random(2, 3, 4, 3, seed=1)
+
+  def plain(x):
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+  np.testing.assert_array_equal(layers.max_pool_2x2(x), plain(x))
+  got, want = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (layers.max_pool_2x2, plain))
+  np.testing.assert_array_equal(got, want)
+
+
+def test_max_pool_refuses_odd_sizes():
+  with pytest.raises(ValueError, match="even height and width, got 5x4"):
+    layers.max_pool_2x2(random(1, 5, 4, 1))
+
+
+def test_transposed_convolution_equals_lax_in_value_and_gradients():
+  layer = layers.ConvTranspose2x2(3, 5, rngs=nnx.Rngs(0))
+  graphdef = nnx.graphdef(layer)
+  x, weight = random(2, 3, 4, 3), random(2, 6, 8, 5, seed=1)
+
+  def ours(x, kernel):
+    return nnx.merge(graphdef, {"kernel": kernel, "bias": layer.bias[...]}, copy=True)(x)
+
+  def plain(x, kernel):
+    # lax slides the kernel flipped: output (2i+a, 2j+b) takes kernel[1-a, 1-b].
+    return jax.lax.conv_transpose(x, kernel[::-1, ::-1], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  kernel = layer.kernel[...]
+  np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-5)
+  got, want = (jax.grad(lambda x, k, f=f: (f(x, k) * weight).sum(), (0, 1))(x, kernel) for f in (ours, plain))
+  for g, w in zip(got, want):
+    np.testing.assert_allclose(g, w, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum, epsilon", [(0.1, 1e-5), (0.01, 1e-5), (0.1, 1e-3), (0.0003, 1e-3)])
+def test_batch_norm_equals_torch(momentum, epsilon):
+  z, key = np.load(DATA / "torch_optim_bn.npz"), f"bn_m{momentum}_eps{'1e-05' if epsilon == 1e-5 else '0.001'}_"
+  initial = {leaf: seeded(leaf, (5,)) for leaf in ("weight", "bias", "running_mean", "running_var")}
+  norm = layers.BatchNorm(5, momentum=1 - momentum, epsilon=epsilon)
+  norm.scale[...], norm.bias[...] = initial["weight"], initial["bias"]
+  norm.mean[...], norm.var[...] = initial["running_mean"], initial["running_var"]
+  x = jnp.asarray(z["bn_x"].transpose(0, 2, 3, 1))
+  np.testing.assert_allclose(norm(x, True).transpose(0, 3, 1, 2), z[key + "y"], atol=2e-6)
+  np.testing.assert_allclose(norm.mean[...], z[key + "running_mean"], atol=1e-6)
+  np.testing.assert_allclose(norm.var[...], z[key + "running_var"], atol=1e-6)  # The unbiased variance.
+  before = norm.var[...]
+  np.testing.assert_allclose(norm(x, False).transpose(0, 3, 1, 2), z[key + "y_eval"], atol=2e-6)
+  np.testing.assert_array_equal(norm.var[...], before)
+
+
+def seeded(key, shape):
+  """The weight rule of ../shared/reference/torch/FIXTURES.md section 1, for one-dimensional entries."""
+  import hashlib
+
+  rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+  values = rng.uniform(0.8, 1.2, shape) if key in ("weight", "running_var") else rng.standard_normal(shape) * 0.05
+  return values.astype(np.float32)
+
+
+def test_batch_norm_keeps_its_digits_where_the_mean_is_large():
+  norm = layers.BatchNorm(1)
+  x = 1000 + 0.1 * random(8, 16, 16, 1)
+  assert np.std(norm(x, True)) == pytest.approx(1, abs=0.02)  # E[x^2] - E[x]^2 would give a variance of 0.
+
+
+def test_batch_norm_statistics_stay_float32_under_bfloat16():
+  norm = layers.BatchNorm(2, dtype=jnp.bfloat16)
+  out = norm(random(4, 8, 8, 2).astype(jnp.bfloat16), True)
+  assert out.dtype == jnp.bfloat16 and norm.mean[...].dtype == norm.scale[...].dtype == jnp.float32
+
+
+def test_dropout_keeps_the_mean_and_is_off_without_a_key():
+  x = jnp.ones((4, 50, 50, 2))
+  out = layers.dropout(x, 0.3, jax.random.key(0))
+  assert float(out.mean()) == pytest.approx(1, abs=0.02)
+  assert float((out == 0).mean()) == pytest.approx(0.3, abs=0.02)
+  assert layers.dropout(x, 0.3, None) is x
+
+
+def test_resize_with_aligned_corners_by_hand():
+  x = jnp.array([0.0, 3.0]).reshape(1, 1, 2, 1)
+  np.testing.assert_allclose(resize.resize_bilinear(x, (1, 4)).reshape(-1), [0, 1, 2, 3], atol=1e-6)
+  x = jnp.arange(5.0).reshape(1, 5, 1, 1)
+  np.testing.assert_allclose(resize.resize_bilinear(x, (3, 1)).reshape(-1), [0, 2, 4])
+
+
+def test_resize_to_the_same_size_is_the_identity_and_reproduces_linear_ramps():
+  x = random(2, 5, 7, 3)
+  assert resize.resize_bilinear(x, (5, 7)) is x
+  ramp = jnp.broadcast_to(jnp.linspace(-1, 1, 9).reshape(1, 9, 1, 1), (1, 9, 4, 1))
+  np.testing.assert_allclose(resize.resize_bilinear(ramp, (23, 4))[0, :, 0, 0], np.linspace(-1, 1, 23), atol=1e-6)

@@ -1,0 +1,115 @@
+"""One experiment on 1 to 8 devices and on a spatial mesh: losses, gradients, statistics; and what XLA made of it."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segjax import input_pipeline, sharding, state, steps
+from segjax.config import ConfigError
+from segjax.input_pipeline import train_batches
+
+MESHES = [(1, 1), (2, 1), (8, 1), (4, 2), (2, 4)]
+
+
+def make(config, data, space):
+  mesh = sharding.make_mesh(data, space, devices=jax.devices()[: data * space])
+  graphdef, optimizer, _, init = state.build(config, 6)
+  step = steps.make_train_step(
+    graphdef, optimizer, mesh, seed=0, crop_size=config.crop_size, augmentation=dict(config.augment),
+    class_weights=None, ema_decay=config.optimizer.ema_decay,
+  )  # fmt: skip
+  initial = state.materialize(init, sharding.replicated(mesh))
+  return mesh, graphdef, step, initial
+
+
+def host_batches(config, num_steps):
+  source = input_pipeline.make_source(config.data, "train")
+  config.data.loader = "grain"
+  return list(
+    train_batches(
+      source, config.data, seed=0, batch_size=config.batch_size, rows=np.arange(config.batch_size), start_step=0,
+      num_steps=num_steps,
+    )
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unsharded():
+  return {}
+
+
+@pytest.mark.parametrize("data, space", MESHES)
+def test_any_mesh_gives_the_same_losses_gradients_and_statistics_in_float64(tiny_config, unsharded, data, space):
+  """SGD without momentum leaves the gradients in the parameters, so comparing states compares every gradient."""
+  config = tiny_config
+  config.dtype, config.crop_size = "float64", (16, 24)
+  config.optimizer.momentum, config.optimizer.base_lr, config.optimizer.schedule = 0.0, 1.0, "constant"
+  with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    mesh, _, step, current = make(config, data, space)
+    losses = []
+    for batch in sharding.to_device(iter(host_batches(config, 3)), mesh):
+      current, metrics = step(current, batch)
+      losses.append(float(metrics["loss"]))
+    result = jax.device_get(dict(losses=losses, params=current.params, stats=current.batch_stats, ema=current.ema))
+  assert result["params"]["down0"]["conv1"]["kernel"].dtype == np.float64
+  want = unsharded.setdefault("result", result)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), result, want)
+
+
+@pytest.mark.parametrize("data, space", [(8, 1), (4, 2)])
+def test_evaluation_gives_the_same_matrix_on_any_mesh(tiny_config, data, space):
+  results = []
+  for shape in ((1, 1), (data, space)):
+    mesh, graphdef, _, current = make(tiny_config, *shape)
+    evaluate = steps.make_eval_step(graphdef, mesh, num_classes=6, scales=(0.75, 1.0), flip=True)
+    batch = next(sharding.to_device(iter(host_batches(tiny_config, 1)), mesh))
+    results.append(np.asarray(evaluate(current.eval_variables(), batch)["confusion"]))
+  assert results[0].sum() > 0
+  assert np.abs(results[0] - results[1]).sum() <= 2  # A near tie may fall the other way in float32.
+
+
+def collectives(step, *arguments):
+  """{name: [bytes, ...]} of the collectives in the compiled HLO."""
+  text = step.lower(*arguments).compile().as_text()
+  found = collections.defaultdict(list)
+  for shape, name in re.findall(
+    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", text
+  ):
+    sizes = [np.prod([int(n) for n in dims.split(",") if n] or [1]) for dims in re.findall(r"\[([\d,]*)\]", shape)]
+    found[name].append(4 * int(sum(sizes)))
+  return found
+
+
+def test_the_train_step_gathers_no_activations_or_images(tiny_config):
+  mesh, _, step, current = make(tiny_config, 8, 1)
+  batch = next(sharding.to_device(iter(host_batches(tiny_config, 1)), mesh))
+  found = collectives(step, current, batch)
+  print({name: (len(sizes), sum(sizes)) for name, sizes in found.items()})
+  assert set(found) <= {"all-reduce", "all-gather"} and found["all-reduce"]
+  image_bytes = 3 * 16 * 24 * 4  # One crop.
+  assert all(size < image_bytes for size in found["all-gather"]), found["all-gather"]
+
+
+def test_local_rows_cover_the_batch_and_to_device_keeps_order():
+  mesh = sharding.make_mesh()
+  np.testing.assert_array_equal(sharding.local_rows(mesh, 16), np.arange(16))
+  batches = ({"id": np.full(8, i), "image": np.zeros((8, 4, 4, 3), np.uint8)} for i in range(5))
+  out = list(sharding.to_device(batches, mesh))
+  assert [int(b["id"][0]) for b in out] == [0, 1, 2, 3, 4]
+  assert out[0]["image"].dtype == jnp.uint8 and len(out[0]["image"].sharding.device_set) == 8
+
+
+def test_mesh_that_does_not_fit_says_so():
+  for sizes in ((5, 2), (-1, 3)):
+    with pytest.raises(ConfigError, match="does not fit 8 devices"):
+      sharding.make_mesh(*sizes)
+  assert sharding.make_mesh(1, 1).size == 1  # Fewer than there are, where asked for.
+  mesh = sharding.make_mesh(2, 4)
+  with pytest.raises(ConfigError, match="config.batch_size = 7 is not divisible by the 2 devices"):
+    sharding.check_batch(mesh, "batch_size", 7, 16)
+  with pytest.raises(ConfigError, match="height 18 cannot be split over mesh.space = 4"):
+    sharding.check_batch(mesh, "batch_size", 8, 18)

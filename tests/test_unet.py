@@ -1,0 +1,167 @@
+"""The U-Net: its wiring, sizes and gradients."""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx, traverse_util
+
+from segjax import models, state, steps
+
+
+def build(**options):
+  options = dict(num_classes=3, width=4, depth=3) | options
+  return models.build("unet", rngs=nnx.Rngs(0), **options)
+
+
+def image(h, w, seed=0, batch=2):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=(batch, h, w, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize("up", ["transposed", "bilinear"])
+@pytest.mark.parametrize("size", [(16, 16), (17, 23), (5, 40), (1, 1)])
+def test_logits_have_the_images_size_whatever_it_is(up, size):
+  logits = build(up=up)(image(*size))
+  assert logits.shape == (2, *size, 3) and logits.dtype == jnp.float32 and jnp.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("up", ["transposed", "bilinear"])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_each_skip_changes_the_output(up, level):
+  """Cutting the weights that read a skip must matter: the finest one is easily lost (scenic's U-Net drops it)."""
+  model, x = build(up=up), image(16, 24)
+  whole = model(x)
+  kernel = getattr(model, f"up{level}").conv1.kernel
+  skip_channels = kernel[...].shape[2] // 2
+  assert skip_channels == 4 * 2**level
+  for half in (slice(None, skip_channels), slice(skip_channels, None)):  # The skip, and what comes from below.
+    saved = kernel[...]
+    kernel[...] = saved.at[:, :, half].set(0)
+    assert jnp.abs(model(x) - whole).max() > 1e-3
+    kernel[...] = saved
+
+
+def test_finest_skip_is_aligned_to_the_pixel():
+  """With the path from below cut off, a logit sees exactly the pixels within the four 3x3 convolutions around it."""
+  model = build()
+  kernel = model.up0.conv1.kernel
+  kernel[...] = kernel[...].at[:, :, 4:].set(0)
+  gradient = jax.grad(lambda x: model(x)[0, 9, 14].sum())(image(19, 27, batch=1))[0]
+  rows, cols = np.nonzero(np.asarray(jnp.abs(gradient).sum(-1)))
+  assert (rows.min(), rows.max(), cols.min(), cols.max()) == (5, 13, 10, 18)
+
+
+def test_a_size_is_padded_at_the_bottom_and_right():
+  model, x = build(), image(15, 13)
+  padded = jnp.pad(x, ((0, 0), (0, 1), (0, 3), (0, 0)))
+  np.testing.assert_allclose(model(x), model(padded)[:, :15, :13], atol=1e-6)
+
+
+def test_evaluation_is_pure_and_training_updates_statistics():
+  model, x = build(dropout=0.5), image(16, 16)
+  graphdef, params, stats = state.split(model)
+  variables = dict(params=params, batch_stats=stats)
+  np.testing.assert_array_equal(steps.merge(graphdef, variables)(x), steps.merge(graphdef, variables)(x))
+  trained = steps.merge(graphdef, variables)
+  first = trained(x, train=True, key=jax.random.key(0))
+  assert jnp.abs(trained.down0.norm1.mean[...] - model.down0.norm1.mean[...]).max() > 1e-3
+  assert jnp.abs(first - steps.merge(graphdef, variables)(x, train=True, key=jax.random.key(1))).max() > 1e-3
+  np.testing.assert_array_equal(first, steps.merge(graphdef, variables)(x, train=True, key=jax.random.key(0)))
+
+
+def test_batch_order_does_not_matter():
+  model, x = build(), image(16, 16, batch=3)
+  np.testing.assert_allclose(model(x)[::-1], model(x[::-1]), atol=1e-5)
+
+
+def test_width_64_has_the_papers_channels():
+  _, params, _ = state.split(nnx.eval_shape(lambda: build(width=64, depth=4)))
+  assert params["down4"]["conv2"]["kernel"].shape == (3, 3, 1024, 1024)
+
+
+def test_bfloat16_stays_near_float32_and_gives_float32_logits():
+  x = image(32, 32)
+  want, got = build()(x), build(dtype="bfloat16")(x)
+  assert got.dtype == jnp.float32
+  assert jnp.linalg.norm(got - want) < 2e-2 * jnp.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(up="nearest"), "model.up = 'nearest': choose transposed or bilinear"),
+    (dict(depth=0), "model.depth = 0"),
+    (dict(dropout=1.0), r"model.dropout = 1.0 must lie in \[0, 1\)"),
+    (dict(bn_momentum=1.5), "model.bn_momentum = 1.5"),
+  ],
+)
+def test_wrong_options_say_so(options, message):
+  with pytest.raises(ValueError, match=message):
+    build(**options)
+
+
+def test_unknown_model_lists_the_known_ones():
+  with pytest.raises(ValueError, match="choose one of unet"):
+    models.build("segformer", num_classes=2, rngs=nnx.Rngs(0))
+
+
+def torch_weights(keys: dict[str, tuple], gain: float) -> dict[str, np.ndarray]:
+  """The weight rule of ../shared/reference/torch/FIXTURES.md, section 1."""
+  weights = {}
+  for key, shape in keys.items():
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
+      values = rng.uniform(0.8, 1.2, shape)
+    elif leaf in ("bias", "running_mean"):
+      values = rng.standard_normal(shape) * 0.05
+    else:
+      values = rng.standard_normal(shape) * (gain * np.sqrt(2 / np.prod(shape[1:])))
+    weights[key] = values.astype(np.float32)
+  return weights
+
+
+def milesial_names(depth=4):
+  """Our module paths -> PyTorch's, for the padded U-Net of milesial/Pytorch-UNet."""
+  levels = {"down0": "inc.double_conv"} | {f"down{i}": f"down{i}.maxpool_conv.1.double_conv" for i in range(1, 5)}
+  levels |= {f"up{i}": f"up{depth - i}.conv.double_conv" for i in range(depth)}
+  names = {}
+  for ours, theirs in levels.items():
+    for part, index in (("conv1", 0), ("norm1", 1), ("conv2", 3), ("norm2", 4)):
+      names[f"{ours}/{part}"] = f"{theirs}.{index}"
+  names |= {f"upconv{i}": f"up{depth - i}.up" for i in range(depth)} | {"logits": "outc.conv"}
+  return names
+
+
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def test_logits_equal_the_pytorch_unet(shared):
+  z = np.load(shared / "reference/torch/fixtures/milesial_unet_transposed.npz")
+  num_classes = int(z["64x96/logits__shape"][1]) if "64x96/logits__shape" in z else z["64x96/logits"].shape[1]
+  model = build(num_classes=num_classes, width=64, depth=4)
+  graphdef, *trees = state.split(model)
+  names, merged = milesial_names(), {}
+  flats = [traverse_util.flatten_dict(tree) for tree in trees]
+  shapes = {}
+  for path in (*flats[0], *flats[1]):
+    ours = (flats[0] | flats[1])[path].shape
+    key = f"{names['/'.join(path[:-1])]}.{LEAVES[path[-1]]}"
+    if path[-1] == "kernel":
+      order = (2, 3, 0, 1) if path[0].startswith("upconv") else (3, 2, 0, 1)  # Transposed: [in, out, kh, kw].
+      shapes[key] = tuple(ours[i] for i in order)
+    else:
+      shapes[key] = ours
+  weights = torch_weights(shapes, float(z["gain"]))
+  for flat in flats:
+    for path in flat:
+      value = weights[f"{names['/'.join(path[:-1])]}.{LEAVES[path[-1]]}"]
+      if path[-1] == "kernel":
+        value = value.transpose((2, 3, 0, 1) if path[0].startswith("upconv") else (2, 3, 1, 0))
+      flat[path] = value
+  merged = dict(zip(("params", "batch_stats"), (traverse_util.unflatten_dict(flat) for flat in flats)))
+  x = np.random.default_rng(0).standard_normal([1, 3, 64, 96]).astype(np.float32).transpose(0, 2, 3, 1)
+  got = np.asarray(jax.jit(lambda v, x: steps.merge(graphdef, v)(x))(merged, x)).transpose(0, 3, 1, 2)
+  np.testing.assert_allclose(got, z["64x96/logits"], atol=20 * float(z["64x96/logits__f32_noise"]))
