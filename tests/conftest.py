@@ -12,10 +12,10 @@ _CACHE = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
-from segjax.config import default_config
+from segjax.config import default_config  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -102,6 +102,7 @@ def test_a_file_that_rots_in_mid_run_is_named(tmp_path, loader):
   data = default_config(data="folder").data
   data.dir, data.classes, data.loader = str(tmp_path), ("a", "b"), loader
   source = input_pipeline.make_source(data, "train")
+  assert source.canvas_size == (8, 8)  # All headers were sound at start-up.
   (tmp_path / "images/train/3.png").write_bytes(b"\x89PNG\r\n\x1a\nrotten")
   batches = input_pipeline.train_batches(
     source, data, seed=0, batch_size=2, rows=np.arange(2), start_step=0, num_steps=3
