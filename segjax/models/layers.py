@@ -183,3 +183,51 @@ def standardize(image: jax.Array, mean: tuple, std: tuple) -> jax.Array:
   """(image - mean) / std per channel of [B, H, W, 3]. The mean pixel, which pads crops, becomes exactly 0."""
   mean, std = (np.asarray(v, np.float32).reshape(1, 1, 1, 3) for v in (mean, std))
   return (image - mean) / std
+
+
+class ConvNorm(nnx.Module):
+  """Dense convolution without bias, batch norm, and an activation.
+
+  Args:
+    activation: of the result; None for a linear one.
+    norm: keywords of `BatchNorm`: momentum, epsilon, frozen.
+    conv: further keywords of `Conv`.
+  """
+
+  def __init__(self, in_features, out_features, kernel_size=1, *, activation=jax.nn.relu, norm: dict,
+               dtype=jnp.float32, rngs: nnx.Rngs, **conv):  # fmt: skip
+    self.conv = Conv(in_features, out_features, kernel_size, dtype=dtype, rngs=rngs, **conv)
+    self.norm = BatchNorm(out_features, dtype=dtype, **norm)
+    self.activation = activation
+
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    x = self.norm(self.conv(x), train)
+    return x if self.activation is None else self.activation(x)
+
+
+class SeparableConv(nnx.Module):
+  """3x3 depthwise convolution, batch norm, 1x1 convolution, batch norm (arXiv 1802.02611, section 3.1).
+
+  Args:
+    activation: after each of the two batch norms; None for none.
+    norm: keywords of `BatchNorm`.
+    depthwise_init, pointwise_init: initialisers.
+  """
+
+  def __init__(self, in_features, out_features, *, stride=1, rate=1, padding="same", activation=jax.nn.relu,
+               norm: dict, depthwise_init=he_normal, pointwise_init=he_normal, dtype=jnp.float32,
+               rngs: nnx.Rngs):  # fmt: skip
+    self.depthwise = DepthwiseConv(
+      in_features, stride=stride, rate=rate, padding=padding, kernel_init=depthwise_init, dtype=dtype, rngs=rngs
+    )
+    self.depthwise_norm = BatchNorm(in_features, dtype=dtype, **norm)
+    self.pointwise = Conv(in_features, out_features, 1, kernel_init=pointwise_init, dtype=dtype, rngs=rngs)
+    self.pointwise_norm = BatchNorm(out_features, dtype=dtype, **norm)
+    self.activation = activation
+
+  def __call__(self, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
+    """[B, H, W, in] -> [B, H / stride, W / stride, out]; adds `name` and `name`/depthwise to `endpoints`."""
+    activate = self.activation or (lambda x: x)
+    x = endpoints[f"{name}/depthwise"] = activate(self.depthwise_norm(self.depthwise(x), train))
+    x = endpoints[name] = activate(self.pointwise_norm(self.pointwise(x), train))
+    return x
