@@ -11,7 +11,8 @@ from segjax import check_data, evaluate, input_pipeline, losses, report, shardin
 from segjax import checkpoint as checkpoint_lib
 from segjax import config as config_lib
 from segjax.input_pipeline import order
-from segjax.state import TrainState, build, merge_variables, with_sharding
+from segjax.pretrained import merge_variables
+from segjax.state import TrainState, build, with_sharding
 
 
 class NonFiniteLoss(RuntimeError):
