@@ -1,9 +1,51 @@
-"""For every test: no implicit rank promotion, and eight fake CPU devices."""
+"""For every test: eight fake CPU devices, and no implicit rank promotion."""
 
 import os
+import pathlib
 
+# Before JAX is imported.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import pytest
+
+from segjax.config import default_config
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def shared():
+  """The folder of reference numbers and real images beside the checkout; tests that need it skip without it."""
+  if not SHARED.is_dir():
+    pytest.skip(f"{SHARED} is not there (reference numbers and images are no part of the project)")
+  return SHARED
+
+
+@pytest.fixture
+def tiny_config():
+  """A run of seconds: 6 steps of a small U-Net, with everything on that a resume has to get right."""
+  config = default_config(model="unet", data="synthetic")
+  config.num_steps = 6
+  config.batch_size = 8
+  config.crop_size = (16, 24)
+  config.log_every = 2
+  config.eval_every = 3
+  config.checkpoint_every = 3
+  config.data.image_size = (24, 32)
+  config.data.num_train = 20
+  config.data.num_val = 5
+  config.data.workers = 2
+  config.model.width = 4
+  config.model.depth = 2
+  config.model.dropout = 0.3
+  config.augment.brightness = 0.2
+  config.augment.hue = 0.1
+  config.optimizer.ema_decay = 0.9
+  config.eval.batch_size = 8
+  config.eval.num_overlays = 2
+  return config
