@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx, traverse_util
 
+from segjax.config import ConfigError
 from segjax.pretrained import tf_deeplab
 
 SCHEMES = {"tf_deeplab": tf_deeplab.convert}
@@ -58,7 +59,7 @@ def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], o
     The merged variables, how many tensors were taken, and of how many.
 
   Raises:
-    ValueError: listing every tensor that is only on one side or of another shape, or an exclusion that fits nothing.
+    ConfigError: listing every tensor that is only on one side or of another shape, or an exclusion that fits nothing.
   """
   ours, theirs = (traverse_util.flatten_dict(v, sep="/") for v in (variables, imported))
 
@@ -81,7 +82,7 @@ def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], o
     if ours[n].shape != theirs[n].shape
   ]
   if problems:
-    raise ValueError(
+    raise ConfigError(
       f"The weights of {origin} do not fit the model ({len(problems)} problems; name what may differ in init.exclude):\n  "
       + "\n  ".join(problems[:40])
     )
