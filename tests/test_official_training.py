@@ -197,7 +197,8 @@ def test_three_training_steps_equal_the_official_ones(shared, monkeypatch):
 
   opt_state = make.init(params)
   places = [tf_deeplab.rename(str(name))[1] for name in z["grad_names"]]
-  worst = {0: (6e-4, 8e-3), 1: (9e-3, 9e-2), 2: (2e-2, 2e-1)}  # Ten times the stated median noise, and for all.
+  # Stated noise of the norms: median 6e-5, 9e-4, 2e-3. Single entries and maxima flip with single ReLUs.
+  noise = {0: 6e-5, 1: 9e-4, 2: 2e-3}
   for k in range(3):
     shape = tuple(z[f"step{k}/dropout_mask_shape"])
     mask = np.unpackbits(z[f"step{k}/dropout_keep_mask"])[: np.prod(shape)].reshape(shape).astype(np.float32)
@@ -221,7 +222,8 @@ def test_three_training_steps_equal_the_official_ones(shared, monkeypatch):
         # A difference of weights has their rounding error.
         weight = np.abs(np.asarray(before_flat[place])).max() if what == "var_delta_summary" else 0
         slack = 2.0**-23 * weight * np.array([np.sqrt(array.size), array.size, *[1] * 7])
-        error.append((np.maximum(abs(got - want) - slack, 0) / scale).max())
-      assert np.median(error) < worst[k][0] and max(error) < worst[k][1], (k, what, np.median(error), max(error))
-      print(k, what, f"median {np.median(error):.1e} max {max(error):.1e}", float(loss + decay))
+        error.append(np.maximum(abs(got - want) - slack, 0) / scale)
+      median, largest = np.median(error, axis=0), np.max(error, axis=0)
+      assert median[0] < 2 * noise[k] and largest[0] < 40 * noise[k], (k, what, median, largest)
+      assert (median < 10 * noise[k]).all() and (largest < 150 * noise[k]).all(), (k, what, median, largest)
   assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), batch_stats, initial_stats))

@@ -22,6 +22,7 @@ def interpolation_matrix(size_in: int, size_out: int) -> np.ndarray:
   return matrix
 
 
+@jax.named_scope("resize")  # For profiles, and flops.py leaves it out.
 def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   """Resizes [B, h, w, C] to [B, H, W, C], `size` = (H, W), in x's dtype.
 
