@@ -6,9 +6,14 @@ import numpy as np
 
 
 def softmax_cross_entropy(
-  logits: jax.Array, label: jax.Array, *, ignore_label: int, class_weights: jax.Array | np.ndarray | None = None
+  logits: jax.Array,
+  label: jax.Array,
+  *,
+  ignore_label: int,
+  class_weights: jax.Array | np.ndarray | None = None,
+  hard_fraction: float | jax.Array = 1.0,
 ) -> jax.Array:
-  """Mean cross-entropy over the valid pixels of the whole batch.
+  """Mean cross-entropy over the valid pixels of the whole batch, or over its hardest pixels.
 
   The sum is divided by the number of valid pixels of all devices at once; a mean of per-device means would weigh
   pixels by how much void their device happened to get. Weights scale the numerator only, as in official DeepLab
@@ -18,6 +23,8 @@ def softmax_cross_entropy(
     logits: [B, H, W, K] float32 (or float64).
     label: [B, H, W] int, in [0, K) or `ignore_label`, which adds exactly 0 to loss and gradient.
     class_weights: [K] >= 0.
+    hard_fraction: below 1, only so large a share of all pixels (void ones count) counts, those of the largest weighted
+      loss; their sum is divided by how many of them are not 0. May be traced, see `hard_fraction_at`.
 
   Returns:
     A float scalar; 0 where every pixel is void.
@@ -28,7 +35,24 @@ def softmax_cross_entropy(
   loss = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
   if class_weights is not None:
     loss = loss * jnp.where(one_hot, jnp.asarray(class_weights, loss.dtype).reshape(1, 1, 1, -1), 0).sum(-1)
-  return loss.sum() / jnp.maximum(valid.sum(), 1)
+  if isinstance(hard_fraction, (int, float)) and hard_fraction >= 1:
+    return loss.sum() / jnp.maximum(valid.sum(), 1)
+  hardest = jnp.sort(loss.reshape(-1), descending=True)
+  count = jnp.floor(jnp.float32(hard_fraction) * jnp.float32(hardest.size)).astype(jnp.int32)
+  hardest = jnp.where(jnp.arange(hardest.size) < count, hardest, 0)
+  return hardest.sum() / jnp.maximum((hardest != 0).sum(), 1)
+
+
+def hard_fraction_at(step: jax.Array | int, fraction: float, steps: int) -> jax.Array | float:
+  """The share of pixels in the loss at a step: linearly from 1 to `fraction` over `steps`, 0 for at once.
+
+  Easing in lets all pixels teach at first, when the hardest are hard by chance (official DeepLab,
+  hard_example_mining_step).
+  """
+  if steps == 0:
+    return fraction
+  progress = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / steps)
+  return progress * fraction + (1 - progress)
 
 
 def class_weights(rule: str, pixels: np.ndarray, images_with_class: np.ndarray) -> np.ndarray:

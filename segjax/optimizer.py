@@ -37,29 +37,72 @@ def make_schedule(
 
 
 def decay_mask(params) -> dict:
-  """True where weight decay applies: leaves named `kernel`. Biases and batch norm (`bias`, `scale`) never decay."""
+  """True where weight decay applies: leaves named `kernel`.
+
+  Biases and batch norm (`bias`, `scale`) never decay, nor do depthwise convolutions (`depthwise_kernel`), which have
+  too few weights to overfit (as in official DeepLab).
+  """
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def make_optimizer(
-  name: str, schedule: optax.Schedule, *, momentum: float, nesterov: bool, weight_decay: float, clip_norm: float
-) -> optax.GradientTransformation:
-  """Gradient clipping, weight decay and the optimiser, in the order of PyTorch.
+def gradient_multipliers(params, head: float, bias: float) -> dict:
+  """What each gradient is multiplied by (official DeepLab, get_model_gradient_multipliers).
 
-  "sgd": a = momentum * a + (g + weight_decay * w); w -= lr * a. The rate multiplies outside the accumulator, so a
-  schedule does not rescale history. "adamw": Loshchilov & Hutter 2019, b1 = momentum, b2 = 0.999.
+  Args:
+    params: nested dict.
+    head: of everything in `aspp`, `decoder` and `logits`, batch norm included.
+    bias: of biases of convolutions, times `head` where they are in the head. A batch norm's shift is none.
+  """
+
+  def multiplier(path, _):
+    keys = [entry.key for entry in path]
+    siblings = params
+    for key in keys[:-1]:
+      siblings = siblings[key]
+    is_bias = keys[-1] == "bias" and "scale" not in siblings
+    return (head if keys[0] in ("aspp", "decoder", "logits") else 1.0) * (bias if is_bias else 1.0)
+
+  return jax.tree_util.tree_map_with_path(multiplier, params)
+
+
+def make_optimizer(
+  name: str,
+  schedule: optax.Schedule,
+  *,
+  momentum: float,
+  nesterov: bool,
+  weight_decay: float,
+  clip_norm: float,
+  head_multiplier: float = 1.0,
+  bias_multiplier: float = 1.0,
+) -> optax.GradientTransformation:
+  """Gradient clipping, weight decay, gradient multipliers and the optimiser, in that order.
+
+  "sgd": a = momentum * a + m * (g + weight_decay * w); w -= lr * a. The rate multiplies outside the accumulator, so a
+  schedule does not rescale history. That is PyTorch's order, and TensorFlow's with weight_decay / 2 * sum(w^2) in the
+  loss. "adamw": Loshchilov & Hutter 2019, b1 = momentum, b2 = 0.999; it divides by the gradient's size, so there the
+  multipliers apply to the update.
 
   Args:
     schedule: step -> learning rate.
     clip_norm: largest global norm of the raw gradient; 0 for no clipping.
+    head_multiplier, bias_multiplier: see `gradient_multipliers`.
 
   Raises:
     ValueError: an unknown name.
   """
+
+  def multiply(updates, _):
+    return jax.tree.map(lambda u, m: u * m, updates, gradient_multipliers(updates, head_multiplier, bias_multiplier))
+
+  plain = head_multiplier == bias_multiplier == 1
+  multipliers = optax.identity() if plain else optax.stateless(multiply)
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   if name == "sgd":
     decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
-    return optax.chain(clip, decay, optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
+    return optax.chain(clip, decay, multipliers, optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
   if name == "adamw":
-    return optax.chain(clip, optax.adamw(schedule, b1=momentum, weight_decay=weight_decay, mask=decay_mask))
+    return optax.chain(
+      clip, optax.adamw(schedule, b1=momentum, weight_decay=weight_decay, mask=decay_mask), multipliers
+    )
   raise ValueError(f"optimizer.name = {name!r}: choose sgd or adamw.")

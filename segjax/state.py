@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, traverse_util
+from flax import nnx
 
 from segjax import models
 from segjax import optimizer as optimizer_lib
@@ -102,47 +102,3 @@ def materialize(init: Callable[[], TrainState], sharding) -> TrainState:
 def with_sharding(abstract: TrainState, sharding) -> TrainState:
   """An abstract state whose every array has `sharding`."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
-
-
-def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], origin: str) -> tuple[dict, int, int]:
-  """Replaces weights by imported ones, strictly both ways.
-
-  Args:
-    variables, imported: {"params": ..., "batch_stats": ...}.
-    exclude: paths or prefixes ("logits", "up0/conv1") that keep their own weights and may be missing or of another
-      shape in `imported`.
-    origin: where the weights come from, for messages.
-
-  Returns:
-    The merged variables, how many tensors were taken, and of how many.
-
-  Raises:
-    ConfigError: listing every tensor that is only on one side or of another shape, or an exclusion that fits nothing.
-  """
-  ours, theirs = (traverse_util.flatten_dict(v, sep="/") for v in (variables, imported))
-
-  def excluded(name):  # Names begin with params/ or batch_stats/.
-    path = name.partition("/")[2]
-    return any(path == e or path.startswith(e.rstrip("/") + "/") for e in exclude)
-
-  useless = [
-    e
-    for e in exclude
-    if not any(excluded(n) and (n.partition("/")[2] + "/").startswith(e.rstrip("/") + "/") for n in ours)
-  ]
-  wanted, given = ({n for n in side if not excluded(n)} for side in (ours, theirs))
-  problems = [f"no parameter of the model begins with {e!r}" for e in useless]
-  problems += [f"only in the model: {n}" for n in sorted(wanted - given)]
-  problems += [f"only in {origin}: {n}" for n in sorted(given - wanted)]
-  problems += [
-    f"{n}: the model has {ours[n].shape}, {origin} has {theirs[n].shape}"
-    for n in sorted(wanted & given)
-    if ours[n].shape != theirs[n].shape
-  ]
-  if problems:
-    raise ConfigError(
-      f"The weights of {origin} do not fit the model ({len(problems)} problems; name what may differ in init.exclude):\n  "
-      + "\n  ".join(problems[:40])
-    )
-  merged = {n: theirs[n] if n in wanted else ours[n] for n in ours}
-  return traverse_util.unflatten_dict(merged, sep="/"), len(wanted), len(ours)

@@ -13,7 +13,8 @@ from segjax import config as config_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
 from segjax.input_pipeline import order
-from segjax.state import TrainState, build, materialize, merge_variables, with_sharding
+from segjax.pretrained import merge_variables
+from segjax.state import TrainState, build, materialize, with_sharding
 
 
 class NonFiniteLoss(RuntimeError):

@@ -73,8 +73,9 @@ def test_weight_decay_touches_kernels_and_nothing_else():
     mask = traverse_util.flatten_dict(optimizer.decay_mask(params))
     shapes = traverse_util.flatten_dict(params)
     for path, decays in mask.items():
-      assert decays == (path[-1] == "kernel") == (shapes[path].ndim == 4), path
-      assert path[-1] in ("kernel", "bias", "scale"), path
+      dense = shapes[path].ndim == 4 and shapes[path].shape[2] > 1  # A depthwise kernel is [3, 3, 1, C].
+      assert decays == (path[-1] == "kernel") == dense, path
+      assert path[-1] in ("kernel", "depthwise_kernel", "bias", "scale"), path
 
 
 def test_parameters_outside_the_mask_do_not_move_without_gradient():

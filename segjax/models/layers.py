@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from segjax.models import depthwise
+
 # Mean and standard deviation of ImageNet's training images, RGB in [0, 255] (the field's customary numbers).
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -26,29 +28,63 @@ def per_channel(variable: nnx.Variable) -> jax.Array:
   return variable[...].reshape(1, 1, 1, -1)
 
 
+def paddings(size: tuple[int, int], kernel_size: int, stride: int, rate: int, padding: str):
+  """Zeros around a map before an unpadded convolution, ((top, bottom), (left, right)).
+
+  Args:
+    size: (H, W) of the map.
+    padding: "same": TensorFlow's rule, as many as the ceil(n / stride) outputs need, so it depends on the size.
+      "fixed": (kernel_size - 1) * rate whatever the stride and size. Both put the smaller half first, and agree at
+      stride 1 and for odd sizes at stride 2; for even sizes "same" looks one pixel further down and right.
+  """
+  reach = (kernel_size - 1) * rate
+  total = [reach if padding == "fixed" else max((-(-n // stride) - 1) * stride + reach + 1 - n, 0) for n in size]
+  return tuple((t // 2, t - t // 2) for t in total)
+
+
 class Conv(nnx.Module):
-  """Dense convolution, stride 1, padded with zeros so that the size stays ("same").
+  """Dense convolution, padded with zeros so that n pixels become ceil(n / stride).
 
   Args:
     in_features, out_features: channels.
     kernel_size: odd.
+    stride, rate: in pixels; rate is the dilation.
+    padding: "same" or "fixed", see `paddings`.
     use_bias: off where a batch norm follows, which would cancel it.
   """
 
-  def __init__(self, in_features, out_features, kernel_size=3, *, use_bias=False, kernel_init=he_normal,
-               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+  def __init__(self, in_features, out_features, kernel_size=3, *, stride=1, rate=1, padding="same", use_bias=False,
+               kernel_init=he_normal, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     shape = (kernel_size, kernel_size, in_features, out_features)
     self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype(dtype)))
     self.bias = nnx.Param(jnp.zeros(out_features, param_dtype(dtype))) if use_bias else None
-    self.dtype = dtype
+    self.stride, self.rate, self.padding, self.dtype = stride, rate, padding, dtype
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, in] -> [B, H, W, out]."""
+    """[B, H, W, in] -> [B, ceil(H / stride), ceil(W / stride), out]."""
     x = jax.lax.conv_general_dilated(
-      x.astype(self.dtype), self.kernel[...].astype(self.dtype), (1, 1), "SAME",
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      x.astype(self.dtype), self.kernel[...].astype(self.dtype), (self.stride, self.stride),
+      paddings(x.shape[1:3], self.kernel.shape[0], self.stride, self.rate, self.padding),
+      rhs_dilation=(self.rate, self.rate), dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
     return x if self.bias is None else x + per_channel(self.bias).astype(self.dtype)
+
+
+class DepthwiseConv(nnx.Module):
+  """3x3 convolution of each channel with its own filter, without bias; arguments as of `Conv`.
+
+  The parameter is called `depthwise_kernel`, [3, 3, 1, C], because weight decay leaves it alone (official DeepLab).
+  """
+
+  def __init__(self, features, *, stride=1, rate=1, padding="same", kernel_init=he_normal, dtype=jnp.float32,
+               rngs: nnx.Rngs):  # fmt: skip
+    self.depthwise_kernel = nnx.Param(kernel_init(rngs.params(), (3, 3, 1, features), param_dtype(dtype)))
+    self.stride, self.rate, self.padding, self.dtype = stride, rate, padding, dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), C]."""
+    padding = paddings(x.shape[1:3], 3, self.stride, self.rate, self.padding)
+    return depthwise.depthwise_conv(x.astype(self.dtype), self.depthwise_kernel[...], self.stride, self.rate, padding)
 
 
 class ConvTranspose2x2(nnx.Module):
@@ -97,21 +133,24 @@ class BatchNorm(nnx.Module):
   Args:
     momentum: share of the old running statistic kept at an update (PyTorch's momentum is 1 minus this).
     epsilon: added to the variance.
+    frozen: use the running statistics in training too, and leave them alone; scale and bias still learn.
 
   The running variance takes the unbiased batch variance (N / (N - 1)), as TensorFlow's fused kernel and PyTorch do;
   the normalisation takes the biased one.
   """
 
-  def __init__(self, features, *, momentum=0.9, epsilon=1e-5, dtype=jnp.float32):
+  def __init__(self, features, *, momentum=0.9, epsilon=1e-5, frozen=False, dtype=jnp.float32):
     self.scale = nnx.Param(jnp.ones(features, param_dtype(dtype)))
     self.bias = nnx.Param(jnp.zeros(features, param_dtype(dtype)))
     self.mean = nnx.BatchStat(jnp.zeros(features, param_dtype(dtype)))
     self.var = nnx.BatchStat(jnp.ones(features, param_dtype(dtype)))
-    self.momentum, self.epsilon, self.dtype = momentum, epsilon, dtype
+    self.momentum, self.epsilon, self.frozen, self.dtype = momentum, epsilon, frozen, dtype
 
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[B, H, W, C] -> the same, in `dtype`. With `train`, uses the batch's statistics and updates the running ones."""
-    if train:
+    """[B, H, W, C] -> the same, in `dtype`. With `train`, and unless frozen, by the batch's statistics, which update the
+    running ones.
+    """
+    if train and not self.frozen:
       wide = x.astype(param_dtype(self.dtype))
       mean = wide.mean((0, 1, 2), keepdims=True)
       var = jnp.square(wide - mean).mean((0, 1, 2), keepdims=True)  # [1, 1, 1, C]
@@ -122,8 +161,8 @@ class BatchNorm(nnx.Module):
     else:
       mean, var = per_channel(self.mean), per_channel(self.var)
     factor = per_channel(self.scale) * jax.lax.rsqrt(var + self.epsilon)
-    # One multiply-add per element: cheaper than subtract, scale, shift.
-    return (x.astype(factor.dtype) * factor + (per_channel(self.bias) - mean * factor)).astype(self.dtype)
+    # The mean comes off first: folded into the shift, it would cost the digits by which it exceeds the deviation.
+    return ((x.astype(factor.dtype) - mean) * factor + per_channel(self.bias)).astype(self.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -144,3 +183,51 @@ def standardize(image: jax.Array, mean: tuple, std: tuple) -> jax.Array:
   """(image - mean) / std per channel of [B, H, W, 3]. The mean pixel, which pads crops, becomes exactly 0."""
   mean, std = (np.asarray(v, np.float32).reshape(1, 1, 1, 3) for v in (mean, std))
   return (image - mean) / std
+
+
+class ConvNorm(nnx.Module):
+  """Dense convolution without bias, batch norm, and an activation.
+
+  Args:
+    activation: of the result; None for a linear one.
+    norm: keywords of `BatchNorm`: momentum, epsilon, frozen.
+    conv: further keywords of `Conv`.
+  """
+
+  def __init__(self, in_features, out_features, kernel_size=1, *, activation=jax.nn.relu, norm: dict,
+               dtype=jnp.float32, rngs: nnx.Rngs, **conv):  # fmt: skip
+    self.conv = Conv(in_features, out_features, kernel_size, dtype=dtype, rngs=rngs, **conv)
+    self.norm = BatchNorm(out_features, dtype=dtype, **norm)
+    self.activation = activation
+
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    x = self.norm(self.conv(x), train)
+    return x if self.activation is None else self.activation(x)
+
+
+class SeparableConv(nnx.Module):
+  """3x3 depthwise convolution, batch norm, 1x1 convolution, batch norm (arXiv 1802.02611, section 3.1).
+
+  Args:
+    activation: after each of the two batch norms; None for none.
+    norm: keywords of `BatchNorm`.
+    depthwise_init, pointwise_init: initialisers.
+  """
+
+  def __init__(self, in_features, out_features, *, stride=1, rate=1, padding="same", activation=jax.nn.relu,
+               norm: dict, depthwise_init=he_normal, pointwise_init=he_normal, dtype=jnp.float32,
+               rngs: nnx.Rngs):  # fmt: skip
+    self.depthwise = DepthwiseConv(
+      in_features, stride=stride, rate=rate, padding=padding, kernel_init=depthwise_init, dtype=dtype, rngs=rngs
+    )
+    self.depthwise_norm = BatchNorm(in_features, dtype=dtype, **norm)
+    self.pointwise = Conv(in_features, out_features, 1, kernel_init=pointwise_init, dtype=dtype, rngs=rngs)
+    self.pointwise_norm = BatchNorm(out_features, dtype=dtype, **norm)
+    self.activation = activation
+
+  def __call__(self, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
+    """[B, H, W, in] -> [B, H / stride, W / stride, out]; adds `name` and `name`/depthwise to `endpoints`."""
+    activate = self.activation or (lambda x: x)
+    x = endpoints[f"{name}/depthwise"] = activate(self.depthwise_norm(self.depthwise(x), train))
+    x = endpoints[name] = activate(self.pointwise_norm(self.pointwise(x), train))
+    return x

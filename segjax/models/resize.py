@@ -22,6 +22,7 @@ def interpolation_matrix(size_in: int, size_out: int) -> np.ndarray:
   return matrix
 
 
+@jax.named_scope("resize")  # For profiles, and flops.py leaves it out.
 def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   """Resizes [B, h, w, C] to [B, H, W, C], `size` = (H, W), in x's dtype.
 
@@ -33,3 +34,16 @@ def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
       spec = "oh,bhwc->bowc" if axis == 1 else "ow,bhwc->bhoc"
       x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
   return x
+
+
+def resize_nearest(label: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Resizes [B, h, w] of any type to [B, H, W], `size` = (H, W); the same convention, halves rounded up.
+
+  For labels at the logits' size (official upsample_logits=False); interpolating ids would invent classes.
+  """
+  for axis, size_out in ((1, size[0]), (2, size[1])):
+    size_in = label.shape[axis]
+    step = np.float32((size_in - 1) / (size_out - 1)) if size_out > 1 else np.float32(size_in / size_out)
+    index = np.floor(np.arange(size_out, dtype=np.float32) * step + np.float32(0.5)).astype(int)
+    label = jnp.take(label, np.minimum(index, size_in - 1), axis=axis)
+  return label

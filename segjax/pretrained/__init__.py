@@ -1,0 +1,90 @@
+"""Weights from elsewhere: each foreign naming scheme is one file that renames arrays to our paths.
+
+Nothing is guessed and nothing is skipped in silence: every tensor of the file must have its place in the model and
+the other way round, except for what the caller names in `exclude`.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from flax import nnx, traverse_util
+
+from segjax.config import ConfigError
+from segjax.pretrained import tf_deeplab
+
+SCHEMES = {"tf_deeplab": tf_deeplab.convert}
+
+
+def assign(model: nnx.Module, arrays: Mapping[str, np.ndarray], scheme: str, exclude: tuple[str, ...] = ()) -> int:
+  """Gives a model the weights of another framework, in place.
+
+  The model may be abstract (`nnx.eval_shape(lambda: models.build(...))`), which saves the time of a random start; what
+  `exclude` names then stays abstract.
+
+  Args:
+    arrays: by the scheme's own names.
+    scheme: a key of `SCHEMES`.
+    exclude: our paths or prefixes ("logits", "aspp/pooling") that keep their own values and may be missing or of
+      another shape in `arrays`.
+
+  Returns:
+    How many tensors were taken.
+
+  Raises:
+    ValueError: an unknown scheme, or listing every name without a meaning in the scheme, every tensor that is only on
+      one side or of another shape, and every exclusion that fits nothing.
+  """
+  if scheme not in SCHEMES:
+    raise ValueError(f"init.scheme = {scheme!r}: choose one of {', '.join(SCHEMES)}.")
+  imported = SCHEMES[scheme](arrays)
+  states = dict(params=nnx.state(model, nnx.Param), batch_stats=nnx.state(model, nnx.BatchStat))
+  variables = {name: nnx.to_pure_dict(state) for name, state in states.items()}
+  merged, taken, _ = merge_variables(variables, imported, exclude, f"the {scheme} weights")
+  for name, state in states.items():
+    nnx.replace_by_pure_dict(state, merged[name])
+    nnx.update(model, state)
+  return taken
+
+
+def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], origin: str) -> tuple[dict, int, int]:
+  """Replaces weights by imported ones, strictly both ways.
+
+  Args:
+    variables, imported: {"params": ..., "batch_stats": ...}.
+    exclude: paths or prefixes ("logits", "up0/conv1") that keep their own weights and may be missing or of another
+      shape in `imported`.
+    origin: where the weights come from, for messages.
+
+  Returns:
+    The merged variables, how many tensors were taken, and of how many.
+
+  Raises:
+    ConfigError: listing every tensor that is only on one side or of another shape, or an exclusion that fits nothing.
+  """
+  ours, theirs = (traverse_util.flatten_dict(v, sep="/") for v in (variables, imported))
+
+  def excluded(name):  # Names begin with params/ or batch_stats/.
+    path = name.partition("/")[2]
+    return any(path == e or path.startswith(e.rstrip("/") + "/") for e in exclude)
+
+  useless = [
+    e
+    for e in exclude
+    if not any(excluded(n) and (n.partition("/")[2] + "/").startswith(e.rstrip("/") + "/") for n in ours)
+  ]
+  wanted, given = ({n for n in side if not excluded(n)} for side in (ours, theirs))
+  problems = [f"no parameter of the model begins with {e!r}" for e in useless]
+  problems += [f"only in the model: {n}" for n in sorted(wanted - given)]
+  problems += [f"only in {origin}: {n}" for n in sorted(given - wanted)]
+  problems += [
+    f"{n}: the model has {ours[n].shape}, {origin} has {theirs[n].shape}"
+    for n in sorted(wanted & given)
+    if ours[n].shape != theirs[n].shape
+  ]
+  if problems:
+    raise ConfigError(
+      f"The weights of {origin} do not fit the model ({len(problems)} problems; name what may differ in init.exclude):\n  "
+      + "\n  ".join(problems[:40])
+    )
+  merged = {n: theirs[n] if n in wanted else ours[n] for n in ours}
+  return traverse_util.unflatten_dict(merged, sep="/"), len(wanted), len(ours)

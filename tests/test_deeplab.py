@@ -1,0 +1,159 @@
+"""Laws of DeepLabV3+ that need no reference, and its refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from segjax import config, models
+from segjax.models import strides
+
+
+def random_model(seed=0, num_classes=3, **options):
+  """A jitted DeepLabV3+ of random weights with lively statistics: (run(image, **call) -> (logits, endpoints))."""
+
+  def build():
+    return models.build("deeplab_v3plus", num_classes=num_classes, rngs=nnx.Rngs(seed), **options)
+
+  graphdef = nnx.graphdef(nnx.eval_shape(build))
+  state = jax.jit(lambda: nnx.state(build()))()
+
+  def run(image, change=lambda model: None, **call):
+    def forward(state, image):
+      model, endpoints = nnx.merge(graphdef, state, copy=True), {}
+      change(model)
+      return model(image, endpoints=endpoints, **call), endpoints
+
+    with jax.default_matmul_precision("highest"):
+      return jax.jit(forward)(state, image)
+
+  return run
+
+
+def noise(*shape, seed=0):
+  return jax.random.uniform(jax.random.key(seed), shape, minval=-1, maxval=1)
+
+
+SMALL = dict(backbone="mobilenet_v2")
+
+
+@pytest.mark.parametrize("size", [(33, 49), (32, 46), (31, 20), (1, 7)])
+@pytest.mark.parametrize("output_stride", [8, 32])
+def test_logits_have_the_images_size_whatever_it_is(size, output_stride):
+  def forward(image):
+    model = models.build("deeplab_v3plus", num_classes=3, output_stride=output_stride, rngs=nnx.Rngs(0), **SMALL)
+    return model(image), model(image, upsample=False)
+
+  large, small = jax.eval_shape(forward, jax.ShapeDtypeStruct((2, *size, 3), jnp.float32))
+  assert large.shape == (2, *size, 3) and small.shape == (2, -(-size[0] // 4), -(-size[1] // 4), 3)
+  assert large.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("backbone, last", [("xception_41", "exit_block1/unit1"), ("mobilenet_v2", "layer_17")])
+def test_output_strides_agree_where_they_sample_the_same_pixel(backbone, last):
+  """Rates put each tap on the pixel it would see at a larger stride, so dense features are those, and more between."""
+  image, options = noise(1, 65, 97, 3), dict(backbone=backbone, decoder=False, atrous_rates=())
+  at = {stride: random_model(output_stride=stride, **options)(image)[1] for stride in (8, 16, 32)}
+  end = "exit_block2/unit1" if backbone == "xception_41" else "layer_18"
+  for name in (last, end):
+    scale = float(jnp.abs(at[8][name]).max())
+    np.testing.assert_allclose(at[8][name][:, ::2, ::2], at[16][name], atol=1e-5 * scale)
+    np.testing.assert_allclose(at[16][name][:, ::2, ::2], at[32][name], atol=1e-5 * scale)
+
+
+def test_strides_become_rates_one_layer_late():
+  # Xception-65 by block, and what FACTS.md says of it.
+  blocks = [2, 2, 2, 1, 2, 1]
+  assert strides.strides_to_rates(blocks, 16) == [(2, 1), (2, 1), (2, 1), (1, 1), (2, 1), (1, 1)]
+  assert strides.strides_to_rates(blocks, 8) == [(2, 1), (2, 1), (2, 1), (1, 1), (1, 1), (1, 2)]
+  assert strides.strides_to_rates(blocks, 4) == [(2, 1), (2, 1), (1, 1), (1, 2), (1, 2), (1, 4)]
+
+
+@pytest.mark.parametrize("separable", [True, False])
+def test_aspp_branches_look_as_far_as_their_rates(separable):
+  rates, size = (2, 3, 5), 13
+  options = dict(backbone="mobilenet_v2", atrous_rates=rates, separable=separable)
+  model = nnx.merge(
+    *jax.jit(
+      lambda: nnx.split(models.build("deeplab_v3plus", num_classes=2, rngs=nnx.Rngs(0), **options)), static_argnums=()
+    )()
+  )
+  impulse = jnp.zeros((1, size, size, 320)).at[0, size // 2, size // 2].set(1.0)
+  ends, still = {}, {}
+  model.aspp(impulse, False, None, ends)
+  model.aspp(jnp.zeros_like(impulse), False, None, still)
+  for n, rate in enumerate(rates, start=1):
+    name = f"aspp/branch{n}/depthwise" if separable else f"aspp/branch{n}"
+    rows, cols = np.nonzero(np.abs(ends[name] - still[name]).max((0, 3)))
+    assert set(rows - size // 2) == set(cols - size // 2) == {-rate, 0, rate} and len(rows) == 9
+
+
+def test_every_branch_changes_the_logits():
+  run, image = random_model(atrous_rates=(1, 2, 3), **SMALL), noise(1, 65, 65, 3)
+
+  def silence(path):
+    def change(model):
+      norm = model
+      for name in path.split("/"):
+        norm = getattr(norm, name)
+      norm.scale[...], norm.bias[...] = jnp.zeros_like(norm.scale[...]), jnp.zeros_like(norm.bias[...])
+
+    return change
+
+  whole, _ = run(image)
+  for path in ("aspp/pooling/norm", "aspp/branch0/norm", "aspp/branch1/pointwise_norm", "aspp/branch2/pointwise_norm",
+               "aspp/branch3/pointwise_norm", "decoder/low_level/norm"):  # fmt: skip
+    assert float(jnp.abs(run(image, silence(path))[0] - whole).max()) > 1e-3 * float(whole.std()), path
+
+
+def test_order_of_the_batch_does_not_matter():
+  run, image = random_model(**SMALL), noise(3, 40, 33, 3)
+  order = jnp.asarray([2, 0, 1])
+  for train in (False, True):
+    logits, _ = run(image, train=train)
+    np.testing.assert_allclose(
+      run(image[order], train=train)[0], logits[order], atol=2e-5 * float(jnp.abs(logits).max())
+    )
+
+
+def test_training_drops_out_only_with_a_key():
+  run, image = random_model(**SMALL, bn_momentum=0.9), noise(2, 33, 33, 3)
+  plain, again = run(image, train=True)[0], run(image, train=True)[0]
+  dropped = run(image, train=True, key=jax.random.key(1))[0]
+  np.testing.assert_array_equal(plain, again)
+  assert not np.allclose(plain, dropped)
+  np.testing.assert_array_equal(run(image, key=jax.random.key(1))[0], run(image)[0])
+
+
+@pytest.mark.parametrize("backbone", ["xception_41", "mobilenet_v2"])
+def test_bfloat16_logits_stay_within_two_percent(backbone):
+  image = noise(1, 65, 65, 3)
+  wide, narrow = (random_model(backbone=backbone, dtype=dtype)(image)[0] for dtype in ("float32", "bfloat16"))
+  assert narrow.dtype == jnp.float32
+  assert float(jnp.linalg.norm(narrow - wide) / jnp.linalg.norm(wide)) < 2e-2
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (dict(output_stride=12), "model.output_stride = 12: choose 8, 16 or 32."),
+    (dict(backbone="xception_42"), "model.backbone = 'xception_42': choose one of xception_41, "),
+    (dict(atrous_rates=(6, 0)), "model.atrous_rates = (6, 0): give whole numbers from 1"),
+    (dict(atrous_rates="six"), "model.atrous_rates = "),
+    (dict(multi_grid=(1, 2)), "model.multi_grid = (1, 2): give three whole numbers"),
+    (dict(multi_grid=(1, 2, 4), **SMALL), "model.multi_grid = (1, 2, 4): mobilenet_v2 has none"),
+    (dict(dropout=1.0), "model.dropout = 1.0 must lie in [0, 1)."),
+    (dict(bn_momentum=1.0), "model.bn_momentum = 1.0 must lie in [0, 1)."),
+  ],
+)
+def test_wrong_options_say_what_is_right(options, message):
+  with pytest.raises(ValueError) as error:
+    models.build("deeplab_v3plus", num_classes=21, rngs=nnx.Rngs(0), **options)
+  assert message in str(error.value)
+
+
+def test_config_options_are_the_constructors():
+  nnx.eval_shape(
+    lambda: models.build("deeplab_v3plus", num_classes=21, rngs=nnx.Rngs(0), **config.MODELS["deeplab_v3plus"])
+  )

@@ -1,0 +1,76 @@
+"""The depthwise convolution against XLA's grouped one."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from segjax import sharding
+from segjax.models import depthwise, layers
+
+
+def grouped(x, kernel, stride, rate, padding):
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding, rhs_dilation=(rate, rate), feature_group_count=x.shape[-1],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("stride, rate", [*itertools.product((1,), (1, 2, 4, 6, 18)), (2, 1), (2, 2)])
+@pytest.mark.parametrize("size", [(9, 12), (5, 40)])
+@pytest.mark.parametrize("padding", ["same", "fixed"])
+def test_depthwise_equals_grouped_convolution(stride, rate, size, padding):
+  with jax.enable_x64(True):
+    key = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(key[0], (2, *size, 5), jnp.float64)
+    kernel = jax.random.normal(key[1], (3, 3, 1, 5), jnp.float64)
+    around = layers.paddings(size, 3, stride, rate, padding)
+    g = jax.random.normal(key[2], (2, -(-size[0] // stride), -(-size[1] // stride), 5), jnp.float64)
+    options = dict(kernel=kernel, stride=stride, rate=rate, padding=around)
+
+    @jax.jit  # Op by op takes ten times as long.
+    def both(x, kernel, g):
+      want, want_vjp = jax.vjp(lambda x, k: grouped(x, k, stride, rate, around), x, kernel)
+      got, got_vjp = jax.vjp(lambda x, k: depthwise.depthwise_conv(x, k, stride, rate, around), x, kernel)
+      # The last two: the forms of other platforms, which this machine does not choose.
+      plain, sums = depthwise._plain(x, **options), depthwise._kernel_gradient_by_sums(x, g, **options)
+      return (got, *got_vjp(g), plain, sums), (want, *want_vjp(g), want, want_vjp(g)[1])
+
+    for ours, theirs in zip(*both(x, kernel, g)):
+      np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("data, space", [(8, 1), (4, 2), (2, 4), (1, 8)])
+@pytest.mark.parametrize("spec", [("data",), ("data", "space")])
+def test_kernel_gradient_is_right_on_every_mesh(data, space, spec):
+  mesh = sharding.make_mesh(data, space)
+  with jax.enable_x64(True):
+    x = jax.random.normal(jax.random.key(0), (8, 16, 6, 3), jnp.float64)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 3), jnp.float64)
+
+    def loss(x, kernel):
+      return (depthwise.depthwise_conv(x, kernel, 1, 2, ((2, 2), (2, 2))) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    want = gradient(x, kernel)
+    got = gradient(jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))), kernel)
+    for ours, theirs in zip(got, want):
+      np.testing.assert_allclose(ours, theirs, atol=1e-10)
+
+
+def test_bfloat16_sums_in_float32():
+  x = jnp.full((1, 8, 8, 1), 1.0, jnp.bfloat16)
+  kernel = jnp.full((3, 3, 1, 1), 1 / 256).at[1, 1].set(1.0)  # In bfloat16, 1 + 1/256 is 1 again.
+  y, vjp = jax.vjp(lambda x, k: depthwise.depthwise_conv(x, k, 1, 1, ((1, 1), (1, 1))), x, kernel)
+  assert y.dtype == jnp.bfloat16 and float(y[0, 4, 4, 0]) == pytest.approx(1 + 8 / 256, abs=1e-6)
+  assert [g.dtype for g in vjp(y)] == [jnp.bfloat16, jnp.float32]
+
+
+@pytest.mark.parametrize("n, first, same", [(65, 1, 1), (64, 1, 0), (5, 1, 1), (4, 1, 0)])
+def test_fixed_and_same_padding_differ_for_even_sizes_only(n, first, same):
+  assert layers.paddings((n, n), 3, 2, 1, "fixed")[0] == (1, 1)
+  assert layers.paddings((n, n), 3, 2, 1, "same")[0] == (same, 1)
+  assert layers.paddings((n, n), 3, 1, 4, "same") == layers.paddings((n, n), 3, 1, 4, "fixed")
