@@ -75,6 +75,7 @@ def test_logits_have_the_images_size_whatever_it_is(size, output_stride):
   assert large.dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone, last", [("xception_41", "exit_block1/unit1"), ("mobilenet_v2", "layer_17")])
 def test_output_strides_agree_where_they_sample_the_same_pixel(backbone, last):
   """Rates put each tap on the pixel it would see at a larger stride, so dense features are those, and more between."""
@@ -95,6 +96,7 @@ def test_strides_become_rates_one_layer_late():
   assert strides.strides_to_rates(blocks, 4) == [(2, 1), (2, 1), (1, 1), (1, 2), (1, 2), (1, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separable", [True, False])
 def test_aspp_branches_look_as_far_as_their_rates(separable):
   rates, size = (2, 3, 5), 13
@@ -112,6 +114,7 @@ def test_aspp_branches_look_as_far_as_their_rates(separable):
     assert set(rows - size // 2) == set(cols - size // 2) == {-rate, 0, rate} and len(rows) == 9
 
 
+@pytest.mark.slow
 def test_every_branch_changes_the_logits():
   run, image = lively_model(atrous_rates=(1, 2, 3), **SMALL), noise(1, 65, 65, 3)
   whole, _ = run(image)
@@ -120,6 +123,7 @@ def test_every_branch_changes_the_logits():
     assert float(jnp.abs(run(image, [path])[0] - whole).max()) > 1e-3 * float(whole.std()), path
 
 
+@pytest.mark.slow
 def test_order_of_the_batch_does_not_matter():
   run, image = lively_model(**SMALL), noise(3, 40, 33, 3)
   order = jnp.asarray([2, 0, 1])
@@ -130,6 +134,7 @@ def test_order_of_the_batch_does_not_matter():
     )
 
 
+@pytest.mark.slow
 def test_training_drops_out_only_with_a_key():
   run, image = lively_model(**SMALL, bn_momentum=0.9), noise(2, 33, 33, 3)
   plain, again = run(image, train=True)[0], run(image, train=True)[0]
@@ -139,6 +144,7 @@ def test_training_drops_out_only_with_a_key():
   np.testing.assert_array_equal(run(image, key=jax.random.key(1))[0], run(image)[0])
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_stay_within_two_percent():
   """Of an Xception. MobileNetV2's linear bottlenecks magnify roundings: 8 % on seeded weights."""
   image = noise(1, 65, 65, 3)
