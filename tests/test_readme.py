@@ -1,0 +1,34 @@
+"""The README's commands name configs, modules and fields that exist."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from segjax import commandline
+
+ROOT = pathlib.Path(__file__).parents[1]
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&") if "-m segjax" in c]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_of_the_readme_is_understood(command, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  words = shlex.split(command)
+  assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
+  names = [word.lstrip("-").partition("=")[0] for word in words[3:]]
+  assert all(name in ("config", "workdir", "mode") or name.startswith("config.") for name in names)
+  argv = words[2:]
+  if "config" not in names:  # It continues a run of the quickstart.
+    argv = [argv[0], "--config=configs/quickstart.py", *argv[1:]]
+  commandline._check_config_names(argv)  # Exits on an unknown file or field.
+
+
+def test_the_option_table_names_fields_that_exist():
+  options = re.findall(r"`--config\.([\w.]+)=", (ROOT / "README.md").read_text())
+  assert len(options) > 8 and len(COMMANDS) >= 7
+  argv = ["segjax.main", f"--config={ROOT / 'configs' / 'folder.py'}", *(f"--config.{name}=x" for name in options)]
+  commandline._check_config_names(argv)
