@@ -6,6 +6,8 @@ the other way round, except for what the caller names in `exclude`.
 
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
@@ -41,7 +43,12 @@ def assign(model: nnx.Module, arrays: Mapping[str, np.ndarray], scheme: str, exc
   variables = {name: nnx.to_pure_dict(state) for name, state in states.items()}
   merged, taken, _ = merge_variables(variables, imported, exclude, f"the {scheme} weights")
   for name, state in states.items():
-    nnx.replace_by_pure_dict(state, merged[name])
+    # As JAX arrays of the model's type; what is abstract stays so.
+    placed = jax.tree.map(
+      lambda new, old: new if isinstance(new, jax.ShapeDtypeStruct) else jnp.asarray(new, old.dtype),
+      merged[name], variables[name],
+    )  # fmt: skip
+    nnx.replace_by_pure_dict(state, placed)
     nnx.update(model, state)
   return taken
 
