@@ -10,7 +10,7 @@ VERSION = (ROOT / "segjax" / "__init__.py").read_text().split('__version__ = "')
 setuptools.setup(
   name="segjax",
   version=VERSION,
-  description="Semantic segmentation in JAX: U-Net, exact and resumable bit for bit, on 1 to N devices.",
+  description="Semantic segmentation in JAX: exact, sharded over 1 to N devices, resumable bit for bit.",
   long_description=(ROOT / "README.md").read_text(),
   long_description_content_type="text/markdown",
   license="Apache-2.0",

@@ -8,12 +8,12 @@ from segjax.config import default_config
 
 def get_config():
   config = default_config(model="unet", data="synthetic")
-  config.num_steps = 700
+  config.num_steps = 600
   config.batch_size = 8
   config.crop_size = (64, 64)
   config.log_every = 20
-  config.eval_every = 350
-  config.checkpoint_every = 350
+  config.eval_every = 300
+  config.checkpoint_every = 300
   config.model.width = 16
   config.model.depth = 3
   config.augment.scale = (0.8, 1.25)
