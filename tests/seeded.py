@@ -1,4 +1,4 @@
-"""Official DeepLab's variables with values that anybody can make again from their names (FIXTURES.md, section 2)."""
+"""Weights that anybody can make again from their names: official DeepLab's (its FIXTURES.md, section 2), PyTorch's."""
 
 import hashlib
 import math
@@ -43,3 +43,19 @@ def arrays(table: str) -> dict[str, np.ndarray]:
 def image(height: int, width: int) -> np.ndarray:
   """Raw RGB noise, [1, height, width, 3] float32 in [0, 255)."""
   return np.random.default_rng(0).uniform(0, 255, (1, height, width, 3)).astype(np.float32)
+
+
+def torch_weights(keys: dict[str, tuple], gain: float) -> dict[str, np.ndarray]:
+  """The weight rule of ../shared/reference/torch/FIXTURES.md, section 1."""
+  weights = {}
+  for key, shape in keys.items():
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+    leaf = key.rsplit(".", 1)[-1]
+    if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
+      values = rng.uniform(0.8, 1.2, shape)
+    elif leaf in ("bias", "running_mean"):
+      values = rng.standard_normal(shape) * 0.05
+    else:
+      values = rng.standard_normal(shape) * (gain * np.sqrt(2 / np.prod(shape[1:])))
+    weights[key] = values.astype(np.float32)
+  return weights

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
-from segjax import config, models
+from segjax import models
 from segjax.models import strides
 
 
@@ -170,9 +170,3 @@ def test_wrong_options_say_what_is_right(options, message):
   with pytest.raises(ValueError) as error:
     models.build("deeplab_v3plus", num_classes=21, rngs=nnx.Rngs(0), **options)
   assert message in str(error.value)
-
-
-def test_config_options_are_the_constructors():
-  nnx.eval_shape(
-    lambda: models.build("deeplab_v3plus", num_classes=21, rngs=nnx.Rngs(0), **config.MODELS["deeplab_v3plus"])
-  )

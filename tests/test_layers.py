@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from segjax.models import layers, resize
+from tests.seeded import torch_weights
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -55,7 +56,7 @@ def test_transposed_convolution_equals_lax_in_value_and_gradients():
 @pytest.mark.parametrize("momentum, epsilon", [(0.1, 1e-5), (0.01, 1e-5), (0.1, 1e-3), (0.0003, 1e-3)])
 def test_batch_norm_equals_torch(momentum, epsilon):
   z, key = np.load(DATA / "torch_optim_bn.npz"), f"bn_m{momentum}_eps{'1e-05' if epsilon == 1e-5 else '0.001'}_"
-  initial = {leaf: seeded(leaf, (5,)) for leaf in ("weight", "bias", "running_mean", "running_var")}
+  initial = torch_weights(dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (5,)), gain=1.0)
   norm = layers.BatchNorm(5, momentum=1 - momentum, epsilon=epsilon)
   norm.scale[...], norm.bias[...] = initial["weight"], initial["bias"]
   norm.mean[...], norm.var[...] = initial["running_mean"], initial["running_var"]
@@ -66,15 +67,6 @@ def test_batch_norm_equals_torch(momentum, epsilon):
   before = norm.var[...]
   np.testing.assert_allclose(norm(x, False).transpose(0, 3, 1, 2), z[key + "y_eval"], atol=2e-6)
   np.testing.assert_array_equal(norm.var[...], before)
-
-
-def seeded(key, shape):
-  """The weight rule of ../shared/reference/torch/FIXTURES.md section 1, for one-dimensional entries."""
-  import hashlib
-
-  rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
-  values = rng.uniform(0.8, 1.2, shape) if key in ("weight", "running_var") else rng.standard_normal(shape) * 0.05
-  return values.astype(np.float32)
 
 
 def test_batch_norm_keeps_its_digits_where_the_mean_is_large():

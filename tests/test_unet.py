@@ -1,7 +1,5 @@
 """The U-Net: its wiring, sizes and gradients."""
 
-import hashlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 from flax import nnx, traverse_util
 
 from segjax import models, state, steps
+from tests.seeded import torch_weights
 
 
 def build(**options):
@@ -105,22 +104,6 @@ def test_wrong_options_say_so(options, message):
 def test_unknown_model_lists_the_known_ones():
   with pytest.raises(ValueError, match="choose one of unet"):
     models.build("segformer", num_classes=2, rngs=nnx.Rngs(0))
-
-
-def torch_weights(keys: dict[str, tuple], gain: float) -> dict[str, np.ndarray]:
-  """The weight rule of ../shared/reference/torch/FIXTURES.md, section 1."""
-  weights = {}
-  for key, shape in keys.items():
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
-    leaf = key.rsplit(".", 1)[-1]
-    if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
-      values = rng.uniform(0.8, 1.2, shape)
-    elif leaf in ("bias", "running_mean"):
-      values = rng.standard_normal(shape) * 0.05
-    else:
-      values = rng.standard_normal(shape) * (gain * np.sqrt(2 / np.prod(shape[1:])))
-    weights[key] = values.astype(np.float32)
-  return weights
 
 
 def milesial_names(depth=4):
