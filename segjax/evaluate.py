@@ -1,6 +1,5 @@
 """Scoring: whole images against their own labels, one confusion matrix over the split."""
 
-import contextlib
 import dataclasses
 import pathlib
 
@@ -130,7 +129,7 @@ def checkpointed_variables(abstract: TrainState, workdir: pathlib.Path, which: s
   Raises:
     ConfigError: no checkpoint, or one of another model.
   """
-  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+  with Checkpoints(workdir, read_only=True) as checkpoints:
     best, last = checkpoints.best_step(), checkpoints.latest_step()
     step = best if which == "best" and best is not None else last
     if step is None:

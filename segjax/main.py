@@ -3,6 +3,7 @@
 Only flags, process start and dispatch; the work is in functions of (config, workdir) that can be imported.
 """
 
+import os
 import sys
 
 from absl import app, flags
@@ -11,6 +12,12 @@ from segjax import commandline
 
 _MODE = flags.DEFINE_enum("mode", "train", ("train", "eval"), "train, or score a checkpoint of the workdir.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, pictures.", required=True)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, 'host:port of process 0, where several processes run as one; "auto": JAX finds all (TPU pods).'
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; 1: one, whatever the environment.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -23,12 +30,15 @@ def main(argv: list[str]) -> None:
   # Not earlier: --help and config errors should not wait for these imports.
   import jax
 
+  from segjax import distributed
   from segjax.evaluate import evaluate
   from segjax.train import NonFiniteLoss, train
 
   if config.dtype == "float64":
     jax.config.update("jax_enable_x64", True)
-  with commandline.readable_errors(NonFiniteLoss):
+  with distributed.fail_together(), commandline.readable_errors(NonFiniteLoss):
+    processes = distributed.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    distributed.start(processes, _START_TIMEOUT.value)
     {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
 
 
