@@ -10,9 +10,8 @@
 #
 # Fails when
 #   the GPUs cannot be shared equally       it says so, and starts nothing
-#   a process fails                         its reason stands above; the others stop in seconds (60 s if it vanished
-#                                           without closing its connections), are killed after 90 s, and its exit code
-#                                           is this script's
+#   a process fails                         its reason stands above; the others stop within seconds (60 s at most) and
+#                                           are killed after 90 s; its exit code is this script's
 #   SIGTERM or Ctrl-C comes                 passed on: the run saves, stops, exits with 75; start again to go on
 #   the port is taken in the meantime       the processes name it and stop; start again
 set -euo pipefail
@@ -39,13 +38,18 @@ fi
 share=$((${#gpus[@]} / processes))
 
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+start() { # The process of id $1, its lines marked with it.
+  local id=$1 && shift
+  if ((share > 0)); then
+    CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${gpus[*]:id * share:share}")
+    export CUDA_VISIBLE_DEVICES
+  fi
+  exec "$python" -u -m segjax.main "$@" --coordinator="127.0.0.1:$port" --num_processes="$processes" \
+    --process_id="$id" > >(exec sed -u "s/^/[$id] /") 2>&1
+}
 pids=()
 for ((i = 0; i < processes; i++)); do
-  (
-    ((share == 0)) || CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:i * share:share}")
-    ((share == 0)) || export CUDA_VISIBLE_DEVICES
-    exec "$python" -u -m segjax.main "$@" --coordinator="127.0.0.1:$port" --num_processes="$processes" --process_id="$i"
-  ) > >(sed -u "s/^/[$i] /") 2>&1 &
+  start "$i" "$@" &
   pids+=($!)
 done
 trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT

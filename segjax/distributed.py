@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from segjax import peers
 from segjax.config import ConfigError
 
 # What a run that saved on SIGTERM ends with, for schedulers to start it again: EX_TEMPFAIL of sysexits.h. 143 would be
@@ -181,14 +183,34 @@ def _checked(address: str, count: int, index: int, devices, names: tuple[str, ..
   return None if count == 1 else Processes(address, count, index, devices, ", ".join(names))
 
 
-def start(processes: Processes | None, timeout: float) -> None:
+@contextlib.contextmanager
+def connected(processes: Processes | None, timeout: float):
   """Connects this process with the others, before any other use of JAX; nothing for one process.
+
+  In the `with` block, the end of any process ends all, with a message. A process that fails ends at once: leaving in
+  the ordinary way, it would first wait minutes for the others, and they for it.
 
   Args:
     timeout: seconds to wait for all of them. When they have passed, the program ends with exit code 2 and a message.
+
+  Raises:
+    ConfigError: the address cannot be used.
   """
   if processes is None:
+    yield
     return
+  _connect(processes, timeout)
+  name = f"process {jax.process_index()} of {jax.process_count()}"
+  try:
+    with _watching_each_other(processes, name):
+      yield
+  except Preempted:
+    raise
+  except BaseException as error:
+    _fail(error, name)
+
+
+def _connect(processes: Processes, timeout: float) -> None:
   if processes.coordinator == "auto":
     missing = f"the processes that JAX's own detection found did not all come together within {timeout:.0f} s"
   elif processes.process_id == 0:
@@ -234,6 +256,48 @@ def start(processes: Processes | None, timeout: float) -> None:
     ) from error
   finally:
     watchdog.cancel()
+
+
+@contextlib.contextmanager
+def _watching_each_other(processes: Processes, name: str):
+  """Has every process notice at once when another ends, where the hosts can connect to each other's free ports."""
+  listener = peers.Listener(jax.process_count() - 1) if jax.process_index() == 0 else None
+  host, port = on_first(lambda: (socket.gethostname(), listener.port))
+  if processes.coordinator != "auto":
+    host = processes.coordinator.rpartition(":")[0].strip("[]")  # Known to be reachable.
+  link = None
+  try:
+    if listener is None:
+      link = peers.Watcher(host, port, f"{name} ({socket.gethostname()})")
+    else:
+      listener.accept()
+      link = listener
+  except OSError as error:
+    print(f"note: {name} may hear of the end of others only after {HEARTBEAT_TIMEOUT} s: {host}:{port}: {error}")
+  try:
+    yield
+  except Preempted:
+    if link:
+      link.close()
+    raise
+  if link:
+    link.close()
+
+
+def _fail(error: BaseException, name: str):
+  """Ends a process that failed among several, which then stop as well."""
+  if not isinstance(error, SystemExit):  # Whose message has been printed.
+    traceback.print_exception(error)
+  advice = ""
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    advice = (
+      " Where the lines above speak of a connection, a peer or a timeout, another process stopped first, and its own"
+      " output has the reason."
+    )
+  print(f"segjax: {name} stopped for the reason above.{advice}", file=sys.stderr)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 def on_first(function: Callable):
@@ -285,38 +349,3 @@ class StopSignal:
   def requested(self, step: int) -> bool:
     """Whether to stop before `step`; to be asked for every step."""
     return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._received
-
-
-@contextlib.contextmanager
-def fail_together():
-  """Ends a process that fails among several at once, so that the others notice in seconds and stop as well.
-
-  Leaving in the ordinary way, it would first wait minutes for them, and they for it.
-  """
-  try:
-    yield
-  except Preempted:
-    raise
-  except BaseException as error:
-    if not jax.distributed.is_initialized():
-      raise
-    name = f"segjax: process {jax.process_index()} of {jax.process_count()}"
-    if isinstance(error, jax.errors.JaxRuntimeError):
-      print(f"{name}: {error}", file=sys.stderr)
-      print(
-        f"{name} stopped in a computation. Where the lines above speak of a connection, a peer or a timeout, another"
-        " process stopped first, and its own output has the reason. Start all processes again: the run resumes from"
-        " its last checkpoint.",
-        file=sys.stderr,
-      )
-      code = 1
-    elif isinstance(error, SystemExit):  # Its message has been printed.
-      print(f"{name} stopped for the reason above.", file=sys.stderr)
-      code = error.code if isinstance(error.code, int) else 1
-    else:
-      traceback.print_exc()
-      print(f"{name} stopped for the reason above.", file=sys.stderr)
-      code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -36,10 +36,10 @@ def main(argv: list[str]) -> None:
 
   if config.dtype == "float64":
     jax.config.update("jax_enable_x64", True)
-  with distributed.fail_together(), commandline.readable_errors(NonFiniteLoss):
+  with commandline.readable_errors():
     processes = distributed.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    distributed.start(processes, _START_TIMEOUT.value)
-    {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
+    with distributed.connected(processes, _START_TIMEOUT.value), commandline.readable_errors(NonFiniteLoss):
+      {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

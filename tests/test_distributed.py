@@ -35,7 +35,8 @@ def place(found):
 )
 def test_one_process_stays_one(environ):
   assert distributed.find_processes(environ) is None
-  distributed.start(None, timeout=1)
+  with distributed.connected(None, timeout=1):
+    pass
 
 
 def test_num_processes_1_wins_over_any_environment():
@@ -87,9 +88,7 @@ def test_the_first_host_of_any_node_list(nodes, first):
   ],
 )
 def test_each_slurm_task_takes_its_share_of_the_gpus_it_sees(tasks_per_node, visible, local, mine):
-  environ = SLURM | dict(
-    SLURM_STEP_TASKS_PER_NODE=tasks_per_node, CUDA_VISIBLE_DEVICES=visible, SLURM_LOCALID=local
-  )
+  environ = SLURM | dict(SLURM_STEP_TASKS_PER_NODE=tasks_per_node, CUDA_VISIBLE_DEVICES=visible, SLURM_LOCALID=local)
   assert distributed.find_processes(environ).local_device_ids == mine
 
 
@@ -120,14 +119,17 @@ def test_incomplete_and_contradicting_settings_are_named(arguments, message):
     distributed.find_processes(*arguments)
 
 
-@pytest.mark.parametrize("process_id, message", [(0, "and not all others came"), (1, "could not reach the coordinator")])
+@pytest.mark.parametrize(
+  "process_id, message", [(0, "and not all others came"), (1, "could not reach the coordinator")]
+)
 def test_a_process_that_stays_alone_stops_after_the_stated_time_naming_the_address(process_id, message):
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   code = f"""
 from segjax import distributed
-distributed.start(distributed.find_processes({{}}, {address!r}, 2, {process_id}), timeout=3)
+with distributed.connected(distributed.find_processes({{}}, {address!r}, 2, {process_id}), timeout=3):
+  pass
 """
   begin = time.monotonic()
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=100)
