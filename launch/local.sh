@@ -54,9 +54,9 @@ for ((i = 0; i < processes; i++)); do
 done
 trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT
 
-code=0 killer=
+code=0 killer=''
 while ((${#pids[@]} > 0)); do
-  ended= status=0
+  ended='' status=0
   wait -n -p ended "${pids[@]}" || status=$?
   [[ -n ${ended:-} ]] || continue # A signal interrupted the wait.
   left=()
@@ -66,7 +66,7 @@ while ((${#pids[@]} > 0)); do
     code=$status
     if ((code != 75 && ${#pids[@]} > 0)); then
       echo "local.sh: process $ended ended with $code; the others have 90 s to stop" >&2
-      (sleep 90 && kill -KILL "${pids[@]}") 2> /dev/null &
+      (sleep 90 && kill -KILL "${pids[@]}") > /dev/null 2>&1 &
       killer=$!
     fi
   fi

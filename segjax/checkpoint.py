@@ -20,7 +20,8 @@ class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
   """A checkpoint gets its checksums before the name that makes it complete, so none is ever without."""
 
   async def finalize(self) -> None:
-    await asyncio.to_thread(_write_checksums, pathlib.Path(self.get()))
+    if self.get_final().name.startswith("step_"):  # Not one of its parts, which are finalised alike.
+      await asyncio.to_thread(_write_checksums, pathlib.Path(self.get()))
     await super().finalize()
 
 
@@ -181,14 +182,18 @@ class Checkpoints:
     """Waits until everything is on disk."""
     self._manager.wait_until_finished()
 
+  def close(self) -> None:
+    """Waits until everything is on disk, and ends Orbax's threads."""
+    self.wait()
+    self._manager.close()
+
   def __enter__(self) -> "Checkpoints":
     return self
 
   def __exit__(self, kind, error, trace) -> None:
     # After a failure among several processes the others may be gone, and Orbax would wait for them.
     if jax.process_count() == 1 or error is None or isinstance(error, SystemExit):
-      self.wait()
-      self._manager.close()
+      self.close()
 
   def _check(self, step: int) -> None:
     found = damage(self.folder / f"step_{step}") if self._read_only else []
