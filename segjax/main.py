@@ -8,7 +8,7 @@ import sys
 
 from absl import app, flags
 
-from segjax import commandline
+from segjax import cluster, commandline
 
 _MODE = flags.DEFINE_enum("mode", "train", ("train", "eval"), "train, or score a checkpoint of the workdir.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, pictures.", required=True)
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"Unknown argument {argv[1]!r}; options look like --config.num_steps=100.")
   with commandline.readable_errors():
     config = commandline.config()
+    processes = cluster.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
   # Not earlier: --help and config errors should not wait for these imports.
   import jax
@@ -36,10 +37,12 @@ def main(argv: list[str]) -> None:
 
   if config.dtype == "float64":
     jax.config.update("jax_enable_x64", True)
-  with commandline.readable_errors():
-    processes = distributed.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    with distributed.connected(processes, _START_TIMEOUT.value), commandline.readable_errors(NonFiniteLoss):
-      {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
+  with (
+    commandline.readable_errors(),
+    distributed.connected(processes, _START_TIMEOUT.value),
+    commandline.readable_errors(NonFiniteLoss),  # Before `connected` ends a process that fails among several.
+  ):
+    {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from segjax import distributed
+from segjax import cluster, distributed
 from segjax.config import ConfigError
 
 SLURM = dict(
@@ -34,27 +34,27 @@ def place(found):
   ],
 )
 def test_one_process_stays_one(environ):
-  assert distributed.find_processes(environ) is None
+  assert cluster.find_processes(environ) is None
   with distributed.connected(None, timeout=1):
     pass
 
 
 def test_num_processes_1_wins_over_any_environment():
-  assert distributed.find_processes(SLURM | JOBSET, num_processes=1) is None
+  assert cluster.find_processes(SLURM | JOBSET, num_processes=1) is None
 
 
 def test_flags_win_over_variables_and_variables_over_clusters():
   variables = dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="3", JAX_PROCESS_ID="2")
-  found = distributed.find_processes(SLURM | variables, "b:2", 4, 0)
+  found = cluster.find_processes(SLURM | variables, "b:2", 4, 0)
   assert place(found) == ("b:2", 4, 0, None)
-  assert place(distributed.find_processes(SLURM | variables)) == ("a:1", 3, 2, None)
-  assert place(distributed.find_processes({}, coordinator="auto")) == ("auto", None, None, None)
+  assert place(cluster.find_processes(SLURM | variables)) == ("a:1", 3, 2, None)
+  assert place(cluster.find_processes({}, coordinator="auto")) == ("auto", None, None, None)
 
 
 def test_slurm_gives_first_host_port_of_the_job_and_ids():
   # 123456 % 4096 = 576, and JAX's own detection has the same port for the job.
-  assert place(distributed.find_processes(SLURM)) == ("gpu03:62016", 8, 5, None)
-  assert distributed.find_processes(SLURM | dict(JAX_COORDINATOR_PORT="999")).coordinator == "gpu03:999"
+  assert place(cluster.find_processes(SLURM)) == ("gpu03:62016", 8, 5, None)
+  assert cluster.find_processes(SLURM | dict(JAX_COORDINATOR_PORT="999")).coordinator == "gpu03:999"
 
 
 def test_slurm_agrees_with_the_detection_of_jax():
@@ -65,7 +65,7 @@ def test_slurm_agrees_with_the_detection_of_jax():
       for name, value in (SLURM | dict(SLURM_STEP_NODELIST=nodes)).items():
         patch.setenv(name, value)
       theirs = SlurmCluster.get_coordinator_address(None, None)
-    assert distributed.find_processes(SLURM | dict(SLURM_STEP_NODELIST=nodes)).coordinator == theirs
+    assert cluster.find_processes(SLURM | dict(SLURM_STEP_NODELIST=nodes)).coordinator == theirs
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_slurm_agrees_with_the_detection_of_jax():
   [("n[1-2]-ib,x", "n1-ib"), ("r[2,4]n[07-09]", "r2n07"), ("login", "login"), ("a-b[3],c", "a-b3")],
 )
 def test_the_first_host_of_any_node_list(nodes, first):
-  assert distributed.first_host(nodes) == first
+  assert cluster.first_host(nodes) == first
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_the_first_host_of_any_node_list(nodes, first):
 )
 def test_each_slurm_task_takes_its_share_of_the_gpus_it_sees(tasks_per_node, visible, local, mine):
   environ = SLURM | dict(SLURM_STEP_TASKS_PER_NODE=tasks_per_node, CUDA_VISIBLE_DEVICES=visible, SLURM_LOCALID=local)
-  assert distributed.find_processes(environ).local_device_ids == mine
+  assert cluster.find_processes(environ).local_device_ids == mine
 
 
 def test_a_jobset_gives_coordinator_and_index():
-  assert place(distributed.find_processes(JOBSET)) == ("segjax-workers-0-0.segjax:8476", 2, 1, None)
+  assert place(cluster.find_processes(JOBSET)) == ("segjax-workers-0-0.segjax:8476", 2, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_jobset_gives_coordinator_and_index():
 )
 def test_incomplete_and_contradicting_settings_are_named(arguments, message):
   with pytest.raises(ConfigError, match=message):
-    distributed.find_processes(*arguments)
+    cluster.find_processes(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_a_process_that_stays_alone_stops_after_the_stated_time_naming_the_addre
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   code = f"""
-from segjax import distributed
-with distributed.connected(distributed.find_processes({{}}, {address!r}, 2, {process_id}), timeout=3):
+from segjax import cluster, distributed
+with distributed.connected(cluster.find_processes({{}}, {address!r}, 2, {process_id}), timeout=3):
   pass
 """
   begin = time.monotonic()

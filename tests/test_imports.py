@@ -17,7 +17,7 @@ LAYERS = [
   {"pretrained", "pretrained.files", "pretrained.tf_deeplab"},
   {"input_pipeline", "input_pipeline.images", "input_pipeline.order", "input_pipeline.synthetic",
    "input_pipeline.folder", "input_pipeline.tf_data", "input_pipeline.grain_loader"},
-  {"state", "steps", "checkpoint", "report", "commandline", "lock", "distributed", "peers"},
+  {"state", "steps", "checkpoint", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
   {"warm_start"},
   {"check_data", "evaluate", "train"},
   {"main"},

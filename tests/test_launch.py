@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
+from segjax import cluster, distributed
 from segjax import config as config_lib
-from segjax import distributed
 from segjax import train as train_lib
 from tests.test_train import read_metrics
 
@@ -165,7 +165,7 @@ def test_the_jobset_has_the_fields_that_kubernetes_needs():
 
   # What the pods will see is understood, and the port that is open is the one that is used.
   environ = dict(JOBSET_COORDINATOR="segjax-workers-0-0.segjax", JOBSET_NUM_PROCESSES="2", JOB_COMPLETION_INDEX="0")
-  port = int(distributed.find_processes(environ).coordinator.rpartition(":")[2])
+  port = int(cluster.find_processes(environ).coordinator.rpartition(":")[2])
   assert [entry["containerPort"] for entry in container["ports"]] == [port]
   assert container["command"] == ["python", "-u", "-m", "segjax.main"]
   config = next(a for a in container["args"] if a.startswith("--config=")).removeprefix("--config=")
