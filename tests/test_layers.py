@@ -18,14 +18,19 @@ def random(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def test_max_pool_equals_reduce_window_in_value_and_gradient():
-  x, weight = random(2, 6, 8, 3), random(2, 3, 4, 3, seed=1)
+@pytest.mark.parametrize("size, ceil_mode", [((6, 8), False), ((6, 8), True), ((5, 8), True), ((5, 7), True)])
+def test_max_pool_equals_reduce_window_in_value_and_gradient(size, ceil_mode):
+  x, weight = random(2, *size, 3), random(2, 3, 4, 3, seed=1)
+
+  def ours(x):
+    return layers.max_pool_2x2(x, ceil_mode)
 
   def plain(x):
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    outside = ((0, 0), (0, size[0] % 2), (0, size[1] % 2), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), outside)
 
-  np.testing.assert_array_equal(layers.max_pool_2x2(x), plain(x))
-  got, want = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (layers.max_pool_2x2, plain))
+  np.testing.assert_array_equal(ours(x), plain(x))
+  got, want = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (ours, plain))
   np.testing.assert_array_equal(got, want)
 
 

@@ -36,20 +36,23 @@ def paddings(size: tuple[int, int], kernel_size: int, stride: int, rate: int, pa
     padding: "same": TensorFlow's rule, as many as the ceil(n / stride) outputs need, so it depends on the size.
       "fixed": (kernel_size - 1) * rate whatever the stride and size. Both put the smaller half first, and agree at
       stride 1 and for odd sizes at stride 2; for even sizes "same" looks one pixel further down and right.
+      "valid": none.
   """
+  if padding == "valid":
+    return ((0, 0), (0, 0))
   reach = (kernel_size - 1) * rate
   total = [reach if padding == "fixed" else max((-(-n // stride) - 1) * stride + reach + 1 - n, 0) for n in size]
   return tuple((t // 2, t - t // 2) for t in total)
 
 
 class Conv(nnx.Module):
-  """Dense convolution, padded with zeros so that n pixels become ceil(n / stride).
+  """Dense convolution; n pixels become ceil(n / stride), or, with padding "valid", only those that need no padding.
 
   Args:
     in_features, out_features: channels.
     kernel_size: odd.
     stride, rate: in pixels; rate is the dilation.
-    padding: "same" or "fixed", see `paddings`.
+    padding: "same", "fixed" or "valid", see `paddings`.
     use_bias: off where a batch norm follows, which would cancel it.
   """
 
@@ -109,15 +112,21 @@ class ConvTranspose2x2(nnx.Module):
     return x.reshape(b, 2 * h, 2 * w, kernel.shape[-1]) + per_channel(self.bias).astype(self.dtype)
 
 
-def max_pool_2x2(x: jax.Array) -> jax.Array:
-  """[B, H, W, C] -> [B, H/2, W/2, C]; H and W even. Where values tie, the gradient is shared.
+def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
+  """[B, H, W, C] -> [B, H/2, W/2, C]. Where values tie, the gradient is shared.
 
   Pairwise maxima of strided views: the gradient of lax.reduce_window is a select-and-scatter, 15x slower on XLA:CPU
   and not deterministic on GPU.
 
+  Args:
+    ceil_mode: an odd size is rounded up, its last window being half outside (Caffe's pooling). Off: refused.
+
   Raises:
-    ValueError: an odd height or width.
+    ValueError: an odd height or width without `ceil_mode`.
   """
+  if ceil_mode and (x.shape[1] % 2 or x.shape[2] % 2):
+    outside = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
+    x = jnp.pad(x, outside, constant_values=-jnp.inf)
   b, h, w, c = x.shape
   if h % 2 or w % 2:
     raise ValueError(f"max_pool_2x2 needs an even height and width, got {h}x{w}; pad the input to the model's stride.")
