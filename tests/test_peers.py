@@ -63,9 +63,9 @@ def end_point(name, model, endpoints):
     stages |= dict(low_level="block1", out="block4")
   elif hasattr(backbone, "layer_18"):
     last = "layer_19" if "layer_19" in endpoints else "layer_18"
-    stages = dict(enc1="layer_2", enc2="layer_3", enc3="layer_5", enc4="layer_12", enc5=last)
-    stages |= dict(low_level="layer_3", out=last)
-  stages |= dict(aspp="aspp/conv" if "aspp/conv" in endpoints else "aspp/projection", decoder="decoder/conv1")
+    stages = dict(enc1="layer_2", enc2="layer_4", enc3="layer_7", enc4="layer_14", enc5=last)
+    stages |= dict(low_level="layer_4", out=last)
+  stages |= dict(aspp="aspp/projection", decoder="decoder/conv1")
   if name in stages:
     return stages[name]
   for pattern, ours in ENDPOINTS:

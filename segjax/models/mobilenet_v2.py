@@ -61,7 +61,7 @@ class MobileNetV2(nnx.Module):
       norm=dict(momentum=bn_momentum, epsilon=epsilon, frozen=frozen_bn),
       kernel_init=nnx.initializers.truncated_normal(0.09), dtype=dtype, rngs=rngs,
     )  # fmt: skip
-    self.low_levels = {"layer_4/depthwise": 144, "layer_3": 24}
+    self.low_levels = {"layer_4/depthwise": 144, "layer_4": 24}
     self.layer_1 = layers.ConvNorm(
       3, 32, 3, stride=2, padding="valid" if padding == "early" else padding, activation=jax.nn.relu6, **options
     )

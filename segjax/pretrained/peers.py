@@ -7,7 +7,7 @@ from segjax.models.classifier import Classifier
 
 # Where the libraries agree; PyTorch's momentum of 0.1 is our 0.9.
 TORCH = dict(bn_momentum=0.9)
-MOBILENET = dict(normalization="imagenet", low_level="layer_3", mobilenet_epsilon=1e-5)
+MOBILENET = dict(normalization="imagenet", low_level="layer_4", mobilenet_epsilon=1e-5)
 
 VAINF = TORCH | dict(separable=False, dropout=0.1)  # With separable=True: its --separable_conv.
 VAINF_DETAILS = dict(
