@@ -3,11 +3,12 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from segjax import pretrained
+from segjax import models, pretrained
 from segjax.models import resize
 from tests import seeded
 
@@ -74,69 +75,182 @@ def end_point(name, model, endpoints):
   return name
 
 
-def shapes(table):
-  """{key: shape} of a network's `state_dict`."""
+def shapes(case):
+  """{key: shape} of a network's `state_dict`, running counts left out; the output stride changes none."""
+  with np.load(seeded.DATA / "torch_state_dicts.npz") as tables:
+    table = tables[re.sub(r"^(timm_xception\d+)_os\d+$", r"\1", case)].item().decode()
   rows = (row.split("\t") for row in table.splitlines())
-  return {key: () if shape == "scalar" else tuple(int(n) for n in shape.split("x")) for key, shape, _ in rows}
+  return {key: tuple(int(n) for n in shape.split("x")) for key, shape in rows}
 
 
 def abstract(case):
   network, options = CASES[case]
-  num_classes = 1000 if network.startswith("timm") or network.endswith("vgg16") else 21
+  num_classes = 1000 if "timm" in network or "vgg" in network else 21
   return nnx.eval_shape(lambda: pretrained.build(network, num_classes=num_classes, rngs=nnx.Rngs(0), **options))
 
 
-def seeded_model(case, keys, gain):
-  model = abstract(case)
-  arrays = {k: v for k, v in keys.items() if not k.endswith("num_batches_tracked")}
-  arrays = seeded.torch_weights(arrays, gain)
-  if "features_only" in case:  # No classifier.
-    arrays |= {"head.fc.weight": np.zeros((1000, 2048), np.float32), "head.fc.bias": np.zeros(1000, np.float32)}
-  pretrained.assign(model, arrays, CASES[case][0].partition("/")[0])
+def assign(case, model, arrays):
+  exclude = ("logits",) if "features_only" in case else ()  # Those have no classifier.
+  return pretrained.assign(model, arrays, CASES[case][0].partition("/")[0], exclude)
+
+
+def seeded_model(case, gain):
+  model, arrays = abstract(case), seeded.torch_weights(shapes(case), gain)
+  assign(case, model, arrays)
+  if "features_only" in case:
+    model.logits.kernel[...], model.logits.bias[...] = jnp.zeros((1, 1, 2048, 1000)), jnp.zeros(1000)
   return model
 
 
 def forward(model, image):
-  """Output and end points, [1, C, H, W] as PyTorch's; at full float32 precision."""
+  """Output and end points, at full float32 precision."""
   graphdef, state = nnx.split(model)
 
   @jax.jit
   def run(state, image):
     endpoints = {}
-    output = nnx.merge(graphdef, state)(image, endpoints=endpoints)
-    return output, endpoints
+    return nnx.merge(graphdef, state)(image, endpoints=endpoints), endpoints
 
   with jax.default_matmul_precision("highest"):
-    output, endpoints = jax.tree.map(np.asarray, run(state, image))
-  return output, {name: x.transpose(0, 3, 1, 2) for name, x in endpoints.items()}
+    return run(state, image)
 
 
-def errors(case, keys, z):
-  """{size/output: largest difference, in units of PyTorch's own float32 noise} of everything a fixture holds."""
-  model = seeded_model(case, keys, float(z["gain"]))
-  found = {}
-  for size in sorted({name.partition("/")[0] for name in z.files if "/" in name}):
+def check(case, z, tolerance=20):
+  """Everything that a fixture holds, within `tolerance` times PyTorch's own float32 noise; returns the largest ratio."""
+  model, worst = seeded_model(case, float(z["gain"])), 0
+  weights = [shape for key, shape in shapes(case).items() if key.endswith(("weight", "bias"))]
+  assert sum(int(np.prod(shape)) for shape in weights) == int(z["params"])
+  for size in sorted({key.partition("/")[0] for key in z.files if "/" in key}):
     h, w = (int(n) for n in size.split("x"))
-    image = np.random.default_rng(0).standard_normal([1, 3, h, w]).astype(np.float32)
-    output, endpoints = forward(model, image.transpose(0, 2, 3, 1))
-    final = "out" if case.startswith("torchvision_") and "vgg" not in case else "logits"
-    for name in [
-      key.removesuffix("__shape").partition("/")[2]
-      for key in z.files
-      if key.startswith(size) and key.endswith("__shape")
-    ]:
-      key = f"{size}/{name}"
+    image = np.random.default_rng(0).standard_normal([1, 3, h, w]).astype(np.float32).transpose(0, 2, 3, 1)
+    output, endpoints = forward(model, jnp.asarray(image))
+    final = "out" if case.startswith("torchvision") else "logits"
+    names = [key.removeprefix(f"{size}/").removesuffix("__shape") for key in z.files if key.endswith("__shape")]
+    for name in (name for name in names if "/" not in name):  # Those of this size.
       if name == final:
-        got = output.transpose(0, 3, 1, 2) if output.ndim == 4 else output
+        got = output
       elif name == "aux":
-        got = np.asarray(resize.resize_bilinear(endpoints["auxiliary"].transpose(0, 2, 3, 1), (h, w), False)).transpose(
-          0, 3, 1, 2
-        )
+        got = resize.resize_bilinear(endpoints["auxiliary"], (h, w), align_corners=False)
       else:
         got = endpoints[end_point(name, model, endpoints)]
+      got, key = np.asarray(got), f"{size}/{name}"
+      got = got.transpose(0, 3, 1, 2) if got.ndim == 4 else got
       assert got.shape == tuple(z[f"{key}__shape"]), name
-      found[key] = float(np.abs(got.ravel()[z[f"{key}__probe_index"]] - z[f"{key}__probe"]).max())
-      if key in z:
-        found[key] = max(found[key], float(np.abs(got - z[key]).max()))
-      found[key] /= float(z[f"{key}__f32_noise"])
-  return found
+      difference = np.abs(got.ravel()[z[f"{key}__probe_index"]] - z[f"{key}__probe"]).max()
+      difference = max(difference, np.abs(got - z[key]).max()) if key in z else difference
+      ratio = float(difference / z[f"{key}__f32_noise"])
+      assert ratio < tolerance, f"{key}: {difference} is {ratio} times the noise"
+      worst = max(worst, ratio)
+  return worst
+
+
+# One of each table of names; the others are the same at another stride or depth.
+DISTINCT = (
+  "vainf_deeplabv3plus_resnet50_separable", "vainf_deeplabv3plus_mobilenet", "timm_xception41_os8",
+  "timm_xception65_features_only_os16", "timm_xception71_os16", "smp_deeplabv3plus_resnet50_rates6_full",
+  "smp_deeplabv3plus_mobilenet_v2", "smp_deeplabv3plus_tu-xception41_os8", "torchvision_deeplabv3_resnet50",
+  "torchvision_fcn_resnet50", "torchvision_vgg16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "case", [case if case in DISTINCT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_every_name_has_one_place_in_the_model(case):
+  arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes(case).items()}
+  counts = {f"{key.rpartition('.')[0]}.num_batches_tracked": np.zeros((), np.int64) for key in arrays if "mean" in key}
+  model = abstract(case)
+  assert assign(case, model, arrays | counts) == len(arrays)
+  learnt = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  assert learnt == sum(a.size for key, a in arrays.items() if "running" not in key) + (2049000 if "only" in case else 0)
+
+
+@pytest.mark.parametrize("case", ["vainf_deeplabv3plus_mobilenet", "smp_deeplabv3plus_resnet50"])
+def test_logits_and_end_points_equal_the_peers(case):
+  check(case, np.load(seeded.DATA / f"torch_{case}.npz"))
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("case", [case for case in CASES if "vgg" not in case])
+def test_all_logits_and_end_points_equal_the_peers(case, shared):
+  path = shared / "reference/torch/fixtures" / f"{case}.npz"
+  if not path.is_file():
+    pytest.skip(f"{path.name} is not among the reference numbers")
+  print(f"{case}: {check(case, np.load(path)):.2f} times PyTorch's float32 noise")
+
+
+@pytest.mark.reference
+def test_vgg16_equals_torchvisions(shared):
+  """The classifier at 224x224, and the same weights sliding over a padded smaller image."""
+  case, z = "torchvision_vgg16", np.load(shared / "reference/torch/fixtures/torchvision_vgg16.npz")
+  model = seeded_model(case, float(z["gain"]))
+
+  def close(got, key):
+    got = np.asarray(got).transpose(0, 3, 1, 2) if got.ndim == 4 else np.asarray(got)
+    ratio = np.abs(got.ravel()[z[f"{key}__probe_index"]] - z[f"{key}__probe"]).max() / z[f"{key}__f32_noise"]
+    assert got.shape == tuple(z[f"{key}__shape"]) and ratio < 20, (key, ratio)
+    print(f"{case} {key}: {ratio:.2f} times PyTorch's float32 noise")
+
+  def image(h, w):
+    noise = np.random.default_rng(0).standard_normal([1, 3, h, w]).astype(np.float32)
+    return jnp.asarray(noise.transpose(0, 2, 3, 1))
+
+  close(forward(model, image(224, 224))[0], "224x224/logits")
+  model.backbone.fc6.padding = "same"
+  _, endpoints = forward(model, image(64, 96))
+  for name in ("pool1", "pool2", "pool3", "pool4", "pool5", "fc6", "fc7"):
+    close(endpoints[name], f"64x96/{name}")
+  close(model.logits(endpoints["fc7"]), "64x96/conv_logits")
+
+
+def test_weights_of_a_classifier_fit_the_backbone_of_a_segmentation_network():
+  keys = shapes("timm_xception41_os32")
+  arrays = {key: np.zeros(shape, np.float32) for key, shape in keys.items()}
+  key = "blocks.12.stack.conv3.conv_pw.weight"
+  arrays |= seeded.torch_weights({key: keys[key]}, 1.0)
+  model = nnx.eval_shape(
+    lambda: models.build("deeplab_v3plus", num_classes=5, backbone="xception_41", rngs=nnx.Rngs(0))
+  )
+  taken = pretrained.assign(model, arrays, "timm", exclude=("logits", "aspp", "decoder"))
+  assert taken == len(arrays) - 2
+  kernel = model.backbone.exit_block2.unit1.sep3.pointwise.kernel[...]
+  np.testing.assert_array_equal(kernel[0, 0], arrays[key][:, :, 0, 0].T)
+
+
+def test_mistakes_are_listed():
+  case = "torchvision_fcn_resnet50"
+  arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes(case).items()}
+  with pytest.raises(ValueError, match="1 names are none of torchvision's(.|\n)*backbone.layer5.0.conv4.weight"):
+    assign(case, abstract(case), arrays | {"backbone.layer5.0.conv4.weight": np.zeros((1, 1, 1, 1))})
+  with pytest.raises(ValueError, match="backbone.bn1.momentum"):
+    assign(case, abstract(case), arrays | {"backbone.bn1.momentum": np.zeros(1)})
+  del arrays["backbone.bn1.weight"]
+  arrays["classifier.4.bias"] = np.zeros(19)
+  with pytest.raises(ValueError) as error:
+    assign(case, abstract(case), arrays)
+  assert "only in the model: params/backbone/conv1/norm/scale" in str(error.value)
+  assert "params/logits/bias: the model has (21,), the torchvision weights has (19,)" in str(error.value)
+  with pytest.raises(ValueError, match="No network is called 'timm/xception66': choose one of vainf/"):
+    pretrained.build("timm/xception66", num_classes=3, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="model.details has no align_corner: choose from align_corners"):
+    pretrained.build("vainf/deeplabv3plus_resnet50", num_classes=3, rngs=nnx.Rngs(0), details=dict(align_corner=True))
+
+
+@pytest.mark.parametrize(
+  "network, symmetric",
+  [
+    ("timm/xception41", True),
+    ("smp/deeplabv3plus_tu-xception41", True),
+    ("smp/deeplabv3plus_mobilenet_v2", False),
+    ("vainf/deeplabv3plus_mobilenet", False),
+    ("torchvision/resnet50", False),
+    ("torchvision/vgg16", False),
+  ],
+)
+def test_preprocessing_is_the_peers(network, symmetric):
+  """ImageNet's mean and deviation, but 0.5 and 0.5 for what timm trained."""
+  mean, std = ((0.5,) * 3, (0.5,) * 3) if symmetric else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+  model = nnx.eval_shape(lambda: pretrained.build(network, num_classes=2, rngs=nnx.Rngs(0)))
+  raw = np.stack([np.zeros((1, 1, 3)), np.full((1, 1, 3), 255.0)])
+  np.testing.assert_allclose(model.preprocess(raw), (raw / 255 - mean) / std, atol=1e-5)
+  np.testing.assert_allclose(model.preprocess(np.reshape(model.mean, (1, 1, 1, 3))), 0, atol=1e-6)

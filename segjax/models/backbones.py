@@ -56,6 +56,12 @@ def build(name: str, *, output_stride: int, bn_momentum: float, frozen_bn: bool,
   return backbone
 
 
+def check_auxiliary(auxiliary: bool, name: str) -> None:
+  """Raises ValueError where an auxiliary head is asked for and the backbone has no place for one."""
+  if auxiliary and not name.startswith("resnet"):
+    raise ValueError(f"model.auxiliary = {auxiliary}: only a ResNet has one, {name} has not.")
+
+
 def normalization(name: str) -> str:
   """ "symmetric" or "imagenet": what a backbone was first trained on."""
   return "imagenet" if name.startswith(("resnet", "vgg")) else "symmetric"

@@ -85,25 +85,23 @@ class DeepLabV3Plus(nnx.Module):
                rngs: nnx.Rngs):  # fmt: skip
     detail = resolve(details, backbone)
     norm = dict(bn_momentum=bn_momentum, frozen_bn=frozen_bn)
-    self.backbone = backbones.build(
-      backbone, output_stride=output_stride, multi_grid=multi_grid, detail=detail, dtype=dtype, rngs=rngs, **norm
-    )
-    if atrous_rates == "auto" or tuple(atrous_rates or ()) == ("auto",):
-      atrous_rates = DEFAULT_RATES[output_stride]
-    atrous_rates = tuple(atrous_rates or ())
+    by_stride = atrous_rates == "auto" or tuple(atrous_rates or ()) == ("auto",)
+    atrous_rates = () if by_stride else tuple(atrous_rates or ())
     if not all(isinstance(rate, int) and rate >= 1 for rate in atrous_rates):
       raise ValueError(f'model.atrous_rates = {atrous_rates!r}: give whole numbers from 1, ("auto",), or () for none.')
     if not 0 <= dropout < 1:
       raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
-    if auxiliary and not backbone.startswith("resnet"):
-      raise ValueError(f"model.auxiliary = {auxiliary}: only a ResNet has one, {backbone} has not.")
+    backbones.check_auxiliary(auxiliary, backbone)
+    self.backbone = backbones.build(
+      backbone, output_stride=output_stride, multi_grid=multi_grid, detail=detail, dtype=dtype, rngs=rngs, **norm
+    )
     self.dtype, self.align_corners = dtype, detail.align_corners
     self.normalization = backbones.normalization(backbone) if detail.normalization == "auto" else detail.normalization
     self.mean = backbones.MEANS[self.normalization]
     norm = dict(momentum=bn_momentum, epsilon=aspp.HEAD_EPSILON, frozen=frozen_bn)
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.aspp = aspp.ASPP(
-      self.backbone.features, rates=atrous_rates, separable=separable, image_pooling=image_pooling, dropout=dropout,
+      self.backbone.features, rates=DEFAULT_RATES[output_stride] if by_stride else atrous_rates, separable=separable, image_pooling=image_pooling, dropout=dropout,
       detail=detail, options=options,
     )  # fmt: skip
     self.decoder = (

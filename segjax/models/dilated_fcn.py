@@ -54,13 +54,12 @@ class DilatedFCN(nnx.Module):
 
   def __init__(self, *, num_classes, backbone="resnet_50", output_stride=8, dropout=0.1, bn_momentum=0.9,
                frozen_bn=False, auxiliary=False, align_corners=True, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+    if not 0 <= dropout < 1:
+      raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
+    backbones.check_auxiliary(auxiliary, backbone)
     self.backbone = backbones.build(
       backbone, output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, dtype=dtype, rngs=rngs
     )
-    if not 0 <= dropout < 1:
-      raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
-    if auxiliary and not backbone.startswith("resnet"):
-      raise ValueError(f"model.auxiliary = {auxiliary}: only a ResNet has one, {backbone} has not.")
     options = dict(norm=dict(momentum=bn_momentum, frozen=frozen_bn), dtype=dtype, rngs=rngs)
     width = self.backbone.features // 4
     self.head = layers.ConvNorm(self.backbone.features, width, 3, **options)

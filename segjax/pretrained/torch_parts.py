@@ -15,7 +15,7 @@ XCEPTION_DEPTHS = {sum(block[1] for block in xception.blocks(depth)): depth for 
 
 def resnet(prefix: str) -> Modules:
   """torchvision's ResNet, in nearly every library."""
-  unit = rf"{prefix}layer(\d+)\.(\d+)\."
+  unit = rf"{prefix}layer([1-4])\.(\d+)\."
 
   def inside(path):
     return lambda match: f"backbone/block{match[1]}/unit{int(match[2]) + 1}/{path.format(*match.groups()[2:])}"
@@ -23,8 +23,8 @@ def resnet(prefix: str) -> Modules:
   return (
     (rf"{prefix}conv1", "backbone/conv1/conv"),
     (rf"{prefix}bn1", "backbone/conv1/norm"),
-    (rf"{unit}conv(\d)", inside("conv{}/conv")),
-    (rf"{unit}bn(\d)", inside("conv{}/norm")),
+    (rf"{unit}conv([1-3])", inside("conv{}/conv")),
+    (rf"{unit}bn([1-3])", inside("conv{}/norm")),
     (rf"{unit}downsample\.0", inside("shortcut/conv")),
     (rf"{unit}downsample\.1", inside("shortcut/norm")),
   )
