@@ -76,3 +76,21 @@ def test_gradients_are_finite_and_reach_every_parameter():
 def test_only_a_resnet_has_an_auxiliary_head(network):
   with pytest.raises(ValueError, match="model.auxiliary = True: only a ResNet has one, mobilenet_v2 has not"):
     models.build(network, num_classes=3, backbone="mobilenet_v2", auxiliary=True, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("size", [(33, 49), (32, 46), (1, 7)])
+def test_dilated_fcn_takes_images_of_any_size(size):
+  def forward(image):
+    endpoints = {}
+    model = models.build("dilated_fcn", num_classes=3, auxiliary=True, rngs=nnx.Rngs(0))
+    return model(image, endpoints=endpoints), model(image, upsample=False), endpoints["auxiliary"]
+
+  large, small, auxiliary = jax.eval_shape(forward, jax.ShapeDtypeStruct((2, *size, 3), jnp.bfloat16))
+  assert large.shape == (2, *size, 3) and large.dtype == auxiliary.dtype == jnp.float32
+  assert small.shape == auxiliary.shape == (2, -(-size[0] // 8), -(-size[1] // 8), 3)
+
+
+def test_an_unknown_low_level_end_point_lists_the_known_ones():
+  detail = backbones.details.Details(low_level="layer_3")
+  with pytest.raises(ValueError, match="low_level = 'layer_3': choose auto, layer_4/depthwise, layer_4."):
+    abstract("mobilenet_v2", detail=detail)

@@ -66,12 +66,13 @@ class DeepLabV3Plus(nnx.Module):
       statistics of evaluation are still those of the start.
     frozen_bn: normalise by the running statistics in training too (fine-tuning with a small batch); scale and bias
       still learn.
-    auxiliary: a second classifier on the features before a ResNet's last block (torchvision's). Its logits are the end
-      point "auxiliary"; a loss on them is the caller's.
+    auxiliary: a second classifier, on the features before a ResNet's last block, for a second loss in training. Its
+      logits are the end point "auxiliary", of those features' size.
     details: fields of `details.Details` that differ from the official code, for weights that were trained so.
     dtype: of the computation.
 
-  `mean` is the raw pixel that pads crops; `preprocess` maps it to 0.
+  `mean` is the raw pixel that pads crops; `preprocess` maps it to 0. `stride` is that of the encoder, `align_corners`
+  the convention of all resizing.
 
   Differs from the paper: every detail that the paper leaves open is the official code's.
 
@@ -84,7 +85,6 @@ class DeepLabV3Plus(nnx.Module):
                frozen_bn=False, auxiliary=False, details: Mapping = DETAILS, dtype=jnp.float32,
                rngs: nnx.Rngs):  # fmt: skip
     detail = resolve(details, backbone)
-    norm = dict(bn_momentum=bn_momentum, frozen_bn=frozen_bn)
     by_stride = atrous_rates == "auto" or tuple(atrous_rates or ()) == ("auto",)
     atrous_rates = () if by_stride else tuple(atrous_rates or ())
     if not all(isinstance(rate, int) and rate >= 1 for rate in atrous_rates):
@@ -93,24 +93,22 @@ class DeepLabV3Plus(nnx.Module):
       raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
     backbones.check_auxiliary(auxiliary, backbone)
     self.backbone = backbones.build(
-      backbone, output_stride=output_stride, multi_grid=multi_grid, detail=detail, dtype=dtype, rngs=rngs, **norm
-    )
-    self.dtype, self.align_corners = dtype, detail.align_corners
+      backbone, output_stride=output_stride, multi_grid=multi_grid, detail=detail, bn_momentum=bn_momentum,
+      frozen_bn=frozen_bn, dtype=dtype, rngs=rngs,
+    )  # fmt: skip
+    self.dtype, self.stride, self.align_corners = dtype, output_stride, detail.align_corners
     self.normalization = backbones.normalization(backbone) if detail.normalization == "auto" else detail.normalization
     self.mean = backbones.MEANS[self.normalization]
     norm = dict(momentum=bn_momentum, epsilon=aspp.HEAD_EPSILON, frozen=frozen_bn)
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.aspp = aspp.ASPP(
-      self.backbone.features, rates=DEFAULT_RATES[output_stride] if by_stride else atrous_rates, separable=separable, image_pooling=image_pooling, dropout=dropout,
-      detail=detail, options=options,
+      self.backbone.features, rates=DEFAULT_RATES[output_stride] if by_stride else atrous_rates, separable=separable,
+      image_pooling=image_pooling, dropout=dropout, detail=detail, options=options,
     )  # fmt: skip
+    low_level = self.backbone.low_level_features
     self.decoder = (
-      Decoder(
-        aspp.ASPP.features, self.backbone.low_level_features, separable=separable, detail=detail, options=options
-      )
-      if decoder
-      else None
-    )  # fmt: skip
+      Decoder(aspp.ASPP.features, low_level, separable=separable, detail=detail, options=options) if decoder else None
+    )
     self.logits = layers.Conv(
       Decoder.features if decoder else aspp.ASPP.features, num_classes, 1, use_bias=True,
       kernel_init=nnx.initializers.truncated_normal(0.01), dtype=dtype, rngs=rngs,

@@ -41,12 +41,11 @@ class DilatedFCN(nnx.Module):
     output_stride: of the backbone: 8, 16 or 32.
     dropout: rate before the classifier.
     bn_momentum, frozen_bn: as of DeepLabV3Plus.
-    auxiliary: a second head on the features before a ResNet's last block. Its logits are the end point "auxiliary"; a
-      loss on them is the caller's.
+    auxiliary: a second classifier, as of DeepLabV3Plus.
     align_corners: convention of the resizing (`models/resize.py`).
     dtype: of the computation.
 
-  `mean` is the raw pixel that pads crops; `preprocess` maps it to 0.
+  `mean`, `stride` and `align_corners` as of DeepLabV3Plus.
 
   Raises:
     ValueError: an option out of range, with the values that are in it.
@@ -67,7 +66,7 @@ class DilatedFCN(nnx.Module):
     self.auxiliary = (
       AuxiliaryHead(self.backbone.auxiliary_features, num_classes, options=options) if auxiliary else None
     )
-    self.dropout, self.dtype, self.align_corners = dropout, dtype, align_corners
+    self.dropout, self.dtype, self.stride, self.align_corners = dropout, dtype, output_stride, align_corners
     self.normalization = backbones.normalization(backbone)
     self.mean = backbones.MEANS[self.normalization]
 
@@ -75,13 +74,14 @@ class DilatedFCN(nnx.Module):
     """Raw RGB in [0, 255], [B, H, W, 3] -> float32 as the backbone wants it."""
     return backbones.normalize(image, self.normalization)
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *,
+  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,
                endpoints: dict | None = None) -> jax.Array:  # fmt: skip
     """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
 
     Args:
       train: batch statistics instead of running ones, and dropout.
       key: for dropout; without it there is none.
+      upsample: whether logits are resized to the image's size. Off: H / output_stride, rounded up.
       endpoints: filled with the backbone's named results, "logits" and "auxiliary" at the backbone's size.
     """
     endpoints = {} if endpoints is None else endpoints
@@ -90,4 +90,4 @@ class DilatedFCN(nnx.Module):
     logits = endpoints["logits"] = self.logits(x).astype(layers.param_dtype(self.dtype))
     if self.auxiliary is not None:
       endpoints["auxiliary"] = self.auxiliary(endpoints[self.backbone.auxiliary], train, key)
-    return resize.resize_bilinear(logits, image.shape[1:3], self.align_corners)
+    return resize.resize_bilinear(logits, image.shape[1:3], self.align_corners) if upsample else logits
