@@ -23,7 +23,16 @@ MODELS = {
   "unet": dict(width=64, depth=4, up="transposed", dropout=0.0, bn_momentum=0.9),
   "deeplab_v3plus": dict(
     backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True, image_pooling=True, decoder=True,
-    multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997, frozen_bn=False,
+    multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997, frozen_bn=False, auxiliary=False,
+    details=dict(
+      align_corners=True, separable_norm=True, separable_aspp=True, pooling_first=True, aspp_conv=False,
+      decoder_convs=2, low_level_first=False, low_level="auto", dilate_first=False, normalization="auto",
+      mobilenet_padding="same", mobilenet_epsilon=1e-3, mobilenet_last_conv=False,
+    ),
+  ),
+  "dilated_fcn": dict(
+    backbone="resnet_50", output_stride=8, dropout=0.1, bn_momentum=0.9, frozen_bn=False, auxiliary=False,
+    align_corners=True,
   ),
 }  # fmt: skip
 
@@ -124,6 +133,7 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       # (): equal. ("median_frequency",), ("inverse_log",): from the training labels. Or one number per class.
       class_weights=(),
       hard_fraction=1.0,  # Share of all pixels that counts, those of the largest loss. 1: all.
+      auxiliary_weight=0.4,  # Of a model's auxiliary head (PSPNet, arXiv 1612.01105, section 5.2), where it has one.
       hard_fraction_steps=0,  # Steps over which the share falls from 1 to that. 0: at once.
     )
   )
@@ -239,6 +249,7 @@ def validate(config: config_dict.ConfigDict) -> None:
   check(named or numbers, "loss.class_weights",
         'give one number >= 0 per class, ("median_frequency",), ("inverse_log",), or ().')  # fmt: skip
   check(0 < config.loss.hard_fraction <= 1, "loss.hard_fraction", "must lie in (0, 1]; 1 takes all pixels.")
+  check(config.loss.auxiliary_weight >= 0, "loss.auxiliary_weight", "must be 0 or more.")
   check(config.loss.hard_fraction_steps >= 0, "loss.hard_fraction_steps", "must be 0 (at once) or more.")
   optimizer = config.optimizer
   check(optimizer.base_lr > 0, "optimizer.base_lr", "must be above 0.")

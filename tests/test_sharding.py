@@ -20,7 +20,7 @@ def make(config, data, space):
   graphdef, optimizer, _, init = state.build(config, 6)
   step = steps.make_train_step(
     graphdef, optimizer, mesh, seed=0, crop_size=config.crop_size, augmentation=dict(config.augment),
-    loss=losses.make_loss(ignore_label=255), ema_decay=config.optimizer.ema_decay,
+    loss=losses.make_loss(ignore_label=255), auxiliary_weight=0.4, ema_decay=config.optimizer.ema_decay,
   )  # fmt: skip
   initial = state.materialize(init, sharding.replicated(mesh))
   return mesh, graphdef, step, initial
