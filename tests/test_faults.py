@@ -140,7 +140,7 @@ def process_of(run, index):
 
 
 def test_the_death_of_one_of_two_processes_stops_the_other_and_both_resume(long_config, tmp_path):
-  long_config.mesh.data = -1
+  long_config.mesh.data, long_config.checkpoint_every = -1, 10
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   assert (reference := together(long_config, whole)).wait() == 0, reference.output
   for victim, step in ((1, 30), (0, 60), (1, 90)):
