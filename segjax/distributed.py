@@ -135,18 +135,20 @@ def _watching_each_other(processes: Processes, name: str):
 
 def _fail(error: BaseException, name: str):
   """Ends a process that failed among several, which then stop as well."""
-  if not isinstance(error, SystemExit):  # Whose message has been printed.
-    traceback.print_exception(error)
-  advice = ""
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    advice = (
-      " Where the lines above speak of a connection, a peer or a timeout, another process stopped first, and its own"
-      " output has the reason."
-    )
-  print(f"segjax: {name} stopped for the reason above.{advice}", file=sys.stderr)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+  try:
+    if not isinstance(error, SystemExit):  # Whose message has been printed.
+      traceback.print_exception(error)
+    advice = ""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      advice = (
+        " Where the lines above speak of a connection, a peer or a timeout, another process stopped first, and its own"
+        " output has the reason."
+      )
+    print(f"segjax: {name} stopped for the reason above.{advice}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:  # Also where nobody reads the output any more, which may be the error itself.
+    os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 def on_first(function: Callable):

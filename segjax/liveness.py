@@ -92,9 +92,11 @@ def _send(peers: list[socket.socket], message: bytes) -> None:
 
 
 def _end(reason: str):
-  print(
-    f"segjax: {reason}: it was killed, or its own output has the reason. All processes stop; start them all again, and"
-    " the run resumes from its last checkpoint.",
-    file=sys.stderr, flush=True,
-  )  # fmt: skip
-  os._exit(1)  # The main thread may wait for a computation that will never end.
+  try:
+    print(
+      f"segjax: {reason}: it was killed, or its own output has the reason. All processes stop; start them all again, and"
+      " the run resumes from its last checkpoint.",
+      file=sys.stderr, flush=True,
+    )  # fmt: skip
+  finally:
+    os._exit(1)  # The main thread may wait for a computation that will never end.

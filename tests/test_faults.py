@@ -31,11 +31,24 @@ def long_config(tiny_config):
   return tiny_config
 
 
+@pytest.fixture(autouse=True)
+def no_run_outlives_its_test():
+  Run.started = []
+  yield
+  for run in Run.started:
+    if run.process.poll() is None:
+      run.process.terminate()  # The launcher passes it on.
+      run.process.wait(timeout=60)
+
+
 class Run:
   """A started run, whose output is read as it comes."""
 
+  started = []
+
   def __init__(self, process):
     self.process, self.lines, self._news = process, [], threading.Condition()
+    Run.started.append(self)
     threading.Thread(target=self._read, daemon=True).start()
 
   def _read(self):
