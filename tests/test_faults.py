@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.fixture
 def long_config(tiny_config):
   """Some seconds of steps, with a checkpoint being written at nearly any moment."""
-  tiny_config.num_steps, tiny_config.checkpoint_every, tiny_config.eval_every = 200, 2, 50
+  tiny_config.num_steps, tiny_config.checkpoint_every, tiny_config.eval_every = 100, 2, 25
   return tiny_config
 
 
@@ -103,7 +103,7 @@ def test_sigkill_at_twenty_random_moments_changes_no_bit(long_config, tmp_path, 
     else:
       assert run.wait() == 0, run.output
       assert "DAMAGED" not in run.output
-      assert_identical(checkpoint(whole, 200), checkpoint(workdir, 200))
+      assert_identical(checkpoint(whole, 100), checkpoint(workdir, 100))
       complete, finished = complete + 1, True
   print(
     f"{loader}: {kills} kills, {writing} while a checkpoint was being written; {complete} runs, all bit for bit equal"
@@ -115,17 +115,17 @@ def test_sigterm_saves_and_asks_to_be_started_again(long_config, tmp_path):
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   finish(start(long_config, whole))
   draw, stopped = random.Random(0), []
-  for after in sorted(draw.sample(range(2, 180, 2), 5)):
+  for after in sorted(draw.sample(range(2, 90, 2), 5)):
     run = Run(start(long_config, broken))
-    run.wait_for(f"step {after + 2 if after in stopped else after:>6}/200")
+    run.wait_for(f"step {after + 2 if after in stopped else after:>6}/100")
     time.sleep(draw.uniform(0, 0.05))
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == PREEMPTED == 75, run.output
-    stopped.append(int(re.search(r"SIGTERM: stopped after step (\d+) of 200, checkpoint saved", run.output)[1]))
+    stopped.append(int(re.search(r"SIGTERM: stopped after step (\d+) of 100, checkpoint saved", run.output)[1]))
     assert stopped[-1] >= after
     assert (broken / "checkpoints" / f"step_{stopped[-1]}").is_dir() and not (broken / "run.lock").exists()
   finish(start(long_config, broken))
-  assert_identical(checkpoint(whole, 200), checkpoint(broken, 200))
+  assert_identical(checkpoint(whole, 100), checkpoint(broken, 100))
   print(f"SIGTERM: stopped after steps {stopped}, each time code 75; the end is bit for bit equal")
 
 
@@ -153,12 +153,12 @@ def process_of(run, index):
 
 
 def test_the_death_of_one_of_two_processes_stops_the_other_and_both_resume(long_config, tmp_path):
-  long_config.mesh.data, long_config.checkpoint_every = -1, 10
+  long_config.mesh.data, long_config.num_steps, long_config.checkpoint_every = -1, 50, 5
   whole, broken = tmp_path / "whole", tmp_path / "broken"
-  assert (reference := together(long_config, whole)).wait() == 0, reference.output
-  for victim, step in ((1, 30), (0, 60), (1, 90)):
+  assert (reference := together(long_config, whole)).wait(600) == 0, reference.output
+  for victim, step in ((1, 8), (0, 18), (1, 28)):
     run = together(long_config, broken)
-    run.wait_for(f"step {step:>6}/200")
+    run.wait_for(f"step {step:>6}/50")
     os.kill(process_of(run, victim), signal.SIGKILL)
     begin = time.monotonic()
     code = run.wait(timeout=HEARTBEAT_TIMEOUT + 60)
@@ -167,12 +167,12 @@ def test_the_death_of_one_of_two_processes_stops_the_other_and_both_resume(long_
     assert seconds < HEARTBEAT_TIMEOUT and "Check failure stack trace" not in run.output
     print(f"process {victim} killed at step {step}: the other stopped after {seconds:.1f} s")
   run = together(long_config, broken)
-  run.wait_for("step    120/200")
+  run.wait_for("step     38/50")
   os.kill(process_of(run, 1), signal.SIGTERM)  # One of them is enough: they agree on the step.
   assert run.wait() == PREEMPTED and "checkpoint saved" in run.output, run.output
   run = together(long_config, broken)
-  assert run.wait() == 0 and "init: resumed" in run.output, run.output
-  assert_identical(checkpoint(whole, 200), checkpoint(broken, 200))
+  assert run.wait(600) == 0 and "init: resumed" in run.output, run.output
+  assert_identical(checkpoint(whole, 50), checkpoint(broken, 50))
 
 
 def test_a_second_run_on_a_workdir_is_refused_and_the_first_goes_on(long_config, tmp_path):
@@ -183,7 +183,7 @@ def test_a_second_run_on_a_workdir_is_refused_and_the_first_goes_on(long_config,
     assert second.wait() == 2, second.output
     assert f"is in use by another run: process {first.process.pid} on" in second.output
   assert first.wait() == 0, first.output
-  assert (tmp_path / "run" / "checkpoints" / "step_200").is_dir() and not (tmp_path / "run" / "run.lock").exists()
+  assert (tmp_path / "run" / "checkpoints" / "step_100").is_dir() and not (tmp_path / "run" / "run.lock").exists()
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "truncated", "removed"])
