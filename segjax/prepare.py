@@ -8,11 +8,15 @@ With --tfds=DIR, the data set is also stored there as TFDS's ArrayRecord shards.
 name and renamed, and none that is there already is written again: after an interruption, run the same command.
 """
 
-import collections
+import contextlib
+import importlib
+import io
 import pathlib
+import shutil
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
@@ -22,7 +26,7 @@ from absl import app, flags
 from PIL import Image
 
 from segjax import commandline
-from segjax.input_pipeline import DataError, cityscapes, datasets, images, voc
+from segjax.input_pipeline import DataError, cityscapes, datasets, voc
 
 _ARCHIVES = flags.DEFINE_string("archives", None, "Folder of the archives as downloaded.")
 _OUT = flags.DEFINE_string("out", None, "Folder to unpack to; default: that of the archives.")
@@ -35,6 +39,7 @@ _PARTIAL = flags.DEFINE_bool(
 
 VOC_TAR, VOC_TEST_TAR, SBD_TGZ = "VOCtrainval_11-May-2012.tar", "VOC2012test.tar", "benchmark.tgz"
 SBD_MASKS = "dataset/cls/"  # In SBD's archive.
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)  # What damaged archives raise.
 
 
 def prepare_voc(root: pathlib.Path, sbd: pathlib.Path, allow_partial: bool = False) -> None:
@@ -52,6 +57,9 @@ def prepare_voc(root: pathlib.Path, sbd: pathlib.Path, allow_partial: bool = Fal
     DataError: missing or damaged files, wrong counts, or a folder that cannot be written.
   """
   train, val = voc.read_list(root, "train"), voc.read_list(root, "val")
+  official = datasets.VOC_COUNTS
+  counts = {"VOC train": (len(train), official["train"]), "VOC val": (len(val), official["val"])}
+  _check_counts(counts, allow_partial)
   skip = {*train, *val}
   folder = root / voc.AUG_FOLDER
   present = {path.stem for path in folder.glob("*.png")}
@@ -65,14 +73,12 @@ def prepare_voc(root: pathlib.Path, sbd: pathlib.Path, allow_partial: bool = Fal
         mask.putpalette(datasets.palette(256).reshape(-1).tolist())
         write_file(folder / f"{name}.png", lambda file, mask=mask: mask.save(file, "PNG"))
   trainaug = sorted(set(train) | (set(names) - set(val)))
-  counts = dict(train=len(train), val=len(val), trainaug=len(trainaug))
-  _check_counts(
-    {**{f"VOC {split}": (n, datasets.VOC_COUNTS[split]) for split, n in counts.items()},
-     "SBD": (len(set(names)), datasets.SBD_COUNT)}, allow_partial,
-  )  # fmt: skip
-  with _writing(folder):
-    text = "".join(name + "\n" for name in trainaug).encode()
-    write_file(voc.list_file(root, "trainaug"), lambda file: file.write(text))
+  counts = {"SBD": (len(set(names)), datasets.SBD_COUNT), "trainaug": (len(trainaug), official["trainaug"])}
+  _check_counts(counts, allow_partial)
+  path, text = voc.list_file(root, "trainaug"), "".join(name + "\n" for name in trainaug).encode()
+  if not path.is_file() or path.read_bytes() != text:
+    with _writing(path):
+      write_file(path, lambda file: file.write(text))
   voc.find_pairs(root, "trainaug")  # Names every image that SBD labels and VOC's folder lacks.
   print(
     f"{voc.list_file(root, 'trainaug')}: {len(trainaug)} images, {len(set(trainaug) - set(train))} with SBD's masks"
@@ -103,8 +109,8 @@ def _sbd_labels(name: str, read: Callable[[], BinaryIO]) -> np.ndarray:
 
   try:
     with read() as file:
-      label = scipy.io.loadmat(file, struct_as_record=False, squeeze_me=True)["GTcls"].Segmentation
-  except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError) as error:
+      label = scipy.io.loadmat(io.BytesIO(file.read()), struct_as_record=False, squeeze_me=True)["GTcls"].Segmentation
+  except (OSError, ValueError, KeyError, AttributeError, TypeError, *_DAMAGE) as error:
     raise DataError(
       f"SBD's cls/{name}.mat: no class mask can be read ({error}). Unpack or download SBD again."
     ) from error
@@ -135,7 +141,7 @@ def unpack_voc(archives: pathlib.Path, out: pathlib.Path) -> tuple[pathlib.Path,
       for member, archive in _members(archives / name, "r")
       if member.isfile()
     )
-    _extract(name, files, out)
+    _extract(archives / name, files, out)
   return voc.find_root(str(out)), archives / SBD_TGZ
 
 
@@ -144,9 +150,7 @@ def _members(path: pathlib.Path, mode: str) -> Iterator[tuple[tarfile.TarInfo, t
     with tarfile.open(path, mode) as archive:
       for member in archive:
         yield member, archive
-  except (tarfile.TarError, EOFError, OSError) as error:
-    if isinstance(error, OSError) and error.filename not in (None, str(path)):
-      raise  # Of a file that is written meanwhile.
+  except (*_DAMAGE, OSError) as error:
     raise DataError(f"{path}: damaged or not complete ({error}). Download it again.") from error
 
 
@@ -171,8 +175,8 @@ def unpack_cityscapes(archives: pathlib.Path, out: pathlib.Path) -> None:
         files = (
           (info.filename, info.file_size, lambda info=info, archive=archive: archive.open(info)) for info in members
         )
-        _extract(name, files, out, len(members))
-    except (zipfile.BadZipFile, EOFError) as error:
+        _extract(archives / name, files, out, len(members))
+    except _DAMAGE as error:
       raise DataError(f"{archives / name}: damaged or not complete ({error}). Download it again.") from error
 
 
@@ -206,24 +210,22 @@ def _check_counts(counts: dict[str, tuple[int, int]], allow_partial: bool) -> No
   print("note (--allow_partial): " + "; ".join(wrong))
 
 
-def _extract(title: str, files: Iterable[tuple[str, int, Callable[[], BinaryIO]]], out: pathlib.Path,
+def _extract(archive: pathlib.Path, files: Iterable[tuple[str, int, Callable[[], BinaryIO]]], out: pathlib.Path,
              total: int | None = None) -> None:  # fmt: skip
   """Writes (name, size, function that opens it) below `out`; a file of that size that is there already stays."""
   with _writing(out):
-    for name, size, read in tqdm.tqdm(files, title, total=total, unit=" files"):
+    for name, size, read in tqdm.tqdm(files, archive.name, total=total, unit=" files"):
       path = out / name
       if not path.resolve().is_relative_to(out.resolve()):
-        raise DataError(f"{title} holds {name!r}, which points outside of {out}. Download the archive again.")
+        raise DataError(f"{archive} holds {name!r}, which points outside of {out}. Download it again.")
       if path.is_file() and path.stat().st_size == size:
         continue
       path.parent.mkdir(parents=True, exist_ok=True)
-      with read() as content:
-        write_file(path, lambda file, content=content: _copy(content, file))
-
-
-def _copy(content: BinaryIO, file: BinaryIO) -> None:
-  while block := content.read(1 << 20):
-    file.write(block)
+      try:
+        with read() as content:
+          write_file(path, lambda file, content=content: shutil.copyfileobj(content, file))
+      except _DAMAGE as error:
+        raise DataError(f"{archive}: {name} is damaged ({error}). Download the archive again.") from error
 
 
 def write_file(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
@@ -238,18 +240,13 @@ def write_file(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
     raise
 
 
-class _writing:
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path):
   """Turns the system's errors while writing below `folder` into a DataError."""
-
-  def __init__(self, folder: pathlib.Path):
-    self._folder = folder
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, trace):
-    if isinstance(error, OSError):
-      raise DataError(f"{self._folder} cannot be written ({error}). Give a folder that can, with --out or --devkit.")
+  try:
+    yield
+  except OSError as error:
+    raise DataError(f"{folder} cannot be written ({error}). Make it writable, or give another folder.") from error
 
 
 def store_voc(root: pathlib.Path, data_dir: str) -> None:
@@ -268,8 +265,6 @@ def store_cityscapes(archives: pathlib.Path, data_dir: str) -> None:
 
 
 def _tfds_module(name: str):
-  import importlib
-
   try:
     return importlib.import_module(name)
   except ImportError as error:
@@ -287,7 +282,7 @@ def _download_and_prepare(builder, manual_dir: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
   """The command line."""
   with commandline.readable_errors():
-    names = collections.OrderedDict(voc=_main_voc, cityscapes=_main_cityscapes)
+    names = dict(voc=_main_voc, cityscapes=_main_cityscapes)
     if len(argv) != 2 or argv[1] not in names:
       raise app.UsageError(f"Name one data set: {' or '.join(names)}.")
     names[argv[1]]()
