@@ -46,7 +46,7 @@ class Evaluator:
 
   def _draw(self, batch, prediction, pictures):
     """Adds pictures of the examples that this host holds."""
-    host = {name: _local(value) for name, value in (*batch.items(), ("prediction", prediction))}
+    host = {name: local(value) for name, value in (*batch.items(), ("prediction", prediction))}
     for image, label, size, index, classes in zip(
       host["image"], host["label"], host["size"], host["id"], host["prediction"]
     ):
@@ -56,7 +56,7 @@ class Evaluator:
         pictures[self.source.describe(int(index))] = picture
 
 
-def _local(array: jax.Array) -> np.ndarray:
+def local(array: jax.Array) -> np.ndarray:
   """This host's rows of a batch-sharded array; with `space` sharding, whole images are put together again."""
   if array.is_fully_addressable:
     return np.asarray(array)
@@ -78,6 +78,28 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   return Evaluator(source, step, config, mesh)
 
 
+def restore(config, workdir, init, mesh) -> tuple[int, str, dict]:
+  """The checkpoint of `workdir` that `config.eval.checkpoint` names.
+
+  Args:
+    init: of `state.build`.
+
+  Returns:
+    Its step, "best" or "last", and the variables to evaluate with.
+
+  Raises:
+    ConfigError: no run or no checkpoint in `workdir`, or one of another model.
+  """
+  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+    best, last = checkpoints.best_step(), checkpoints.latest_step()
+    step = best if config.eval.checkpoint == "best" and best is not None else last
+    if step is None:
+      raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
+    state = checkpoints.restore(with_sharding(jax.eval_shape(init), sharding.replicated(mesh)), step)
+  return step, "best" if step == best else "last", state.eval_variables()
+
+
 def evaluate(config, workdir) -> dict[str, float]:
   """--mode=eval: scores the best or last checkpoint of `workdir` on `config.data.eval_split`.
 
@@ -90,26 +112,20 @@ def evaluate(config, workdir) -> dict[str, float]:
     ConfigError: no run or no checkpoint in `workdir`, or one of another model.
     DataError: the split cannot be used.
   """
-  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  config_lib.load(workdir)  # Before the data is opened.
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split)
   graphdef, _, _, init = build(config, len(source.classes))
   evaluator = make_evaluator(config, source, graphdef, mesh)
-  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-    best, last = checkpoints.best_step(), checkpoints.latest_step()
-    step = best if config.eval.checkpoint == "best" and best is not None else last
-    if step is None:
-      raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
-    state = checkpoints.restore(with_sharding(jax.eval_shape(init), sharding.replicated(mesh)), step)
+  step, kind, variables = restore(config, workdir, init, mesh)
 
-  confusion, pictures = evaluator(state.eval_variables())
+  confusion, pictures = evaluator(variables)
   scores = report.score_scalars(split, source.classes, confusion)
   writer = report.Writer(pathlib.Path(workdir) / f"eval_{split}", tensorboard=False)
   writer.scalars(step, scores)
   folder = writer.pictures(step, pictures)
   if jax.process_index() == 0:
-    kind = "best" if step == best else "last"
     print(
       f"{split}: {len(source)} images, checkpoint of step {step} ({kind}), scales {tuple(config.eval.scales)}, flip"
       f" {config.eval.flip}\n{report.class_table(source.classes, confusion)}\nscores and pictures: {folder.parent.parent}",

@@ -16,9 +16,10 @@ LAYERS = [
   {"pretrained", "pretrained.tf_deeplab"},
   {"input_pipeline", "input_pipeline.images", "input_pipeline.order", "input_pipeline.synthetic",
    "input_pipeline.source", "input_pipeline.folder", "input_pipeline.voc", "input_pipeline.cityscapes",
-   "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.tf_data", "input_pipeline.grain_loader"},
+   "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
+   "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"state", "steps", "checkpoint", "report", "commandline"},
-  {"check_data", "evaluate", "train"},
+  {"check_data", "evaluate", "predict", "train", "prepare", "benchmark"},
   {"main"},
 ]  # fmt: skip
 
