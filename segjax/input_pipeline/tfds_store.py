@@ -44,7 +44,7 @@ class Records:
         raise DataError(
           f"{folder}: no feature {feature!r}; it has {', '.join(builder.info.features)}. Correct the name."
         )
-    self._parts = [_open_split(builder, folder, split, {f for f in (image, mask, id) if f}) for split in splits]
+    self._parts = [_open_split(builder, folder, split) for split in splits]
     indices = [_index(folder, split, part, image, mask, id) for split, part in zip(splits, self._parts)]
     rows = [(name, part, i) for part, index in enumerate(indices) for i, name in enumerate(index["names"])]
     if id:
@@ -63,7 +63,7 @@ class Records:
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray]:
     """As of `source.Files`."""
     part, place = self._places[index]
-    record = self._parts[part][place]
+    record = _record(self._parts[part], place, self._dataset, self._features)
     image, mask = (io.BytesIO(record[feature]) for feature in self._features)
     where = [f"{self._dataset}: {feature} of {self.names[index]}" for feature in self._features]
     return where[0], images.read_image(where[0], image), where[1], images.read_mask(where[1], mask)
@@ -91,12 +91,13 @@ def _open_builder(folder: pathlib.Path):
     raise DataError(f"{folder}: not a TFDS data set that can be read ({error}). Build it again.") from error
 
 
-def _open_split(builder, folder: pathlib.Path, split: str, features: set[str]):
+def _open_split(builder, folder: pathlib.Path, split: str):
   import tensorflow_datasets as tfds
 
-  encoded = {name: tfds.decode.SkipDecoding() for name in features}
+  features = builder.info.features
+  encoded = {name: tfds.decode.SkipDecoding() for name in features if isinstance(features[name], tfds.features.Image)}
   try:
-    return builder.as_data_source(split, decoders=tfds.decode.PartialDecoding(dict.fromkeys(features, True), encoded))
+    return builder.as_data_source(split, decoders=encoded)
   except NotImplementedError as error:
     raise DataError(
       f"{folder} is stored as {builder.info.file_format.value}, which has no random access. Build it again with"
@@ -105,6 +106,21 @@ def _open_split(builder, folder: pathlib.Path, split: str, features: set[str]):
   except (ValueError, KeyError) as error:
     known = ", ".join(builder.info.splits)
     raise DataError(f"{folder}: no split {split!r}; it has {known}. Correct the split.") from error
+
+
+def _record(part, place: int, where: str, features) -> dict[str, bytes]:
+  """The record at a place, its images encoded.
+
+  Raises:
+    DataError: it cannot be read, or lacks a feature.
+  """
+  try:
+    record = part[place]
+  except Exception as error:  # ArrayRecord and TFDS name no classes of their own.
+    raise DataError(f"{where}: record {place} is damaged ({error}). Build the data set again.") from error
+  if lost := [feature for feature in features if not record[feature]]:
+    raise DataError(f"{where}: record {place} is damaged, without {', '.join(lost)}. Build the data set again.")
+  return record
 
 
 def _index(folder: pathlib.Path, split: str, part, image: str, mask: str, id: str) -> dict[str, list]:
@@ -120,7 +136,7 @@ def _index(folder: pathlib.Path, split: str, part, image: str, mask: str, id: st
       return index
   names, sizes, problems = [], [], []
   for i in tqdm.tqdm(range(len(part)), f"indexing {folder.parent.name} {split}", disable=len(part) < 100):
-    record = part[i]
+    record = _record(part, i, f"{folder} {split}", [f for f in (image, mask, id) if f])
     name = record[id].decode() if id else f"{split}_{i:06d}"
     try:
       size = images.read_size(f"{folder}: {image} of {name}", io.BytesIO(record[image]))
