@@ -38,6 +38,7 @@ _PARTIAL = flags.DEFINE_bool(
 )
 
 VOC_TAR, VOC_TEST_TAR, SBD_TGZ = "VOCtrainval_11-May-2012.tar", "VOC2012test.tar", "benchmark.tgz"
+CITYSCAPES_ZIPS = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")
 SBD_MASKS = "dataset/cls/"  # In SBD's archive.
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)  # What damaged archives raise.
 
@@ -160,13 +161,12 @@ def unpack_cityscapes(archives: pathlib.Path, out: pathlib.Path) -> None:
   Raises:
     DataError: an archive that is missing or damaged, or `out` cannot be written.
   """
-  needed = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")
-  for name in needed:
+  for name in CITYSCAPES_ZIPS:
     if not (archives / name).is_file():
       raise DataError(
         f"{archives / name}: no such file. Download it from www.cityscapes-dataset.com (needs an account)."
       )
-  for name in (*needed, "leftImg8bit_trainextra.zip", "gtCoarse.zip"):
+  for name in (*CITYSCAPES_ZIPS, "leftImg8bit_trainextra.zip", "gtCoarse.zip"):
     if not (archives / name).is_file():
       continue
     try:

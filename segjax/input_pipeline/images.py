@@ -17,6 +17,7 @@ class DataError(Exception):
   """Input that cannot be used; the message names the file, what is wrong with it, and the remedy."""
 
 
+_BAD = 254  # Marks label values that mean nothing; the most classes are 254, numbered 0 to 253.
 _READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -157,13 +158,22 @@ def map_labels(path, mask: np.ndarray, label_map: dict[int, int], num_classes: i
   Raises:
     DataError: other values, with their pixel counts and the remedy.
   """
+
+  def to_id(value: int) -> int:
+    label = label_map[value] if value in label_map else value
+    return label if label == IGNORE_LABEL or 0 <= label < num_classes else _BAD
+
+  if mask.dtype == np.uint8:  # A byte table: five times faster than NumPy's.
+    label = mask.tobytes().translate(bytes(map(to_id, range(256))))
+    if _BAD not in label:
+      return np.frombuffer(label, np.uint8).reshape(mask.shape)
   if mask.dtype.itemsize > 2:
     values, inverse, counts = np.unique(mask, return_inverse=True, return_counts=True)
-  else:  # 8 or 16 bits: a look-up table, ten times faster than the sort in np.unique.
+  else:  # A look-up table: ten times faster than the sort in np.unique.
     counts = np.bincount(mask.reshape(-1))
     values, inverse = np.arange(len(counts)), mask
-  ids = np.array([label_map[int(v)] if int(v) in label_map else int(v) for v in values], np.int64)
-  bad = (ids != IGNORE_LABEL) & ((ids < 0) | (ids >= num_classes)) & (counts > 0)
+  ids = np.array([to_id(int(v)) for v in values], np.uint8)
+  bad = (ids == _BAD) & (counts > 0)
   if bad.any():
     present = values[counts > 0]
     listed = ", ".join(f"{int(v)} ({int(n)} px)" for v, n in list(zip(values[bad], counts[bad]))[:8])
@@ -174,7 +184,7 @@ def map_labels(path, mask: np.ndarray, label_map: dict[int, int], num_classes: i
       f" {listed}. Map them with data.label_map, e.g. {_suggest_map(values[bad], present, num_classes)}, or name all"
       " classes in data.classes."
     )
-  return ids.astype(np.uint8)[inverse].reshape(mask.shape)
+  return ids[inverse].reshape(mask.shape)
 
 
 def _suggest_map(bad: np.ndarray, values: np.ndarray, num_classes: int) -> str:
