@@ -72,6 +72,7 @@ class DeepLabV3Plus(nnx.Module):
   """
 
   mean = (127.5, 127.5, 127.5)  # The raw pixel that pads crops; `preprocess` maps it to 0.
+  align_corners = True
 
   def __init__(self, *, num_classes, backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True,
                image_pooling=True, decoder=True, multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997,
@@ -95,7 +96,7 @@ class DeepLabV3Plus(nnx.Module):
       raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
     if not 0 <= bn_momentum < 1:
       raise ValueError(f"model.bn_momentum = {bn_momentum} must lie in [0, 1).")
-    self.dtype = dtype
+    self.dtype, self.stride = dtype, output_stride
     common = dict(output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, dtype=dtype, rngs=rngs)
     if backbone == "mobilenet_v2":
       self.backbone = mobilenet_v2.MobileNetV2(**common)

@@ -40,6 +40,7 @@ class UNet(nnx.Module):
   """
 
   mean = layers.IMAGENET_MEAN  # The raw pixel that pads crops; `preprocess` maps it to 0.
+  align_corners = True
 
   def __init__(self, *, num_classes, width=64, depth=4, up="transposed", dropout=0.0, bn_momentum=0.9,
                dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
@@ -52,6 +53,7 @@ class UNet(nnx.Module):
     if not 0 <= bn_momentum < 1:
       raise ValueError(f"model.bn_momentum = {bn_momentum} must lie in [0, 1).")
     self.depth, self.up, self.dropout, self.dtype = depth, up, dropout, dtype
+    self.stride = 2**depth
     options = dict(bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
     features = [width * 2**level for level in range(depth + 1)]
     if up == "bilinear":
@@ -75,7 +77,8 @@ class UNet(nnx.Module):
     """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet."""
     return layers.standardize(image, self.mean, layers.IMAGENET_STD)
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None) -> jax.Array:
+  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *,
+               upsample: bool = True, endpoints: dict | None = None) -> jax.Array:  # fmt: skip
     """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
 
     Sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped back, so that
@@ -84,13 +87,17 @@ class UNet(nnx.Module):
     Args:
       train: batch statistics instead of running ones, and dropout.
       key: for dropout; without it there is none.
+      upsample: as all models have it; a U-Net's own logits have the image's size already.
+      endpoints: filled with "down0", "down1", ... and "up0", ....
     """
+    endpoints = {} if endpoints is None else endpoints
     h, w = image.shape[1:3]
-    x = self.down0(layers.pad_to_multiple(image.astype(self.dtype), 2**self.depth), train)
+    x = endpoints["down0"] = self.down0(layers.pad_to_multiple(image.astype(self.dtype), 2**self.depth), train)
     skips = []
     for level in range(1, self.depth + 1):
       skips.append(x)
       x = getattr(self, f"down{level}")(layers.max_pool_2x2(x), train)  # [B, H/2^level, W/2^level, width*2^level]
+      endpoints[f"down{level}"] = x
     x = layers.dropout(x, self.dropout, key if train else None)
     for level in reversed(range(self.depth)):
       skip = skips[level]
@@ -99,4 +106,5 @@ class UNet(nnx.Module):
       else:
         x = resize.resize_bilinear(x, skip.shape[1:3])
       x = getattr(self, f"up{level}")(jnp.concatenate([skip, x], axis=-1), train)  # [B, H/2^level, ...]
+      endpoints[f"up{level}"] = x
     return self.logits(x)[:, :h, :w].astype(layers.param_dtype(self.dtype))
