@@ -11,7 +11,7 @@ from segjax import config as config_lib
 from segjax import input_pipeline, metrics, report, sharding, steps, warm_start
 from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
-from segjax.state import TrainState, build, with_sharding
+from segjax.state import build, with_sharding
 
 
 @dataclasses.dataclass
@@ -78,28 +78,6 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   return Evaluator(source, step, config, mesh)
 
 
-def restore(config, workdir, init, mesh) -> tuple[int, str, dict]:
-  """The checkpoint of `workdir` that `config.eval.checkpoint` names.
-
-  Args:
-    init: of `state.build`.
-
-  Returns:
-    Its step, "best" or "last", and the variables to evaluate with.
-
-  Raises:
-    ConfigError: no run or no checkpoint in `workdir`, or one of another model.
-  """
-  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
-  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-    best, last = checkpoints.best_step(), checkpoints.latest_step()
-    step = best if config.eval.checkpoint == "best" and best is not None else last
-    if step is None:
-      raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
-    state = checkpoints.restore(with_sharding(jax.eval_shape(init), sharding.replicated(mesh)), step)
-  return step, "best" if step == best else "last", state.eval_variables()
-
-
 def evaluate(config, workdir) -> dict[str, float]:
   """--mode=eval: scores the best or last checkpoint of `workdir` on `config.data.eval_split`.
 
@@ -113,31 +91,14 @@ def evaluate(config, workdir) -> dict[str, float]:
     ConfigError: no run or no checkpoint in `workdir`, or one of another model.
     DataError: the split cannot be used.
   """
-<<<<<<< HEAD
-  config_lib.load(workdir)  # Before the data is opened.
-=======
   workdir = pathlib.Path(workdir)
-  has_run = (workdir / config_lib.CONFIG_FILE).exists()
-  loaded = warm_start.load(config.init) if config.init.path and not has_run else None
-  if loaded is None:
-    config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
->>>>>>> main
+  loaded = load_weights(config, workdir)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split)
   graphdef, _, _, init = build(config, len(source.classes))
   evaluator = make_evaluator(config, source, graphdef, mesh)
-<<<<<<< HEAD
-  step, kind, variables = restore(config, workdir, init, mesh)
-=======
-  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
-  if loaded is None:
-    variables, step, origin = checkpointed_variables(abstract, workdir, config.eval.checkpoint)
-  else:
-    # Strictly all: what init.exclude leaves random would only be scored as noise.
-    variables, origin = warm_start.merge(abstract.variables(), loaded, ())
-    variables, step = jax.device_put(variables, sharding.replicated(mesh)), 0
->>>>>>> main
+  variables, step, origin = trained_variables(config, workdir, loaded, init, mesh)
 
   confusion, pictures = evaluator(variables)
   scores = report.score_scalars(split, source.classes, confusion)
@@ -145,10 +106,7 @@ def evaluate(config, workdir) -> dict[str, float]:
   writer.scalars(step, scores)
   folder = writer.pictures(step, pictures)
   if jax.process_index() == 0:
-<<<<<<< HEAD
-=======
     window = f", windows {tuple(config.eval.window)}" if any(config.eval.window) else ""
->>>>>>> main
     print(
       f"{split}: {len(source)} images, {origin}, scales {tuple(config.eval.scales)}, flip {config.eval.flip}{window}\n"
       f"{report.class_table(source.classes, confusion)}\nscores and pictures: {folder.parent.parent}",
@@ -157,15 +115,36 @@ def evaluate(config, workdir) -> dict[str, float]:
   return scores
 
 
-def checkpointed_variables(abstract: TrainState, workdir: pathlib.Path, which: str) -> tuple[dict, int, str]:
-  """The variables of the "best" or "last" checkpoint of a run, their step, and what to call them.
+def load_weights(config, workdir: pathlib.Path) -> tuple[dict, str] | None:
+  """The weights of `config.init` where `workdir` holds no run; None where it does. For before anything slow.
 
   Raises:
-    ConfigError: no checkpoint, or one of another model.
+    ConfigError: neither a run nor weights.
   """
+  if config.init.path and not (workdir / config_lib.CONFIG_FILE).exists():
+    return warm_start.load(config.init)
+  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  return None
+
+
+def trained_variables(config, workdir: pathlib.Path, loaded, init, mesh) -> tuple[dict, int, str]:
+  """What to evaluate: the variables on the mesh, their step, and what to call them.
+
+  Args:
+    loaded: of `load_weights`; None takes the checkpoint of `workdir` that `config.eval.checkpoint` names.
+    init: of `state.build`.
+
+  Raises:
+    ConfigError: no checkpoint, or weights of another model.
+  """
+  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
+  if loaded is not None:
+    # Strictly all: what init.exclude leaves random would only be scored as noise.
+    variables, origin = warm_start.merge(abstract.variables(), loaded, ())
+    return jax.device_put(variables, sharding.replicated(mesh)), 0, origin
   with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
     best, last = checkpoints.best_step(), checkpoints.latest_step()
-    step = best if which == "best" and best is not None else last
+    step = best if config.eval.checkpoint == "best" and best is not None else last
     if step is None:
       raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
     state = checkpoints.restore(abstract, step)

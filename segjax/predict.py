@@ -40,6 +40,8 @@ def predictions(config, source, graphdef, variables: dict, mesh) -> Iterator[tup
 def predict(config, workdir) -> pathlib.Path:
   """--mode=predict: writes predictions for `config.data.eval_split`, with labels or without, and packs them.
 
+  Where `workdir` holds no run, the weights that `config.init` names predict.
+
   Returns:
     The archive, `workdir`/predict_SPLIT/results.tgz or .zip; the files in it lie beside it. Both replace those of an
     earlier call, once they are complete.
@@ -48,19 +50,20 @@ def predict(config, workdir) -> pathlib.Path:
     ConfigError: no run or no checkpoint in `workdir`, one of another model, or files that cannot be written.
     DataError: the split cannot be used.
   """
-  config_lib.load(workdir)  # Before the data is opened.
+  workdir = pathlib.Path(workdir)
+  loaded = evaluate.load_weights(config, workdir)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split, labels=False)
   graphdef, _, _, init = build(config, len(source.classes))
-  step, kind, variables = evaluate.restore(config, workdir, init, mesh)
+  variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
 
-  final = pathlib.Path(workdir) / f"predict_{split}"
+  final = workdir / f"predict_{split}"
   folder = final.with_name(final.name + ".tmp")
   try:
     if jax.process_index() == 0:
       shutil.rmtree(folder, ignore_errors=True)
-      folder.mkdir()
+      folder.mkdir(parents=True)
     _wait_for_all("predict: folder")
     for index, ids in predictions(config, source, graphdef, variables, mesh):
       write_png(folder / result_path(source, index), ids, source)
@@ -74,7 +77,7 @@ def predict(config, workdir) -> pathlib.Path:
     raise ConfigError(f"{folder} cannot be written ({error}). Free the space, or check --workdir.") from error
   if jax.process_index() == 0:
     print(
-      f"{split}: {len(source)} predictions, checkpoint of step {step} ({kind})\nfiles: {final / source.submission.folder}"
+      f"{split}: {len(source)} predictions, {origin}\nfiles: {final / source.submission.folder}"
       f"\nfor the server: {final / archive}",
       flush=True,
     )

@@ -113,7 +113,7 @@ def test_train_eval_and_submission(stores, name, tmp_path, capsys):
       assert found.keys() == {f"results/{n}_labelIds.png" for n in archives.cityscapes_names(split)}
     mesh = sharding.make_mesh(1)
     graphdef, _, _, init = state.build(config, len(source.classes))
-    _, _, variables = evaluate_lib.restore(config, workdir, init, mesh)
+    variables, _, _ = evaluate_lib.trained_variables(config, workdir, None, init, mesh)
     evaluator = evaluate_lib.make_evaluator(config, source, graphdef, mesh)
     batch = next(input_pipeline.eval_batches(source, config.data, batch_size=8, rows=np.arange(8)))
     want = np.asarray(evaluator.step(variables, jax.device_put(batch))["prediction"])
@@ -156,7 +156,7 @@ assert not any(name.split(".")[0] in ("tensorflow", "jax") for name in sys.modul
   [
     (dict(dataset="oxford"), "TFDS's 'oxford' is not in data.dir"),
     (dict(split="tain"), "no split 'tain'; it has "),
-    (dict(mask_feature="mask"), "no feature 'mask'; it has id, image, label"),
+    (dict(mask_feature="mask"), "no feature 'mask'; it has image, id, label"),
     (dict(dataset=""), "name a TFDS data set"),
     (dict(classes=("a", "b")), "label values outside the 2 classes"),
   ],
