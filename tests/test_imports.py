@@ -67,7 +67,7 @@ import sys
 sys.modules["jax"] = None  # Any import of it now raises.
 from segjax import input_pipeline
 source = input_pipeline.SyntheticSource(split="train", num_train=3, num_val=1, image_size=(8, 8))
-assert input_pipeline.load_example(source, (9, 9), 1)["image"].shape == (9, 9, 3)
+assert input_pipeline.load_example(source, (9, 9), 1)["image"].shape == (8, 8, 3)
 assert not any(name.split(".")[0] in ("flax", "orbax", "tensorflow") for name in sys.modules)
 """
   assert run(code).returncode == 0, run(code).stderr

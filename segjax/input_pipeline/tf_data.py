@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import tensorflow as tf
 
+from segjax.config import IGNORE_LABEL
+
 tf.config.set_visible_devices([], "GPU")  # It would reserve the memory that JAX needs.
 
 _SPEC = dict(image=tf.uint8, label=tf.uint8, size=tf.int32, id=tf.int32)
 
 
-def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_workers: int) -> Iterator[dict]:
-  """Yields `load(position)` of consecutive positions, stacked `batch_size` at a time.
+def batches(positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int,
+            num_workers: int) -> Iterator[dict]:  # fmt: skip
+  """Yields `load(position)` of consecutive positions, padded to the canvas, `batch_size` at a time.
 
   Args:
     num_workers: threads; 0 for one per core.
@@ -39,7 +42,10 @@ def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_
   workers = num_workers or os.cpu_count()
   dataset = tf.data.Dataset.range(positions.start, positions.stop)
   dataset = dataset.map(read, num_parallel_calls=workers, deterministic=True)
-  dataset = dataset.batch(batch_size, drop_remainder=True).prefetch(2)
+  shapes = dict(image=(*canvas_size, 3), label=canvas_size, size=(2,), id=())
+  filling = dict(image=0, label=IGNORE_LABEL, size=0, id=0)
+  filling = {name: tf.constant(value, _SPEC[name]) for name, value in filling.items()}
+  dataset = dataset.padded_batch(batch_size, shapes, filling, drop_remainder=True).prefetch(2)
   options = tf.data.Options()
   options.threading.private_threadpool_size = workers
   try:

@@ -11,6 +11,7 @@ import tensorflow_datasets as tfds
 
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import images, voc
+from segjax.input_pipeline.images import DataError
 
 
 class VocSegmentation(tfds.core.GeneratorBasedBuilder):
@@ -42,6 +43,10 @@ class VocSegmentation(tfds.core.GeneratorBasedBuilder):
       if voc.list_file(root, split).is_file() or split != "test":  # Only test may be absent.
         pairs[split] = dict(zip(*voc.find_pairs(root, split)))
     pairs["sbd"] = {name: pair for name, pair in pairs.pop("trainaug").items() if name not in pairs["train"]}
+    if not pairs["sbd"]:  # TFDS refuses empty splits.
+      raise DataError(
+        f"{voc.list_file(root, 'trainaug')} names no image beyond train. Run python -m segjax.prepare voc."
+      )
     return {split: self._generate_examples(found) for split, found in pairs.items()}
 
   def _generate_examples(self, pairs):
