@@ -166,3 +166,18 @@ def test_every_shipped_config_builds_and_traces_a_step(name):
 def test_every_shipped_config_opens_with_its_command(name):
   header = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
   assert re.search(rf"python -m segjax.main --config=configs/{name}.py .*--workdir=", header)
+
+
+def test_phases_of_deeplab_voc_and_what_a_wrong_one_says(tmp_path):
+  from configs import deeplab_voc
+
+  first, second = deeplab_voc.get_config(), deeplab_voc.get_config("trainval")
+  changed = {line.partition(":")[0] for line in config_lib.differences(second, first)}
+  assert changed == {"data.train_split", "model.output_stride", "model.frozen_bn", "optimizer.base_lr"}
+  result = run("--config=configs/deeplab_voc.py:train", f"--workdir={tmp_path / 'run'}", "--config.data.dir=x")
+  assert result.returncode == 2 and "phase 'train': choose trainaug or trainval" in result.stderr
+  result = run(
+    "--config=configs/deeplab_voc.py:trainval", f"--workdir={tmp_path / 'run'}", "--config.data.dir=/nowhere"
+  )
+  assert result.returncode == 2 and "data.dir = /nowhere: no folder JPEGImages" in result.stderr
+  assert not (tmp_path / "run").exists()

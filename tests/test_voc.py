@@ -1,13 +1,15 @@
 """PASCAL VOC: from the archives to trainaug, labels as stored, and every mistake named."""
 
 import pathlib
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import prepare
+from segjax import metrics, prepare
 from segjax.input_pipeline import DataError, VocSource, datasets, voc
 from tests import archives
 
@@ -140,6 +142,20 @@ def test_a_split_that_is_not_official_is_noted(devkit):
   assert source(devkit, "train").notes == ("split 'train' has 3 images, the official one 1464",)
 
 
+def test_mean_iou_is_vocs_rule(devkit):
+  """True positives over all pixels of label or prediction, void left out, per class (VOC devkit, VOCevalseg)."""
+  data, rng = source(devkit, "trainval"), np.random.default_rng(0)
+  total, hits, unions = 0, np.zeros(21), np.zeros(21)
+  for i in range(len(data)):
+    label = data[i][1]
+    prediction = np.where(rng.random(label.shape) < 0.7, np.minimum(label, 20), rng.integers(0, 21, label.shape))
+    total = total + np.asarray(metrics.confusion_matrix(label[None], prediction[None], 21)).astype(int)
+    for k in range(21):
+      hits[k] += ((label == k) & (prediction == k)).sum()
+      unions[k] += (((label == k) | (prediction == k)) & (label != 255)).sum()
+  assert metrics.scores(total)["mean_iou"] == pytest.approx((hits / unions).mean(), abs=1e-12)
+
+
 def lose(root, path):
   (root / path).unlink()
 
@@ -219,3 +235,19 @@ def test_an_archive_that_points_outside_is_refused(tmp_path):
   with pytest.raises(DataError, match="points outside"):
     prepare.unpack_voc(tmp_path, tmp_path / "data")
   assert not (tmp_path / "outside.txt").exists()
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    ((), "Name one data set: voc or cityscapes"),
+    (("voc",), "Give --archives=DIR, or --devkit"),
+    (("cityscapes",), "Give --archives=DIR"),
+    (("voc", "--archives=/nowhere"), "/nowhere/VOCtrainval_11-May-2012.tar: no such file"),
+    (("voc", "--devkit=/nowhere", "--sbd=x"), "/nowhere: no folder JPEGImages"),
+  ],
+)
+def test_the_command_line_says_what_it_needs(arguments, message):
+  command = [sys.executable, "-m", "segjax.prepare", *arguments]
+  result = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert result.returncode != 0 and message in result.stdout + result.stderr and "Traceback" not in result.stderr
