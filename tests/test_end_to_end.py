@@ -156,7 +156,7 @@ assert not any(name.split(".")[0] in ("tensorflow", "jax") for name in sys.modul
   [
     (dict(dataset="oxford"), "TFDS's 'oxford' is not in data.dir"),
     (dict(split="tain"), "no split 'tain'; it has "),
-    (dict(mask_feature="mask"), "no feature 'mask'; it has image, id, label"),
+    (dict(mask_feature="mask"), "no feature 'mask'; it has id, image, label"),
     (dict(dataset=""), "name a TFDS data set"),
     (dict(classes=("a", "b")), "label values outside the 2 classes"),
   ],

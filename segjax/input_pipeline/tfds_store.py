@@ -42,7 +42,7 @@ class Records:
     for feature in filter(None, (image, mask, id)):
       if feature not in builder.info.features:
         raise DataError(
-          f"{folder}: no feature {feature!r}; it has {', '.join(builder.info.features)}. Correct the name."
+          f"{folder}: no feature {feature!r}; it has {', '.join(sorted(builder.info.features))}. Correct the name."
         )
     self._parts = [_open_split(builder, folder, split) for split in splits]
     indices = [_index(folder, split, part, image, mask, id) for split, part in zip(splits, self._parts)]
