@@ -18,20 +18,50 @@ def random(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def test_max_pool_equals_reduce_window_in_value_and_gradient():
-  x, weight = random(2, 6, 8, 3), random(2, 3, 4, 3, seed=1)
+@pytest.mark.parametrize("size, ceil_mode", [((6, 8), False), ((6, 8), True), ((5, 8), True), ((5, 7), True)])
+def test_max_pool_equals_reduce_window_in_value_and_gradient(size, ceil_mode):
+  x, weight = random(2, *size, 3), random(2, 3, 4, 3, seed=1)
+
+  def ours(x):
+    return layers.max_pool_2x2(x, ceil_mode)
 
   def plain(x):
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    outside = ((0, 0), (0, size[0] % 2), (0, size[1] % 2), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), outside)
 
-  np.testing.assert_array_equal(layers.max_pool_2x2(x), plain(x))
-  got, want = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (layers.max_pool_2x2, plain))
+  np.testing.assert_array_equal(ours(x), plain(x))
+  got, want = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (ours, plain))
   np.testing.assert_array_equal(got, want)
 
 
 def test_max_pool_refuses_odd_sizes():
   with pytest.raises(ValueError, match="even height and width, got 5x4"):
     layers.max_pool_2x2(random(1, 5, 4, 1))
+
+
+@pytest.mark.parametrize("name", ["x", "x8"])
+def test_3x3_max_pool_equals_torch_in_value_and_lax_in_gradient(name):
+  z = np.load(DATA / "torch_resize_pool.npz")
+  x = jnp.asarray(z[name].transpose(0, 2, 3, 1))  # 5x7 and 6x8.
+  want = z["maxpool3_s2_p1" if name == "x" else "x8_maxpool3_s2_p1"]
+  np.testing.assert_array_equal(layers.max_pool_3x3(x).transpose(0, 3, 1, 2), want)
+  weight = random(*layers.max_pool_3x3(x).shape, seed=1)
+
+  def plain(x):
+    outside = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), outside)
+
+  got, want = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (layers.max_pool_3x3, plain))
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", [(10, 14), (17, 25), (3, 4)])
+def test_resizing_equals_torch_by_either_convention(size, align_corners):
+  z = np.load(DATA / "torch_resize_pool.npz")
+  got = resize.resize_bilinear(jnp.asarray(z["x"].transpose(0, 2, 3, 1)), size, align_corners)
+  want = z[f"bilinear_{size[0]}x{size[1]}_corners{int(align_corners)}"]
+  np.testing.assert_allclose(got.transpose(0, 3, 1, 2), want, atol=2e-6)
 
 
 def test_transposed_convolution_equals_lax_in_value_and_gradients():

@@ -1,6 +1,8 @@
 """The tf.data loader: reads and decodes in TensorFlow's thread pool, in order."""
 
+import atexit
 import os
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,11 +13,21 @@ from segjax.config import IGNORE_LABEL
 tf.config.set_visible_devices([], "GPU")  # It would reserve the memory that JAX needs.
 
 _SPEC = dict(image=tf.uint8, label=tf.uint8, size=tf.int32, id=tf.int32)
+_started = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+  """Ends iterators that a failing program left in the middle: once Python shuts down, TensorFlow would wait for ever for
+  reads under way, whose threads Python has ended.
+  """
+  for iterator in list(_started):
+    iterator.close()
 
 
 def batches(positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int,
             num_workers: int) -> Iterator[dict]:  # fmt: skip
-  """Yields `load(position)` of consecutive positions, padded to the canvas, `batch_size` at a time.
+  """`load(position)` of consecutive positions, padded to the canvas, `batch_size` at a time.
 
   Args:
     num_workers: threads; 0 for one per core.
@@ -23,6 +35,12 @@ def batches(positions: range, load: Callable[[int], dict], canvas_size: tuple[in
   Raises:
     Whatever `load` raises, unchanged, when the batch that needs it is due.
   """
+  iterator = _iterate(positions, load, canvas_size, batch_size, num_workers)
+  _started.add(iterator)
+  return iterator
+
+
+def _iterate(positions, load, canvas_size, batch_size, num_workers):
   failures = []
 
   def load_flat(position):

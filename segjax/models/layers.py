@@ -36,20 +36,23 @@ def paddings(size: tuple[int, int], kernel_size: int, stride: int, rate: int, pa
     padding: "same": TensorFlow's rule, as many as the ceil(n / stride) outputs need, so it depends on the size.
       "fixed": (kernel_size - 1) * rate whatever the stride and size. Both put the smaller half first, and agree at
       stride 1 and for odd sizes at stride 2; for even sizes "same" looks one pixel further down and right.
+      "valid": none.
   """
+  if padding == "valid":
+    return ((0, 0), (0, 0))
   reach = (kernel_size - 1) * rate
   total = [reach if padding == "fixed" else max((-(-n // stride) - 1) * stride + reach + 1 - n, 0) for n in size]
   return tuple((t // 2, t - t // 2) for t in total)
 
 
 class Conv(nnx.Module):
-  """Dense convolution, padded with zeros so that n pixels become ceil(n / stride).
+  """Dense convolution; n pixels become ceil(n / stride), or, with padding "valid", only those that need no padding.
 
   Args:
     in_features, out_features: channels.
     kernel_size: odd.
     stride, rate: in pixels; rate is the dilation.
-    padding: "same" or "fixed", see `paddings`.
+    padding: "same", "fixed" or "valid", see `paddings`.
     use_bias: off where a batch norm follows, which would cancel it.
   """
 
@@ -109,19 +112,39 @@ class ConvTranspose2x2(nnx.Module):
     return x.reshape(b, 2 * h, 2 * w, kernel.shape[-1]) + per_channel(self.bias).astype(self.dtype)
 
 
-def max_pool_2x2(x: jax.Array) -> jax.Array:
-  """[B, H, W, C] -> [B, H/2, W/2, C]; H and W even. Where values tie, the gradient is shared.
+def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
+  """[B, H, W, C] -> [B, H/2, W/2, C]. Where values tie, the gradient is shared.
 
   Pairwise maxima of strided views: the gradient of lax.reduce_window is a select-and-scatter, 15x slower on XLA:CPU
   and not deterministic on GPU.
 
+  Args:
+    ceil_mode: an odd size is rounded up, its last window being half outside (Caffe's pooling). Off: refused.
+
   Raises:
-    ValueError: an odd height or width.
+    ValueError: an odd height or width without `ceil_mode`.
   """
+  if ceil_mode and (x.shape[1] % 2 or x.shape[2] % 2):
+    outside = ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0))
+    x = jnp.pad(x, outside, constant_values=-jnp.inf)
   b, h, w, c = x.shape
   if h % 2 or w % 2:
     raise ValueError(f"max_pool_2x2 needs an even height and width, got {h}x{w}; pad the input to the model's stride.")
   return x.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+
+
+def max_pool_3x3(x: jax.Array) -> jax.Array:
+  """3x3 windows at stride 2, centred on every second pixel: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C].
+
+  Outside the image is -inf. Pairwise maxima of strided views, as in `max_pool_2x2`.
+  """
+  for axis in (1, 2):
+    size = x.shape[axis]
+    outside = [(1, 1) if n == axis else (0, 0) for n in range(4)]
+    padded = jnp.pad(x, outside, constant_values=-jnp.inf)
+    taps = [jax.lax.slice_in_dim(padded, k, k + 2 * ((size - 1) // 2) + 1, 2, axis) for k in range(3)]
+    x = jnp.maximum(jnp.maximum(taps[0], taps[1]), taps[2])
+  return x
 
 
 class BatchNorm(nnx.Module):
@@ -209,18 +232,19 @@ class SeparableConv(nnx.Module):
   """3x3 depthwise convolution, batch norm, 1x1 convolution, batch norm (arXiv 1802.02611, section 3.1).
 
   Args:
+    inner_norm: off: no batch norm and no activation between the two convolutions.
     activation: after each of the two batch norms; None for none.
     norm: keywords of `BatchNorm`.
     depthwise_init, pointwise_init: initialisers.
   """
 
-  def __init__(self, in_features, out_features, *, stride=1, rate=1, padding="same", activation=jax.nn.relu,
-               norm: dict, depthwise_init=he_normal, pointwise_init=he_normal, dtype=jnp.float32,
+  def __init__(self, in_features, out_features, *, stride=1, rate=1, padding="same", inner_norm=True,
+               activation=jax.nn.relu, norm: dict, depthwise_init=he_normal, pointwise_init=he_normal, dtype=jnp.float32,
                rngs: nnx.Rngs):  # fmt: skip
     self.depthwise = DepthwiseConv(
       in_features, stride=stride, rate=rate, padding=padding, kernel_init=depthwise_init, dtype=dtype, rngs=rngs
     )
-    self.depthwise_norm = BatchNorm(in_features, dtype=dtype, **norm)
+    self.depthwise_norm = BatchNorm(in_features, dtype=dtype, **norm) if inner_norm else None
     self.pointwise = Conv(in_features, out_features, 1, kernel_init=pointwise_init, dtype=dtype, rngs=rngs)
     self.pointwise_norm = BatchNorm(out_features, dtype=dtype, **norm)
     self.activation = activation
@@ -228,6 +252,7 @@ class SeparableConv(nnx.Module):
   def __call__(self, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
     """[B, H, W, in] -> [B, H / stride, W / stride, out]; adds `name` and `name`/depthwise to `endpoints`."""
     activate = self.activation or (lambda x: x)
-    x = endpoints[f"{name}/depthwise"] = activate(self.depthwise_norm(self.depthwise(x), train))
+    x = self.depthwise(x)
+    x = endpoints[f"{name}/depthwise"] = activate(self.depthwise_norm(x, train)) if self.depthwise_norm else x
     x = endpoints[name] = activate(self.pointwise_norm(self.pointwise(x), train))
     return x
