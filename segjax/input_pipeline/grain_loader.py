@@ -2,12 +2,11 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import grain
-import numpy as np
 
-from segjax.config import IGNORE_LABEL
+from segjax.input_pipeline.canvas import pad_batch
 
 
 def batches(positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int,
@@ -23,15 +22,5 @@ def batches(positions: range, load: Callable[[int], dict], canvas_size: tuple[in
   options = grain.ReadOptions(num_threads=num_workers or os.cpu_count(), prefetch_buffer_size=2 * batch_size)
   dataset = grain.MapDataset.range(positions.start, positions.stop).map(load)
   # Threads prefetch examples; batching happens in the iterator, after them.
-  pad = functools.partial(_pad_batch, canvas_size=canvas_size)
+  pad = functools.partial(pad_batch, canvas_size=canvas_size)
   yield from dataset.to_iter_dataset(options).batch(batch_size, drop_remainder=True, batch_fn=pad)
-
-
-def _pad_batch(examples: Sequence[dict], canvas_size: tuple[int, int]) -> dict[str, np.ndarray]:
-  """Examples onto one canvas each, straight into the batch: a canvas per example would be one more copy."""
-  image = np.zeros((len(examples), *canvas_size, 3), np.uint8)
-  label = np.full((len(examples), *canvas_size), IGNORE_LABEL, np.uint8)
-  for i, example in enumerate(examples):
-    h, w = example["label"].shape
-    image[i, :h, :w], label[i, :h, :w] = example["image"], example["label"]
-  return dict(image=image, label=label, **{name: np.stack([e[name] for e in examples]) for name in ("size", "id")})
