@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-
 HEADS = ("aspp", "decoder", "head", "auxiliary", "logits")  # The parts of models that no ImageNet weights begin.
 
 
