@@ -25,6 +25,10 @@ MODELS = {
     backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True, image_pooling=True, decoder=True,
     multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997, frozen_bn=False,
   ),
+  "fcn": dict(
+    stride=8, width=64, fuse="score", upsampling="learned", at_once=False, geometry="same", preprocessing="imagenet",
+    dropout=0.5,
+  ),
 }  # fmt: skip
 
 # Constructor arguments by data source, beside `dir` and `split`.

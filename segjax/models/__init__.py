@@ -4,9 +4,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax.models.deeplab import DeepLabV3Plus
+from segjax.models.fcn import FCN
 from segjax.models.unet import UNet
 
-MODELS = {"unet": UNet, "deeplab_v3plus": DeepLabV3Plus}
+MODELS = {"unet": UNet, "deeplab_v3plus": DeepLabV3Plus, "fcn": FCN}
 
 
 def build(name: str, *, num_classes: int, dtype="float32", rngs: nnx.Rngs, **options) -> nnx.Module:
