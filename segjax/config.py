@@ -26,7 +26,7 @@ MODELS = {
     multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997, frozen_bn=False,
   ),
   "fcn": dict(
-    stride=8, width=64, fuse="score", upsampling="learned", at_once=False, geometry="same", preprocessing="imagenet",
+    stride=8, width=64, fuse="score", upsampling="learned", at_once=False, geometry="same", normalization="imagenet",
     dropout=0.5,
   ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ LAYERS = [
   {"losses", "metrics", "optimizer", "sharding", "augment", "models.resize"},
   {"models", "models.depthwise", "models.layers", "models.strides", "models.aspp", "models.xception",
    "models.mobilenet_v2", "models.vgg", "models.fcn", "models.unet", "models.deeplab", "flops"},
-  {"pretrained", "pretrained.tf_deeplab"},
+  {"pretrained", "pretrained.state_dict", "pretrained.tf_deeplab", "pretrained.wkentaro"},
   {"input_pipeline", "input_pipeline.images", "input_pipeline.order", "input_pipeline.synthetic",
    "input_pipeline.folder", "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"state", "steps", "checkpoint", "report", "commandline"},

@@ -32,7 +32,7 @@ class FCN(nnx.Module):
       otherwise train 32, 16 and 8 in turn, each from the one before (see `segjax.train.warm_start`).
     geometry: "same": zeros around each convolution, upsampling centred. "caffe": padding 100, no other in fc6, and the
       published crops.
-    preprocessing: "imagenet": mean and deviation, as torchvision's weights expect. "caffe": the mean only.
+    normalization: "imagenet": mean and deviation, as torchvision's weights expect. "caffe": the mean only.
     dropout: rate after fc6 and fc7.
 
   Parts are called as in the sum: `score_fc7`, `score_pool4`, `score_pool3` and `upscore_fc7`, `upscore_pool4` (from
@@ -44,14 +44,14 @@ class FCN(nnx.Module):
   """
 
   def __init__(self, *, num_classes, stride=8, width=64, fuse="score", upsampling="learned", at_once=False,
-               geometry="same", preprocessing="imagenet", dropout=0.5, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+               geometry="same", normalization="imagenet", dropout=0.5, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     if stride not in SKIPS:
       raise ValueError(f"model.stride = {stride!r}: choose 32, 16 or 8.")
     if width < 1:
       raise ValueError(f"model.width = {width} must be at least 1.")
     for name, value, choices in (
       ("fuse", fuse, ("score", "features")), ("upsampling", upsampling, ("learned", "last_fixed", "fixed")),
-      ("geometry", geometry, ("same", "caffe")), ("preprocessing", preprocessing, ("imagenet", "caffe")),
+      ("geometry", geometry, ("same", "caffe")), ("normalization", normalization, ("imagenet", "caffe")),
     ):  # fmt: skip
       if value not in choices:
         raise ValueError(f"model.{name} = {value!r}: choose one of {', '.join(choices)}.")
@@ -63,8 +63,8 @@ class FCN(nnx.Module):
     if not 0 <= dropout < 1:
       raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
     self.stride, self.fuse, self.at_once, self.geometry, self.dtype = stride, fuse, at_once, geometry, dtype
-    self.mean = layers.IMAGENET_MEAN if preprocessing == "imagenet" else CAFFE_MEAN  # Pads crops; becomes 0.
-    self.deviation = layers.IMAGENET_STD if preprocessing == "imagenet" else (1.0, 1.0, 1.0)
+    self.mean = layers.IMAGENET_MEAN if normalization == "imagenet" else CAFFE_MEAN  # Pads crops; becomes 0.
+    self.deviation = layers.IMAGENET_STD if normalization == "imagenet" else (1.0, 1.0, 1.0)
     self.skips = SKIPS[stride]
     options = dict(dtype=dtype, rngs=rngs)
     self.backbone = vgg.VGG16(
@@ -88,7 +88,7 @@ class FCN(nnx.Module):
     self.upscore = None if fixed else layers.ConvTranspose(below, num_classes, stride, kernel_init=bilinear, **options)
 
   def preprocess(self, image: jax.Array) -> jax.Array:
-    """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean over ImageNet; see `preprocessing`."""
+    """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean over ImageNet; see `normalization`."""
     return layers.standardize(image, self.mean, self.deviation)
 
   def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,

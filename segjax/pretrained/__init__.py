@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from segjax.config import ConfigError
-from segjax.pretrained import tf_deeplab
+from segjax.pretrained import tf_deeplab, wkentaro
 
-SCHEMES = {"tf_deeplab": tf_deeplab.convert}
+SCHEMES = {"tf_deeplab": tf_deeplab.convert, "wkentaro": wkentaro.convert}
 
 
 def assign(model: nnx.Module, arrays: Mapping[str, np.ndarray], scheme: str, exclude: tuple[str, ...] = ()) -> int:
