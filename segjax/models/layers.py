@@ -121,7 +121,7 @@ class ConvTranspose(nnx.Module):
   """Transposed convolution without bias whose kernel is twice its stride, as FCNs upsample their scores.
 
   Each output pixel sees 2x2 input pixels, so it is one matrix product over four shifted copies of x and a
-  depth-to-space. The same numbers as `lax.conv_transpose`, whose gradient is 5-50x slower on XLA:CPU
+  depth-to-space. The same numbers as `lax.conv_transpose`, whose gradient is 3-12x slower on XLA:CPU
   (benchmarks/transposed_convolution.py).
 
   Args:
