@@ -11,15 +11,14 @@ from segjax.config import default_config
 from segjax.input_pipeline import datasets
 
 
-def get_config():
-  config = default_config(model="unet", data="folder")
+def recipe(config):
+  """Data, augmentation, loss and optimiser, the same for any model."""
   config.data.update(datasets.CAMVID)
   config.num_steps = 9000  # About 200 epochs.
   config.batch_size = 8
   config.crop_size = (352, 480)  # The largest multiple of the network's stride 16 in 360x480.
   config.eval_every = 1000
   config.checkpoint_every = 1000
-  config.model.width = 64  # The paper's.
   config.augment.scale = (0.7, 1.5)
   config.loss.class_weights = ("inverse_log",)  # Without weights, poles, fences and people are never predicted.
   config.optimizer.name = "adamw"
@@ -28,4 +27,10 @@ def get_config():
   config.optimizer.warmup_steps = 100
   config.optimizer.weight_decay = 1e-2
   config.optimizer.ema_decay = 0.99
+  return config
+
+
+def get_config():
+  config = recipe(default_config(model="unet", data="folder"))
+  config.model.width = 64  # The paper's.
   return config

@@ -62,7 +62,8 @@ CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
   "data.loader": ("tf_data", "grain"),
   "optimizer.name": ("sgd", "adamw"),
-  "optimizer.schedule": ("poly", "cosine", "constant"),
+  "optimizer.schedule": ("poly", "cosine", "step", "constant"),
+  "optimizer.warmup": ("linear", "constant"),
   "eval.checkpoint": ("best", "last"),
 }
 
@@ -122,19 +123,33 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       hue=0.0,
     )
   )
-  # (): equal. ("median_frequency",), ("inverse_log",): from the training labels. Or one number per class.
-  config.loss = config_dict.ConfigDict(dict(class_weights=()))
+  config.loss = config_dict.ConfigDict(
+    dict(
+      # (): equal. ("median_frequency",), ("inverse_log",): from the training labels. Or one number per class.
+      class_weights=(),
+      hard_fraction=1.0,  # Share of all pixels that counts, those of the largest loss. 1: all.
+      hard_fraction_steps=0,  # Steps over which the share falls from 1 to that. 0: at once.
+    )
+  )
   config.optimizer = config_dict.ConfigDict(
     dict(
       name="sgd",
       base_lr=0.01,
       schedule="poly",
       poly_power=0.9,  # DeepLab (arXiv 1606.00915, section 4.1).
-      warmup_steps=0,  # Linear from 0; the schedule then spans the remaining steps.
-      end_lr=0.0,  # What the schedule falls to.
+      end_lr=0.0,  # What poly and cosine fall to; the least of step.
+      decay_every=2000,  # Steps between the drops of the step schedule,
+      decay_factor=0.1,  # and what each multiplies the rate by.
+      warmup_steps=0,  # The schedule spans the steps after them.
+      warmup_lr=0.0,  # Rate of the first step of a warm-up.
+      warmup="linear",  # "linear" from warmup_lr to base_lr, or "constant" at warmup_lr (DeepLab's slow start).
       momentum=0.9,  # SGD momentum, or AdamW's b1.
       nesterov=False,  # SGD only.
-      weight_decay=1e-4,  # On kernels only: no bias, no batch norm.
+      weight_decay=1e-4,  # On dense kernels only: no bias, no batch norm, no depthwise kernel.
+      # Gradient multipliers (official DeepLab, last_layer_gradient_multiplier): of aspp, decoder and logits, and of the
+      # biases of convolutions, which official DeepLab doubles.
+      head_multiplier=1.0,
+      bias_multiplier=1.0,
       clip_norm=0.0,  # Largest global norm of the gradient. 0: no clipping.
       ema_decay=0.0,  # Moving average of parameters and statistics, used for evaluation. 0: none.
     )
@@ -144,13 +159,18 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       batch_size=8,  # Images per evaluation step over all devices; no influence on the score.
       scales=(1.0,),  # Sizes at which the image is shown; probabilities are averaged at the label's size.
       flip=False,  # Also the mirror image, averaged.
+      window=(0, 0),  # (H, W) of sliding windows at each scale, pixels. (0, 0): the whole image at once.
+      window_stride=(0, 0),  # (H, W) from one window to the next; less than `window` to overlap.
       checkpoint="best",  # Which one --mode=eval scores: "best" mean IoU or "last".
       num_overlays=4,  # Pictures image | label | prediction per evaluation.
     )
   )
   config.init = config_dict.ConfigDict(
     dict(
-      path="",  # Workdir of another run whose weights this one starts from. Empty: random.
+      # Weights that a new run starts from. Empty: random. The workdir of another run; or a file: .npz, .safetensors,
+      # .pth, a TensorFlow checkpoint (the name before .index) or frozen graph (.pb).
+      path="",
+      scheme="",  # Whose names a file's tensors have: "tf_deeplab", ... (segjax/pretrained). Empty for a workdir.
       exclude=(),  # Parameter paths or prefixes left random, e.g. ("logits",) for other classes.
     )
   )
@@ -204,8 +224,9 @@ def validate(config: config_dict.ConfigDict) -> None:
     check(fields(config)[field] >= 1, field, "must be at least 1.")
   check(0 <= config.seed < 2**31, "seed", "must lie in [0, 2^31).")
   check(config.mesh.data >= 1 or config.mesh.data == -1, "mesh.data", "must be at least 1, or -1 for all devices.")
-  for field in ("crop_size", "data.canvas_size") + (("data.image_size",) if config.data.name == "synthetic" else ()):
-    size, least = fields(config)[field], 0 if field == "data.canvas_size" else 1
+  sizes = ("crop_size", "data.canvas_size", "eval.window", "eval.window_stride")
+  for field in sizes + (("data.image_size",) if config.data.name == "synthetic" else ()):
+    size, least = fields(config)[field], 0 if field.startswith(("data.canvas", "eval")) else 1
     check(len(size) == 2 and all(isinstance(n, int) and n >= least for n in size), field, "must be (H, W) in pixels.")
   check(config.data.name == "synthetic" or bool(config.data.dir), "data.dir",
         "name the data set's root folder, e.g. --config.data.dir=/data/camvid.")  # fmt: skip
@@ -221,17 +242,28 @@ def validate(config: config_dict.ConfigDict) -> None:
   numbers = all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in weights)
   check(named or numbers, "loss.class_weights",
         'give one number >= 0 per class, ("median_frequency",), ("inverse_log",), or ().')  # fmt: skip
+  check(0 < config.loss.hard_fraction <= 1, "loss.hard_fraction", "must lie in (0, 1]; 1 takes all pixels.")
+  check(config.loss.hard_fraction_steps >= 0, "loss.hard_fraction_steps", "must be 0 (at once) or more.")
   optimizer = config.optimizer
   check(optimizer.base_lr > 0, "optimizer.base_lr", "must be above 0.")
   check(0 <= optimizer.end_lr <= optimizer.base_lr, "optimizer.end_lr", "must lie in [0, base_lr].")
   check(optimizer.poly_power > 0, "optimizer.poly_power", "must be above 0.")
   check(0 <= optimizer.warmup_steps < max(config.num_steps, 1), "optimizer.warmup_steps", "must be below num_steps.")
+  check(0 <= optimizer.warmup_lr <= optimizer.base_lr, "optimizer.warmup_lr", "must lie in [0, base_lr].")
+  check(optimizer.decay_every >= 1, "optimizer.decay_every", "must be at least 1.")
+  check(0 < optimizer.decay_factor <= 1, "optimizer.decay_factor", "must lie in (0, 1].")
+  for field in ("head_multiplier", "bias_multiplier"):
+    check(optimizer[field] > 0, f"optimizer.{field}", "must be above 0; 1 changes nothing.")
   for field in ("momentum", "ema_decay"):
     check(0 <= optimizer[field] < 1, f"optimizer.{field}", "must lie in [0, 1).")
   check(not (optimizer.nesterov and optimizer.name != "sgd"), "optimizer.nesterov", "is an option of sgd only.")
   for field in ("weight_decay", "clip_norm"):
     check(optimizer[field] >= 0, f"optimizer.{field}", "must be 0 (off) or more.")
   check(len(config.eval.scales) > 0 and all(s > 0 for s in config.eval.scales), "eval.scales", "needs numbers above 0.")
+  check(all((0 < stride <= window) if window else stride == 0
+            for stride, window in zip(config.eval.window_stride, config.eval.window)),
+        "eval.window_stride", "must lie between 1 and eval.window, e.g. two thirds of it; (0, 0) without windows.")  # fmt: skip
+  check(all(config.eval.window) or not any(config.eval.window), "eval.window", "must be (0, 0), or both above 0.")
   check(config.eval.num_overlays >= 0, "eval.num_overlays", "must be 0 or more.")
   if config.data.name == "folder":
     check(0 < config.data.holdout < 1, "data.holdout", "must lie between 0 and 1.")

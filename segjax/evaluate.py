@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from segjax import config as config_lib
-from segjax import input_pipeline, metrics, report, sharding, steps
+from segjax import input_pipeline, metrics, report, sharding, steps, warm_start
 from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
-from segjax.state import build, with_sharding
+from segjax.state import TrainState, build, with_sharding
 
 
 @dataclasses.dataclass
@@ -72,16 +72,17 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   """
   canvas = input_pipeline.canvas_of(source, config.data)
   sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size, canvas[0])
-  step = steps.make_eval_step(
-    graphdef, mesh, num_classes=len(source.classes), scales=config.eval.scales, flip=config.eval.flip
-  )
+  e = config.eval
+  protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
+  step = steps.make_eval_step(graphdef, mesh, num_classes=len(source.classes), protocol=protocol)
   return Evaluator(source, step, config, mesh)
 
 
 def evaluate(config, workdir) -> dict[str, float]:
   """--mode=eval: scores the best or last checkpoint of `workdir` on `config.data.eval_split`.
 
-  Prints the table, appends the scores to `workdir`/eval_SPLIT/metrics.jsonl, and writes overlays beside it.
+  Where `workdir` holds no run, the weights that `config.init` names are scored as they are. Prints the table, appends
+  the scores to `workdir`/eval_SPLIT/metrics.jsonl, and writes overlays beside it.
 
   Returns:
     The scores, e.g. {"val/mean_iou": ...}.
@@ -90,29 +91,49 @@ def evaluate(config, workdir) -> dict[str, float]:
     ConfigError: no run or no checkpoint in `workdir`, or one of another model.
     DataError: the split cannot be used.
   """
-  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  workdir = pathlib.Path(workdir)
+  has_run = (workdir / config_lib.CONFIG_FILE).exists()
+  loaded = warm_start.load(config.init) if config.init.path and not has_run else None
+  if loaded is None:
+    config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split)
   graphdef, _, _, init = build(config, len(source.classes))
   evaluator = make_evaluator(config, source, graphdef, mesh)
-  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-    best, last = checkpoints.best_step(), checkpoints.latest_step()
-    step = best if config.eval.checkpoint == "best" and best is not None else last
-    if step is None:
-      raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
-    state = checkpoints.restore(with_sharding(jax.eval_shape(init), sharding.replicated(mesh)), step)
+  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
+  if loaded is None:
+    variables, step, origin = checkpointed_variables(abstract, workdir, config.eval.checkpoint)
+  else:
+    # Strictly all: what init.exclude leaves random would only be scored as noise.
+    variables, origin = warm_start.merge(abstract.variables(), loaded, ())
+    variables, step = jax.device_put(variables, sharding.replicated(mesh)), 0
 
-  confusion, pictures = evaluator(state.eval_variables())
+  confusion, pictures = evaluator(variables)
   scores = report.score_scalars(split, source.classes, confusion)
-  writer = report.Writer(pathlib.Path(workdir) / f"eval_{split}", tensorboard=False)
+  writer = report.Writer(workdir / f"eval_{split}", tensorboard=False)
   writer.scalars(step, scores)
   folder = writer.pictures(step, pictures)
   if jax.process_index() == 0:
-    kind = "best" if step == best else "last"
+    window = f", windows {tuple(config.eval.window)}" if any(config.eval.window) else ""
     print(
-      f"{split}: {len(source)} images, checkpoint of step {step} ({kind}), scales {tuple(config.eval.scales)}, flip"
-      f" {config.eval.flip}\n{report.class_table(source.classes, confusion)}\nscores and pictures: {folder.parent.parent}",
+      f"{split}: {len(source)} images, {origin}, scales {tuple(config.eval.scales)}, flip {config.eval.flip}{window}\n"
+      f"{report.class_table(source.classes, confusion)}\nscores and pictures: {folder.parent.parent}",
       flush=True,
     )
   return scores
+
+
+def checkpointed_variables(abstract: TrainState, workdir: pathlib.Path, which: str) -> tuple[dict, int, str]:
+  """The variables of the "best" or "last" checkpoint of a run, their step, and what to call them.
+
+  Raises:
+    ConfigError: no checkpoint, or one of another model.
+  """
+  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+    best, last = checkpoints.best_step(), checkpoints.latest_step()
+    step = best if which == "best" and best is not None else last
+    if step is None:
+      raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
+    state = checkpoints.restore(abstract, step)
+  return state.eval_variables(), step, f"checkpoint of step {step} ({'best' if step == best else 'last'})"

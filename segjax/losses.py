@@ -1,8 +1,28 @@
 """Losses: pure functions of logits and labels."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def make_loss(
+  *,
+  ignore_label: int,
+  class_weights: np.ndarray | None = None,
+  hard_fraction: float = 1.0,
+  hard_fraction_steps: int = 0,
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+  """loss(logits, label, step) -> scalar; arguments as of `softmax_cross_entropy` and `hard_fraction_at`."""
+
+  def loss(logits, label, step):
+    return softmax_cross_entropy(
+      logits, label, ignore_label=ignore_label, class_weights=class_weights,
+      hard_fraction=hard_fraction_at(step, hard_fraction, hard_fraction_steps),
+    )  # fmt: skip
+
+  return loss
 
 
 def softmax_cross_entropy(
@@ -49,7 +69,7 @@ def hard_fraction_at(step: jax.Array | int, fraction: float, steps: int) -> jax.
   Easing in lets all pixels teach at first, when the hardest are hard by chance (official DeepLab,
   hard_example_mining_step).
   """
-  if steps == 0:
+  if steps == 0 or fraction == 1:
     return fraction
   progress = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / steps)
   return progress * fraction + (1 - progress)

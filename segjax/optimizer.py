@@ -8,30 +8,47 @@ import optax
 
 
 def make_schedule(
-  name: str, *, base_lr: float, num_steps: int, poly_power: float, warmup_steps: int, end_lr: float
+  name: str,
+  *,
+  base_lr: float,
+  num_steps: int,
+  poly_power: float = 0.9,
+  end_lr: float = 0.0,
+  decay_every: int = 1,
+  decay_factor: float = 1.0,
+  warmup_steps: int = 0,
+  warmup_lr: float = 0.0,
+  warmup: str = "linear",
 ) -> optax.Schedule:
   """step -> learning rate of the update that follows `step` updates.
 
-  Warm-up: base_lr * step / warmup_steps. Then, with t in [0, 1] over the remaining steps, "poly":
-  end_lr + (base_lr - end_lr) * (1 - t)^poly_power (DeepLab, arXiv 1606.00915, section 4.1); "cosine": half a cosine
-  (SGDR, arXiv 1608.03983, equation 5); "constant": base_lr. After num_steps the last value stays.
+  First `warmup_steps` steps from `warmup_lr`: "linear" up to base_lr, or "constant" at it. Then, with t in [0, 1] over the
+  remaining steps, "poly": end_lr + (base_lr - end_lr) * (1 - t)^poly_power (DeepLab, arXiv 1606.00915, section 4.1);
+  "cosine": half a cosine (SGDR, arXiv 1608.03983, equation 5); "step": base_lr * decay_factor^(steps so far //
+  decay_every), never below end_lr; "constant": base_lr. After num_steps the last value stays, but for "step", which goes on.
 
   Raises:
     ValueError: an unknown name.
   """
+
+  def fall(shape):
+    return end_lr + (base_lr - end_lr) * shape
+
   shapes = {
-    "poly": lambda t: (1 - t) ** poly_power,
-    "cosine": lambda t: 0.5 * (1 + jnp.cos(math.pi * t)),
-    "constant": jnp.ones_like,
+    "poly": lambda n, t: fall((1 - t) ** poly_power),
+    "cosine": lambda n, t: fall(0.5 * (1 + jnp.cos(math.pi * t))),
+    "step": lambda n, t: jnp.maximum(base_lr * decay_factor ** jnp.floor(n / decay_every), end_lr),
+    "constant": lambda n, t: jnp.full_like(t, base_lr),
   }
   if name not in shapes:
     raise ValueError(f"optimizer.schedule = {name!r}: choose one of {', '.join(shapes)}.")
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)
-    t = jnp.clip((step - warmup_steps) / max(num_steps - warmup_steps, 1), 0, 1)
-    lr = end_lr + (base_lr - end_lr) * shapes[name](t)
-    return jnp.where(step < warmup_steps, base_lr * step / max(warmup_steps, 1), lr)
+    n = jnp.maximum(step - warmup_steps, 0)
+    t = jnp.minimum(n / max(num_steps - warmup_steps, 1), 1)
+    rising = (base_lr - warmup_lr) * step / max(warmup_steps, 1) if warmup == "linear" else 0
+    return jnp.where(step < warmup_steps, warmup_lr + rising, shapes[name](n, t))
 
   return schedule
 

@@ -57,16 +57,18 @@ def build(config, num_classes: int):
     `jax.eval_shape` for the abstract state that a checkpoint is restored into.
 
   Raises:
-    ConfigError: a model option out of range.
+    ConfigError: a model option out of range, or a crop smaller than the model's stride.
   """
   o = config.optimizer
   schedule = optimizer_lib.make_schedule(
-    o.schedule, base_lr=o.base_lr, num_steps=config.num_steps, poly_power=o.poly_power, warmup_steps=o.warmup_steps,
-    end_lr=o.end_lr,
+    o.schedule, base_lr=o.base_lr, num_steps=config.num_steps, poly_power=o.poly_power, end_lr=o.end_lr,
+    decay_every=o.decay_every, decay_factor=o.decay_factor, warmup_steps=o.warmup_steps, warmup_lr=o.warmup_lr,
+    warmup=o.warmup,
   )  # fmt: skip
   optimizer = optimizer_lib.make_optimizer(
-    o.name, schedule, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay, clip_norm=o.clip_norm
-  )
+    o.name, schedule, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+    head_multiplier=o.head_multiplier, bias_multiplier=o.bias_multiplier,
+  )  # fmt: skip
 
   def build_model() -> nnx.Module:
     return models.build(num_classes=num_classes, dtype=config.dtype, rngs=nnx.Rngs(config.seed), **config.model)
@@ -84,10 +86,15 @@ def build(config, num_classes: int):
     )
 
   try:
-    graphdef = nnx.graphdef(nnx.eval_shape(build_model))
+    model = nnx.eval_shape(build_model)
   except ValueError as error:  # Models know nothing of configs.
     raise ConfigError(f"The model cannot be built: {error}") from error
-  return graphdef, optimizer, schedule, init
+  if min(config.crop_size) < model.stride:
+    raise ConfigError(
+      f"config.crop_size = {tuple(config.crop_size)}: smaller than the network's stride of {model.stride}, so nothing of"
+      " it would be left. Enlarge the crop, or lower the model's stride."
+    )
+  return nnx.graphdef(model), optimizer, schedule, init
 
 
 def materialize(init: Callable[[], TrainState], sharding) -> TrainState:

@@ -1,17 +1,15 @@
 """The jitted steps: pure functions of state and batch, each compiled once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from segjax import augment, losses, metrics, sharding
+from segjax import augment, inference, metrics, sharding
 from segjax.config import IGNORE_LABEL
-from segjax.models import resize
 from segjax.state import TrainState
 
 
@@ -24,13 +22,13 @@ def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:
 
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int,
-                    crop_size: tuple[int, int], augmentation: dict, class_weights: np.ndarray | None,
+                    crop_size: tuple[int, int], augmentation: dict, loss: Callable,
                     ema_decay: float) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
   """One update: augment -> normalise -> forward -> loss -> gradient -> optimiser (-> EMA).
 
   Args:
     augmentation: keywords of `augment.augment_batch`: scale, scale_step, flip, brightness, ...
-    class_weights: [K], or None for equal weights.
+    loss: loss(logits, label, step) -> scalar, from `losses.make_loss`.
     ema_decay: 0 where the state has no `ema`.
 
   Returns:
@@ -53,10 +51,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     def loss_fn(params):
       model = merge(graphdef, dict(params=params, batch_stats=state.batch_stats))
       logits = model(model.preprocess(image), train=True, key=dropout_key)
-      loss = losses.softmax_cross_entropy(logits, label, ignore_label=IGNORE_LABEL, class_weights=class_weights)
-      return loss, (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), logits.argmax(-1))
+      return loss(logits, label, state.step), (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), logits.argmax(-1))
 
-    (loss, (batch_stats, prediction)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    (value, (batch_stats, prediction)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -67,49 +64,36 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.failed_step)
 
     grad_norm = optax.tree.norm(gradient)
-    sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.failed_step < 0)
+    sound = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.failed_step < 0)
     failed = jnp.where(state.failed_step < 0, state.step, state.failed_step)
     kept = TrainState(state.step, state.params, state.batch_stats, state.opt_state, state.ema, failed)
     state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, kept)
 
     valid = label != IGNORE_LABEL
     accuracy = (valid & (prediction == label)).sum() / jnp.maximum(valid.sum(), 1)
-    return state, dict(loss=loss, grad_norm=grad_norm, pixel_accuracy=accuracy)
+    return state, dict(loss=value, grad_norm=grad_norm, pixel_accuracy=accuracy)
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
 
 
-def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int, scales: Sequence[float],
-                   flip: bool) -> Callable[[dict, dict], dict]:  # fmt: skip
+def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
+                   protocol: dict) -> Callable[[dict, dict], dict]:  # fmt: skip
   """Scores whole images at their own size against their own labels; labels are never resized.
 
-  The image is shown at each scale (and mirrored), logits are resized to the canvas, and with more than one view the
-  class probabilities are averaged. Outside `size` the canvas holds the mean pixel, and its labels are void.
+  Outside `size` the canvas holds the mean pixel, and its labels are void.
 
   Args:
-    scales: relative to the image; the size rule is official DeepLab's, trunc((n - 1) * scale + 1).
-    flip: whether the mirror image is averaged in.
+    protocol: keywords of `inference.class_scores`: scales, flip, window, window_stride.
 
   Returns:
     eval_step(variables, batch) -> {"confusion": [K, K] int32, "prediction": [B, H, W] uint8}, jitted; `variables` are
     {"params", "batch_stats"}.
   """
-  views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
 
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
-    h, w = batch["label"].shape[1:]
-    rows = jnp.arange(h).reshape(1, h, 1, 1) < batch["size"][:, 0].reshape(-1, 1, 1, 1)
-    cols = jnp.arange(w).reshape(1, 1, w, 1) < batch["size"][:, 1].reshape(-1, 1, 1, 1)
-    raw = jnp.where(rows & cols, batch["image"].astype(jnp.float32), jnp.asarray(model.mean).reshape(1, 1, 1, 3))
-    image = model.preprocess(raw)
-    total = 0
-    for scale, mirrored in views:
-      view = resize.resize_bilinear(image, tuple(int((n - 1) * scale + 1) for n in (h, w)))
-      logits = model(view[:, :, ::-1] if mirrored else view)
-      logits = resize.resize_bilinear(logits[:, :, ::-1] if mirrored else logits, (h, w))
-      total += jax.nn.softmax(logits) if len(views) > 1 else logits
-    prediction = total.argmax(-1).astype(jnp.uint8)
+    image = model.preprocess(inference.blank_padding(batch["image"], batch["size"], model.mean))
+    prediction = inference.class_scores(model, image, **protocol).argmax(-1).astype(jnp.uint8)
     return dict(confusion=metrics.confusion_matrix(batch["label"], prediction, num_classes), prediction=prediction)
 
   out = dict(confusion=sharding.replicated(mesh), prediction=sharding.batch_sharding(mesh, 3))

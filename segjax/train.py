@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax import check_data, evaluate, input_pipeline, losses, report, sharding, steps
+from segjax import check_data, evaluate, input_pipeline, losses, report, sharding, steps, warm_start
 from segjax import config as config_lib
 from segjax.checkpoint import Checkpoints
-from segjax.config import ConfigError
+from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.input_pipeline import order
-from segjax.pretrained import merge_variables
 from segjax.state import TrainState, build, materialize, with_sharding
 
 
@@ -78,8 +77,9 @@ def train(config, workdir) -> dict[str, float]:
       state = checkpoints.restore(abstract, start)
       say(f"init: resumed {workdir} at step {start}")
     else:
+      loaded = warm_start.load(config.init) if config.init.path else None
       state = materialize(init, sharding.replicated(mesh))
-      state = warm_start(config, state, mesh, say)
+      state = with_weights(state, loaded, config.init.exclude, mesh, say)
 
     # The step, and its batches from `start` on.
     train_step = steps.make_train_step(
@@ -89,7 +89,12 @@ def train(config, workdir) -> dict[str, float]:
       seed=config.seed,
       crop_size=config.crop_size,
       augmentation=dict(config.augment),
-      class_weights=class_weights,
+      loss=losses.make_loss(
+        ignore_label=IGNORE_LABEL,
+        class_weights=class_weights,
+        hard_fraction=config.loss.hard_fraction,
+        hard_fraction_steps=config.loss.hard_fraction_steps,
+      ),
       ema_decay=config.optimizer.ema_decay,
     )
     batches = input_pipeline.train_batches(
@@ -195,25 +200,17 @@ def claim_workdir(config, workdir: pathlib.Path, say) -> None:
       raise ConfigError(f"{workdir} cannot be written ({error}). Give another --workdir.") from error
 
 
-def warm_start(config, state: TrainState, mesh, say) -> TrainState:
-  """The state with the weights of the run `config.init.path`, or as it is.
+def with_weights(state: TrainState, loaded, exclude: tuple[str, ...], mesh, say) -> TrainState:
+  """The state with the weights of `warm_start.load`, or as it is where there are none.
 
   Raises:
-    ConfigError: no checkpoint there, or weights that do not fit and are not in `config.init.exclude`.
+    ConfigError: weights that do not fit and are not in `exclude`.
   """
-  if not config.init.path:
+  if loaded is None:
     say("init: scratch")
     return state
-  config_lib.load(config.init.path)  # Says so where this is no workdir, before Orbax makes folders in it.
-  with contextlib.closing(Checkpoints(config.init.path, read_only=True)) as origin:
-    step = origin.best_step() or origin.latest_step()
-    if step is None:
-      raise ConfigError(f"init.path = {config.init.path}: no checkpoint in {origin.folder}. Name the workdir of a run.")
-    imported = origin.restore_variables(step)
-  variables, taken, count = merge_variables(
-    jax.device_get(state.variables()), imported, config.init.exclude, config.init.path
-  )
-  say(f"init: imported {taken} of {count} tensors from {config.init.path} (step {step})")
+  variables, report_line = warm_start.merge(jax.device_get(state.variables()), loaded, exclude)
+  say(report_line)
   variables = jax.device_put(variables, sharding.replicated(mesh))
   state.params, state.batch_stats = variables["params"], variables["batch_stats"]
   if state.ema is not None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from segjax import config as config_lib
-from segjax import input_pipeline, models, sharding, state, steps
+from segjax import input_pipeline, losses, models, sharding, state, steps
 from segjax.augment import augment_batch, jitter_color
 from segjax.config import ConfigError, default_config
 
@@ -60,7 +60,7 @@ def test_missing_config_file_and_workdir_say_so(tmp_path):
 def test_validate_reports_all_problems_at_once():
   config = default_config(data="folder")
   config.batch_size, config.crop_size, config.optimizer.momentum = 0, (1, 2, 3), 1.5
-  config.optimizer.schedule, config.augment.scale = "step", (2.0, 0.5)
+  config.optimizer.schedule, config.augment.scale = "steps", (2.0, 0.5)
   with pytest.raises(ConfigError) as error:
     config_lib.validate(config)
   for field in ("batch_size", "crop_size", "data.dir", "optimizer.momentum", "optimizer.schedule", "augment.scale"):
@@ -147,7 +147,7 @@ def test_every_shipped_config_builds_and_traces_a_step(name):
   abstract = jax.eval_shape(init)
   step = steps.make_train_step(
     graphdef, optimizer, mesh, seed=config.seed, crop_size=config.crop_size, augmentation=dict(config.augment),
-    class_weights=None, ema_decay=config.optimizer.ema_decay,
+    loss=losses.make_loss(ignore_label=255), ema_decay=config.optimizer.ema_decay,
   )  # fmt: skip
   b, h, w = config.batch_size, 60, 80
   batch = dict(
@@ -157,9 +157,8 @@ def test_every_shipped_config_builds_and_traces_a_step(name):
   )
   after, _ = jax.eval_shape(step, abstract, batch)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
-  evaluation = steps.make_eval_step(
-    graphdef, mesh, num_classes=num_classes, scales=config.eval.scales, flip=config.eval.flip
-  )
+  protocol = dict(scales=config.eval.scales, flip=config.eval.flip)
+  evaluation = steps.make_eval_step(graphdef, mesh, num_classes=num_classes, protocol=protocol)
   out = jax.eval_shape(evaluation, abstract.eval_variables(), batch)
   assert out["confusion"].shape == (num_classes, num_classes) and out["prediction"].shape == (b, h, w)
 

@@ -1,15 +1,15 @@
 """DeepLabV3+ against the logits and end points of the official TensorFlow code, on weights seeded by name."""
 
+import functools
 import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from segjax import models, pretrained
+from segjax import inference, models, pretrained
 from segjax.models import resize
 from tests import seeded
 
@@ -134,19 +134,23 @@ def test_all_logits_and_end_points_equal_the_official_ones(case, shared):
 def test_multi_scale_with_flips_equals_the_official_protocol(shared):
   """Six scales and mirror images at output stride 8: the mean of 12 softmaxes."""
   z = np.load(shared / "reference/deeplab/fixtures/j_x65_os8_65x97_multiscale_flip.npz")
-  model, raw = seeded_model("xception65", output_stride=8), seeded.image(65, 97)
-  total, n = 0, 0
-  for scale in z["eval_scales"]:
-    view = resize.resize_bilinear(jnp.asarray(raw), tuple(int((n - 1) * scale + 1) for n in (65, 97)))
-    for mirrored in (False, True):
-      _, logits, _ = run(model, view[:, :, ::-1] if mirrored else view)
-      logits = jnp.asarray(logits[:, :, ::-1] if mirrored else logits)
-      if scale < 1:
-        logits = resize.resize_bilinear(logits, (17, 25))  # The size at scale 1: small ones are enlarged in two steps.
-      probability = np.asarray(jax.nn.softmax(resize.resize_bilinear(logits, (65, 97))))
-      np.testing.assert_allclose(probability[0, 0, 0], z["per_branch_prob_at_0_0"][n], atol=1e-5)
-      np.testing.assert_allclose(probability[0, 32, 48], z["per_branch_prob_at_32_48"][n], atol=1e-5)
-      total, n = total + probability, n + 1
-  assert n == 12
-  np.testing.assert_allclose((total / n)[:, ::2, ::2], z["mean_prob"], atol=1e-5)
-  assert not ((total.argmax(-1) != z["argmax"]) & (z["argmax_margin"] > 1e-5)).any()
+  model, image = seeded_model("xception65", output_stride=8), seeded.image(65, 97)
+  graphdef, state = nnx.split(model)
+
+  @functools.partial(jax.jit, static_argnums=(2, 3))
+  def probability(state, image, scale, mirrored):
+    model = nnx.merge(graphdef, state)
+    return jax.nn.softmax(inference.view_logits(model, model.preprocess(image), scale, mirrored))
+
+  views = [(scale, mirrored) for scale in z["eval_scales"] for mirrored in (False, True)]
+  assert len(views) == 12
+  with jax.default_matmul_precision("highest"):
+    shown = [np.asarray(probability(state, image, *view)) for view in views]
+    options = dict(scales=tuple(z["eval_scales"][:2]), flip=True)  # Of all 12, compilation alone takes minutes.
+    scores = inference.class_scores(model, model.preprocess(image), **options)
+  np.testing.assert_allclose([p[0, 0, 0] for p in shown], z["per_branch_prob_at_0_0"], atol=1e-5)
+  np.testing.assert_allclose([p[0, 32, 48] for p in shown], z["per_branch_prob_at_32_48"], atol=1e-5)
+  mean = np.mean(shown, axis=0)
+  np.testing.assert_allclose(mean[:, ::2, ::2], z["mean_prob"], atol=1e-5)
+  assert not ((mean.argmax(-1) != z["argmax"]) & (z["argmax_margin"] > 1e-5)).any()
+  np.testing.assert_allclose(scores, np.mean(shown[:4], axis=0), atol=1e-5)

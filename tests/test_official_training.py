@@ -79,20 +79,24 @@ def test_pixels_are_mapped_as_officially(shared):
   assert (model.preprocess(np.full((1, 1, 1, 3), model.mean[0])) == 0).all()
 
 
-@pytest.mark.parametrize(
-  "case, options",
-  [
-    ("voc_poly_0.007_30000", {}),
-    ("voc_finetune_poly_0.0001_30000", dict(base_lr=1e-4)),
-    ("cityscapes_poly_0.01_90000", dict(base_lr=0.01, num_steps=90000)),
-    ("poly_end_lr_1e-5", dict(end_lr=1e-5)),
-    ("poly_decay_steps_10000", dict(num_steps=10000)),
-    ("cosine_0.007_30000", dict(name="cosine")),
-  ],
-)
+LEARNING_RATES = [
+  pytest.param("voc_poly_0.007_30000", {}),
+  pytest.param("voc_finetune_poly_0.0001_30000", dict(base_lr=1e-4)),
+  pytest.param("cityscapes_poly_0.01_90000", dict(base_lr=0.01, num_steps=90000)),
+  pytest.param("poly_end_lr_1e-5", dict(end_lr=1e-5)),
+  pytest.param("poly_decay_steps_10000", dict(num_steps=10000)),
+  pytest.param("cosine_0.007_30000", dict(name="cosine")),
+  pytest.param("step_0.007_x0.1_every_2000", dict(name="step", decay_every=2000, decay_factor=0.1)),
+  pytest.param("poly_slow_start_100_at_1e-4_none", dict(warmup_steps=100, warmup_lr=1e-4, warmup="constant")),
+  pytest.param("poly_slow_start_2000_linear_burnin", dict(warmup_steps=2000, warmup_lr=1e-4)),
+]
+
+
+@pytest.mark.parametrize("case, options", LEARNING_RATES)
 def test_learning_rates_equal_the_official_ones(case, options, shared):
   z = json.loads((shared / "reference/deeplab/fixtures/learning_rate.json").read_text())
-  defaults = dict(name="poly", base_lr=0.007, num_steps=30000, poly_power=0.9, warmup_steps=0, end_lr=0.0)
+  assert set(z) == {"steps"} | {mark.values[0] for mark in LEARNING_RATES}
+  defaults = dict(name="poly", base_lr=0.007, num_steps=30000)
   rate = optimizer.make_schedule(**{**defaults, **options})
   np.testing.assert_allclose([rate(step) for step in z["steps"]], z[case], rtol=2e-4, atol=1e-9)
 
@@ -166,7 +170,7 @@ def test_three_training_steps_equal_the_official_ones(shared, monkeypatch):
   """Frozen batch norm, multiplier 10 for the head, 2 for biases; four 65x65 images, momentum, poly, weight decay."""
   z = load(shared, "train_x65_os16_frozenbn.npz")
   weight_decay = 4e-5
-  schedule = optimizer.make_schedule("poly", base_lr=1e-3, num_steps=30000, poly_power=0.9, warmup_steps=0, end_lr=0.0)
+  schedule = optimizer.make_schedule("poly", base_lr=1e-3, num_steps=30000)
   make = optimizer.make_optimizer(
     "sgd", schedule, momentum=0.9, nesterov=False, weight_decay=weight_decay, clip_norm=0.0, head_multiplier=10.0,
     bias_multiplier=2.0,

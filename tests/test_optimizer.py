@@ -86,7 +86,7 @@ def test_parameters_outside_the_mask_do_not_move_without_gradient():
 
 
 def test_unknown_names_list_the_known_ones():
-  with pytest.raises(ValueError, match="poly, cosine, constant"):
-    schedule("step")
+  with pytest.raises(ValueError, match="poly, cosine, step, constant"):
+    schedule("exponential")
   with pytest.raises(ValueError, match="sgd or adamw"):
     run("lamb")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax import input_pipeline, sharding, state, steps
+from segjax import input_pipeline, losses, sharding, state, steps
 from segjax.config import ConfigError
 from segjax.input_pipeline import train_batches
 
@@ -20,7 +20,7 @@ def make(config, data, space):
   graphdef, optimizer, _, init = state.build(config, 6)
   step = steps.make_train_step(
     graphdef, optimizer, mesh, seed=0, crop_size=config.crop_size, augmentation=dict(config.augment),
-    class_weights=None, ema_decay=config.optimizer.ema_decay,
+    loss=losses.make_loss(ignore_label=255), ema_decay=config.optimizer.ema_decay,
   )  # fmt: skip
   initial = state.materialize(init, sharding.replicated(mesh))
   return mesh, graphdef, step, initial
@@ -65,7 +65,7 @@ def test_evaluation_gives_the_same_matrix_on_any_mesh(tiny_config, data, space):
   results = []
   for shape in ((1, 1), (data, space)):
     mesh, graphdef, _, current = make(tiny_config, *shape)
-    evaluate = steps.make_eval_step(graphdef, mesh, num_classes=6, scales=(0.75, 1.0), flip=True)
+    evaluate = steps.make_eval_step(graphdef, mesh, num_classes=6, protocol=dict(scales=(0.75, 1.0), flip=True))
     batch = next(sharding.to_device(iter(host_batches(tiny_config, 1)), mesh))
     results.append(np.asarray(evaluate(current.eval_variables(), batch)["confusion"]))
   assert results[0].sum() > 0

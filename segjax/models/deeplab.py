@@ -95,7 +95,7 @@ class DeepLabV3Plus(nnx.Module):
       raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
     if not 0 <= bn_momentum < 1:
       raise ValueError(f"model.bn_momentum = {bn_momentum} must lie in [0, 1).")
-    self.dtype = dtype
+    self.dtype, self.stride = dtype, output_stride
     common = dict(output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, dtype=dtype, rngs=rngs)
     if backbone == "mobilenet_v2":
       self.backbone = mobilenet_v2.MobileNetV2(**common)

@@ -52,6 +52,7 @@ class UNet(nnx.Module):
     if not 0 <= bn_momentum < 1:
       raise ValueError(f"model.bn_momentum = {bn_momentum} must lie in [0, 1).")
     self.depth, self.up, self.dropout, self.dtype = depth, up, dropout, dtype
+    self.stride = 2**depth
     options = dict(bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
     features = [width * 2**level for level in range(depth + 1)]
     if up == "bilinear":
@@ -75,7 +76,8 @@ class UNet(nnx.Module):
     """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet."""
     return layers.standardize(image, self.mean, layers.IMAGENET_STD)
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None) -> jax.Array:
+  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *,
+               upsample: bool = True) -> jax.Array:  # fmt: skip
     """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
 
     Sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped back, so that
@@ -84,6 +86,7 @@ class UNet(nnx.Module):
     Args:
       train: batch statistics instead of running ones, and dropout.
       key: for dropout; without it there is none.
+      upsample: as all models have it; a U-Net's own logits have the image's size already.
     """
     h, w = image.shape[1:3]
     x = self.down0(layers.pad_to_multiple(image.astype(self.dtype), 2**self.depth), train)

@@ -1,0 +1,101 @@
+"""From whole images to class scores: the papers' evaluation protocols, over any model.
+
+Scales and mirror images average probabilities, as official DeepLab does (model.py, predict_labels_multi_scale); sliding
+windows average logits where they overlap, as PyTorch's codebases do.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax.models import resize
+
+
+def blank_padding(image: jax.Array, size: jax.Array, fill: Sequence[float]) -> jax.Array:
+  """Fills the canvas around images with the mean pixel, which `preprocess` maps to 0.
+
+  Args:
+    image: [B, H, W, 3] raw RGB in [0, 255].
+    size: [B, 2], (h, w) of each image in the top left corner.
+    fill: the mean pixel.
+
+  Returns:
+    [B, H, W, 3] float32.
+  """
+  h, w = image.shape[1:3]
+  rows = jnp.arange(h).reshape(1, h, 1, 1) < size[:, 0].reshape(-1, 1, 1, 1)
+  cols = jnp.arange(w).reshape(1, 1, w, 1) < size[:, 1].reshape(-1, 1, 1, 1)
+  return jnp.where(rows & cols, image.astype(jnp.float32), jnp.asarray(fill, jnp.float32).reshape(1, 1, 1, 3))
+
+
+def class_scores(
+  model: Callable,
+  image: jax.Array,
+  *,
+  scales: Sequence[float] = (1.0,),
+  flip: bool = False,
+  window: tuple[int, int] = (0, 0),
+  window_stride: tuple[int, int] = (0, 0),
+) -> jax.Array:
+  """[B, H, W, K] of preprocessed images [B, H, W, 3]: logits of a single view, mean probabilities of several.
+
+  Args:
+    model: model(image, upsample=...) -> logits.
+    scales: relative to the image; the size rule is official DeepLab's, trunc((n - 1) * scale + 1).
+    flip: whether each scale's mirror image is averaged in.
+    window, window_stride: (H, W) of sliding windows at every scale, and the distance between them; (0, 0): the whole
+      image at once.
+  """
+  views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
+  options = dict(window=window, window_stride=window_stride)
+  if len(views) == 1:
+    return view_logits(model, image, *views[0], **options)
+  return sum(jax.nn.softmax(view_logits(model, image, *view, **options)) for view in views) / len(views)
+
+
+def view_logits(model: Callable, image: jax.Array, scale: float, mirrored: bool, *, window=(0, 0),
+                window_stride=(0, 0)) -> jax.Array:  # fmt: skip
+  """Logits [B, H, W, K] of one view of the image, back in its place and size; arguments as of `class_scores`."""
+  size = image.shape[1:3]
+  view = resize.resize_bilinear(image, tuple(int((n - 1) * scale + 1) for n in size))
+  view = view[:, :, ::-1] if mirrored else view
+  logits = sliding_window(model, view, window, window_stride) if any(window) else model(view, upsample=False)
+  logits = logits[:, :, ::-1] if mirrored else logits
+  if scale < 1 and not any(window):
+    # Officially, small logits first grow to the size that the image itself would have given.
+    at_scale_1 = jax.eval_shape(lambda image: model(image, upsample=False), image)
+    logits = resize.resize_bilinear(logits, at_scale_1.shape[1:3])
+  return resize.resize_bilinear(logits, size)
+
+
+def window_corners(size: int, window: int, stride: int) -> list[int]:
+  """Where windows begin along one axis; the last one ends with the image."""
+  count = -(-max(size - window, 0) // stride) + 1
+  return [min(n * stride, max(size - window, 0)) for n in range(count)]
+
+
+def sliding_window(model: Callable, image: jax.Array, window: tuple[int, int], stride: tuple[int, int]) -> jax.Array:
+  """Logits [B, H, W, K] from overlapping windows, averaged where they overlap.
+
+  One window after the other, in a loop that is compiled once: memory is that of one window. An image smaller than the
+  window is one window of its own size.
+  """
+  size = image.shape[1:3]
+  window = tuple(min(n, limit) for n, limit in zip(window, size))
+  rows, cols = (window_corners(n, m, s) for n, m, s in zip(size, window, stride))
+  corners = np.array([(row, col) for row in rows for col in cols], np.int32)
+  count = np.zeros((1, *size, 1), np.float32)
+  for row, col in corners:
+    count[:, row : row + window[0], col : col + window[1]] += 1
+  shape = jax.eval_shape(lambda image: model(image, upsample=True), image[:, : window[0], : window[1]])
+
+  def add_window(n, total):
+    row, col = jnp.asarray(corners)[n]
+    part = jax.lax.dynamic_slice(image, (0, row, col, 0), (image.shape[0], *window, image.shape[3]))
+    before = jax.lax.dynamic_slice(total, (0, row, col, 0), shape.shape)
+    return jax.lax.dynamic_update_slice(total, before + model(part, upsample=True), (0, row, col, 0))
+
+  total = jnp.zeros((image.shape[0], *size, shape.shape[-1]), shape.dtype)
+  return jax.lax.fori_loop(0, len(corners), add_window, total) / count.astype(shape.dtype)

@@ -1,0 +1,64 @@
+"""The weights that `config.init` names: another run's, or a file of another framework's."""
+
+import contextlib
+import pathlib
+
+import jax
+import numpy as np
+
+from segjax import config as config_lib
+from segjax import pretrained
+from segjax.checkpoint import Checkpoints
+from segjax.config import ConfigError
+from segjax.pretrained import files
+
+
+def load(init) -> tuple[dict, str]:
+  """Reads what `config.init` names, before any model exists.
+
+  Returns:
+    {"params": ..., "batch_stats": ...} on the host, in our paths and layouts, and where they come from.
+
+  Raises:
+    ConfigError: nothing there, no checkpoint in that workdir, an unreadable file, or names that are not the scheme's.
+  """
+  path = pathlib.Path(init.path).expanduser()
+  if path.is_dir():
+    if init.scheme:
+      raise ConfigError(
+        f"init.path = {init.path} is a folder, so it must be the workdir of a run, which needs no init.scheme"
+        f" ({init.scheme!r}). Leave the scheme empty, or name a file: {files.FORMATS}."
+      )
+    config_lib.load(path)  # Says so where this is no workdir, before Orbax makes folders in it.
+    with contextlib.closing(Checkpoints(path, read_only=True)) as origin:
+      step = origin.best_step() or origin.latest_step()
+      if step is None:
+        raise ConfigError(f"init.path = {path}: no checkpoint in {origin.folder}. Name the workdir of a trained run.")
+      return origin.restore_variables(step), f"{path} (step {step})"
+  if init.scheme not in pretrained.SCHEMES:
+    raise ConfigError(
+      f"init.scheme = {init.scheme!r}: say whose names the tensors of {init.path} have, one of"
+      f" {', '.join(pretrained.SCHEMES)}."
+    )
+  try:
+    return pretrained.SCHEMES[init.scheme](files.load_arrays(init.path)), str(path)
+  except ValueError as error:
+    raise ConfigError(f"init.path = {init.path}: {error}") from error
+
+
+def merge(variables: dict, loaded: tuple[dict, str], exclude: tuple[str, ...]) -> tuple[dict, str]:
+  """`variables` with the loaded weights in their types, strictly but for `exclude`, and the line to report.
+
+  Args:
+    variables: {"params", "batch_stats"} of the model, or their abstract shapes; what is excluded stays as it is.
+    loaded: from `load`.
+
+  Raises:
+    ConfigError: weights that do not fit, all of them listed.
+  """
+  imported, origin = loaded
+  merged, taken, count = pretrained.merge_variables(variables, imported, exclude, origin)
+  typed = jax.tree.map(
+    lambda new, old: new if isinstance(new, jax.ShapeDtypeStruct) else np.asarray(new, old.dtype), merged, variables
+  )
+  return typed, f"init: imported {taken} of {count} tensors from {origin}"
