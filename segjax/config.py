@@ -20,7 +20,9 @@ CONFIG_FILE = "config.json"  # In the workdir.
 
 # Constructor arguments by model; the reasons and units stand in the constructors.
 MODELS = {
-  "unet": dict(width=64, depth=4, up="transposed", dropout=0.0, bn_momentum=0.9),
+  "unet": dict(
+    width=64, depth=4, up="transposed", dropout=0.0, padding="same", batch_norm=True, bn_momentum=0.9,
+  ),
   "deeplab_v3plus": dict(
     backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True, image_pooling=True, decoder=True,
     multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997, frozen_bn=False,

@@ -38,6 +38,7 @@ def class_scores(
   flip: bool = False,
   window: tuple[int, int] = (0, 0),
   window_stride: tuple[int, int] = (0, 0),
+  border: int = 0,
 ) -> jax.Array:
   """[B, H, W, K] of preprocessed images [B, H, W, 3]: logits of a single view, mean probabilities of several.
 
@@ -47,21 +48,26 @@ def class_scores(
     flip: whether each scale's mirror image is averaged in.
     window, window_stride: (H, W) of sliding windows at every scale, and the distance between them; (0, 0): the whole
       image at once.
+    border: the model's. Above 0, windows are tiles that need not overlap, see `overlap_tile`, and `window_stride` has no
+      meaning.
   """
   views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
-  options = dict(window=window, window_stride=window_stride)
+  options = dict(window=window, window_stride=window_stride, border=border)
   if len(views) == 1:
     return view_logits(model, image, *views[0], **options)
   return sum(jax.nn.softmax(view_logits(model, image, *view, **options)) for view in views) / len(views)
 
 
 def view_logits(model: Callable, image: jax.Array, scale: float, mirrored: bool, *, window=(0, 0),
-                window_stride=(0, 0)) -> jax.Array:  # fmt: skip
+                window_stride=(0, 0), border=0) -> jax.Array:  # fmt: skip
   """Logits [B, H, W, K] of one view of the image, back in its place and size; arguments as of `class_scores`."""
   size = image.shape[1:3]
   view = resize.resize_bilinear(image, tuple(int((n - 1) * scale + 1) for n in size))
   view = view[:, :, ::-1] if mirrored else view
-  logits = sliding_window(model, view, window, window_stride) if any(window) else model(view, upsample=False)
+  if any(window) and border:
+    logits = overlap_tile(model, view, window)
+  else:
+    logits = sliding_window(model, view, window, window_stride) if any(window) else model(view, upsample=False)
   logits = logits[:, :, ::-1] if mirrored else logits
   if scale < 1 and not any(window):
     # Officially, small logits first grow to the size that the image itself would have given.
@@ -99,3 +105,34 @@ def sliding_window(model: Callable, image: jax.Array, window: tuple[int, int], s
 
   total = jnp.zeros((image.shape[0], *size, shape.shape[-1]), shape.dtype)
   return jax.lax.fori_loop(0, len(corners), add_window, total) / count.astype(shape.dtype)
+
+
+def overlap_tile(model, image: jax.Array, tile: tuple[int, int]) -> jax.Array:
+  """Logits [B, H, W, K] of an unpadded U-Net from tiles, the same as those of the whole image at once.
+
+  The overlap-tile strategy (arXiv 1505.04597, section 2, figure 2): each tile of logits is computed from its pixels and
+  the `border` around them, mirrored beyond the image, so tiles fit together without a seam. One after the other, in a
+  loop that is compiled once: memory is that of one tile.
+
+  Args:
+    model: a `models.unet.UNet` with padding "valid".
+    image: [B, H, W, 3], preprocessed.
+    tile: least (H, W) of a tile's logits, pixels. Tiles begin at multiples of the model's stride, so that poolings
+      combine the same pixels in each.
+  """
+  h, w = image.shape[1:3]
+  field = tuple(model.unpadded_size(min(n, limit)) for n, limit in zip(tile, (h, w)))  # Of a tile's pixels.
+  out = tuple(n - 2 * model.border for n in field)
+  steps = tuple(max(n // model.stride, 1) * model.stride for n in out)
+  counts = tuple(-(-max(n - m, 0) // step) + 1 for n, m, step in zip((h, w), out, steps))
+  covered = tuple((count - 1) * step + m for count, step, m in zip(counts, steps, out))
+  image = resize.mirror(image, model.border, tuple(n + 2 * model.border for n in covered))
+  shape = jax.eval_shape(lambda x: model(x, context=True), image[:, : field[0], : field[1]])
+
+  def add_tile(n, logits):
+    row, col = n // counts[1] * steps[0], n % counts[1] * steps[1]
+    part = jax.lax.dynamic_slice(image, (0, row, col, 0), (image.shape[0], *field, image.shape[3]))
+    return jax.lax.dynamic_update_slice(logits, model(part, context=True), (0, row, col, 0))
+
+  logits = jnp.zeros((image.shape[0], *covered, shape.shape[-1]), shape.dtype)
+  return jax.lax.fori_loop(0, counts[0] * counts[1], add_tile, logits)[:, :h, :w]

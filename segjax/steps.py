@@ -93,7 +93,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
     image = model.preprocess(inference.blank_padding(batch["image"], batch["size"], model.mean))
-    prediction = inference.class_scores(model, image, **protocol).argmax(-1).astype(jnp.uint8)
+    prediction = inference.class_scores(model, image, border=model.border, **protocol).argmax(-1).astype(jnp.uint8)
     return dict(confusion=metrics.confusion_matrix(batch["label"], prediction, num_classes), prediction=prediction)
 
   out = dict(confusion=sharding.replicated(mesh), prediction=sharding.batch_sharding(mesh, 3))

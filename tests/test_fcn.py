@@ -147,15 +147,6 @@ def test_at_once_scales_the_skips_features():
   assert jnp.abs(run(scaled, x)[0] - before).max() > 1e-2
 
 
-@pytest.mark.parametrize("stride", [8, 32])
-def test_scores_without_the_last_upsampling_are_what_it_takes(stride):
-  model, x = build(stride=stride), image(70, 40)
-  low = jit(lambda x: model(x, upsample=False))(x)
-  assert low.shape == (1, -(-70 // stride), -(-40 // stride), 3)
-  whole = model.upscore(low)[:, stride // 2 :, stride // 2 :][:, :70, :40]
-  np.testing.assert_allclose(whole, run(model, x)[0], atol=1e-5)
-
-
 def test_fused_features_have_the_pools_channels_and_nothing_is_scored_twice():
   model = build(fuse="features")
   _, endpoints = run(model, image(64, 64))
@@ -226,12 +217,6 @@ def test_caffe_normalization_takes_the_mean_off_and_divides_by_nothing():
 def test_wrong_options_say_so(options, message):
   with pytest.raises(ValueError, match=message):
     build(**options)
-
-
-@pytest.mark.parametrize("options", [dict(geometry="caffe"), dict(fuse="features")])
-def test_low_resolution_logits_are_refused_where_they_are_none(options):
-  with pytest.raises(ValueError, match="upsample = False needs model.geometry = 'same' and model.fuse = 'score'"):
-    build(**options)(image(32, 32), upsample=False)
 
 
 def test_each_stride_starts_from_the_one_before(tmp_path, capsys):

@@ -13,8 +13,8 @@ MODELS = {"unet": UNet, "deeplab_v3plus": DeepLabV3Plus, "fcn": FCN}
 def build(name: str, *, num_classes: int, dtype="float32", rngs: nnx.Rngs, **options) -> nnx.Module:
   """Builds a model; call under `jax.jit` or `jax.eval_shape`, as eager initialisation takes seconds.
 
-  A model has `mean` (raw RGB of the padding), `stride` (of its coarsest features), `preprocess(image)` for raw RGB in
-  [0, 255], and `model(image, train=False, key=None, upsample=True)` -> float32 logits of the image's size; with
+  A model has `mean` (raw RGB of the padding), `stride` (of its coarsest features), `border` (pixels that it needs around
+  a training crop; 0 but for an unpadded U-Net), `preprocess(image)` for raw RGB in [0, 255], and `model(image, train=False, key=None, upsample=True)` -> float32 logits of the image's size; with
   `upsample=False` at the stride at which the network computes them.
 
   Args:

@@ -43,6 +43,9 @@ class FCN(nnx.Module):
     ValueError: an option out of range, with the values that are in it.
   """
 
+  stride = 32  # Of the coarsest features.
+  border = 0
+
   def __init__(self, *, num_classes, stride=8, width=64, fuse="score", upsampling="learned", at_once=False,
                geometry="same", normalization="imagenet", dropout=0.5, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     if stride not in SKIPS:
@@ -62,7 +65,7 @@ class FCN(nnx.Module):
       )
     if not 0 <= dropout < 1:
       raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
-    self.stride, self.fuse, self.at_once, self.geometry, self.dtype = stride, fuse, at_once, geometry, dtype
+    self.score_stride, self.fuse, self.at_once, self.geometry, self.dtype = stride, fuse, at_once, geometry, dtype
     self.mean = layers.IMAGENET_MEAN if normalization == "imagenet" else CAFFE_MEAN  # Pads crops; becomes 0.
     self.deviation = layers.IMAGENET_STD if normalization == "imagenet" else (1.0, 1.0, 1.0)
     self.skips = SKIPS[stride]
@@ -98,17 +101,9 @@ class FCN(nnx.Module):
     Args:
       train: whether dropout acts.
       key: for dropout; without it there is none.
-      upsample: off: the scores before the last upsampling, [B, H / stride, W / stride, num_classes], rounded up.
+      upsample: as all models have it; the upsampling to the image's size is a layer of the network itself.
       endpoints: filled with every named intermediate result: "pool3", "score_pool3", "fuse_pool3", ...
-
-    Raises:
-      ValueError: `upsample` off where these scores are not num_classes, or, under "caffe", not of the image alone.
     """
-    if not upsample and (self.geometry == "caffe" or (self.fuse == "features" and self.skips)):
-      raise ValueError(
-        "upsample = False needs model.geometry = 'same' and model.fuse = 'score': only then the scores before the last"
-        " upsampling are those of the image's own pixels and of the classes."
-      )
     endpoints = {} if endpoints is None else endpoints
     h, w = image.shape[1:3]
     caffe = self.geometry == "caffe"
@@ -124,9 +119,8 @@ class FCN(nnx.Module):
       else:
         x = _crop(x, 1, finer.shape[1:3])
       x = endpoints[f"fuse_{skip}"] = x + finer
-    if upsample:
-      x = endpoints["upscore"] = _upsample(self.upscore, x, self.stride)
-      x = _crop(x, CAFFE_LAST_CROP[self.stride] if caffe else self.stride // 2, (h, w))
+    x = endpoints["upscore"] = _upsample(self.upscore, x, self.score_stride)
+    x = _crop(x, CAFFE_LAST_CROP[self.score_stride] if caffe else self.score_stride // 2, (h, w))
     return x.astype(layers.param_dtype(self.dtype))
 
 
