@@ -130,6 +130,7 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       # (): equal. ("median_frequency",), ("inverse_log",): from the training labels. Or one number per class.
       class_weights=(),
       hard_fraction=1.0,  # Share of all pixels that counts, those of the largest loss. 1: all.
+      auxiliary_weight=0.4,  # Of a model's auxiliary head (PSPNet, arXiv 1612.01105, section 5.2), where it has one.
       hard_fraction_steps=0,  # Steps over which the share falls from 1 to that. 0: at once.
     )
   )
@@ -245,6 +246,7 @@ def validate(config: config_dict.ConfigDict) -> None:
   check(named or numbers, "loss.class_weights",
         'give one number >= 0 per class, ("median_frequency",), ("inverse_log",), or ().')  # fmt: skip
   check(0 < config.loss.hard_fraction <= 1, "loss.hard_fraction", "must lie in (0, 1]; 1 takes all pixels.")
+  check(config.loss.auxiliary_weight >= 0, "loss.auxiliary_weight", "must be 0 or more.")
   check(config.loss.hard_fraction_steps >= 0, "loss.hard_fraction_steps", "must be 0 (at once) or more.")
   optimizer = config.optimizer
   check(optimizer.base_lr > 0, "optimizer.base_lr", "must be above 0.")

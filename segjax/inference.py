@@ -4,11 +4,12 @@ Scales and mirror images average probabilities, as official DeepLab does (model.
 windows average logits where they overlap, as PyTorch's codebases do.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from segjax.models import resize
 
@@ -31,40 +32,37 @@ def blank_padding(image: jax.Array, size: jax.Array, fill: Sequence[float]) -> j
 
 
 def class_scores(
-  model: Callable,
+  model: nnx.Module,
   image: jax.Array,
   *,
   scales: Sequence[float] = (1.0,),
   flip: bool = False,
   window: tuple[int, int] = (0, 0),
   window_stride: tuple[int, int] = (0, 0),
-  border: int = 0,
 ) -> jax.Array:
   """[B, H, W, K] of preprocessed images [B, H, W, 3]: logits of a single view, mean probabilities of several.
 
   Args:
-    model: model(image, upsample=...) -> logits.
+    model: as of `models.build`.
     scales: relative to the image; the size rule is official DeepLab's, trunc((n - 1) * scale + 1).
     flip: whether each scale's mirror image is averaged in.
     window, window_stride: (H, W) of sliding windows at every scale, and the distance between them; (0, 0): the whole
-      image at once.
-    border: the model's. Above 0, windows are tiles that need not overlap, see `overlap_tile`, and `window_stride` has no
-      meaning.
+      image at once. For a model with a border they are tiles, see `overlap_tile`, and the distance is of no matter.
   """
   views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
-  options = dict(window=window, window_stride=window_stride, border=border)
+  options = dict(window=window, window_stride=window_stride)
   if len(views) == 1:
     return view_logits(model, image, *views[0], **options)
   return sum(jax.nn.softmax(view_logits(model, image, *view, **options)) for view in views) / len(views)
 
 
-def view_logits(model: Callable, image: jax.Array, scale: float, mirrored: bool, *, window=(0, 0),
-                window_stride=(0, 0), border=0) -> jax.Array:  # fmt: skip
+def view_logits(model: nnx.Module, image: jax.Array, scale: float, mirrored: bool, *, window=(0, 0),
+                window_stride=(0, 0)) -> jax.Array:  # fmt: skip
   """Logits [B, H, W, K] of one view of the image, back in its place and size; arguments as of `class_scores`."""
   size = image.shape[1:3]
-  view = resize.resize_bilinear(image, tuple(int((n - 1) * scale + 1) for n in size))
+  view = resize.resize_bilinear(image, tuple(int((n - 1) * scale + 1) for n in size), model.align_corners)
   view = view[:, :, ::-1] if mirrored else view
-  if any(window) and border:
+  if any(window) and model.border:
     logits = overlap_tile(model, view, window)
   else:
     logits = sliding_window(model, view, window, window_stride) if any(window) else model(view, upsample=False)
@@ -72,8 +70,8 @@ def view_logits(model: Callable, image: jax.Array, scale: float, mirrored: bool,
   if scale < 1 and not any(window):
     # Officially, small logits first grow to the size that the image itself would have given.
     at_scale_1 = jax.eval_shape(lambda image: model(image, upsample=False), image)
-    logits = resize.resize_bilinear(logits, at_scale_1.shape[1:3])
-  return resize.resize_bilinear(logits, size)
+    logits = resize.resize_bilinear(logits, at_scale_1.shape[1:3], model.align_corners)
+  return resize.resize_bilinear(logits, size, model.align_corners)
 
 
 def window_corners(size: int, window: int, stride: int) -> list[int]:
@@ -82,7 +80,7 @@ def window_corners(size: int, window: int, stride: int) -> list[int]:
   return [min(n * stride, max(size - window, 0)) for n in range(count)]
 
 
-def sliding_window(model: Callable, image: jax.Array, window: tuple[int, int], stride: tuple[int, int]) -> jax.Array:
+def sliding_window(model: nnx.Module, image: jax.Array, window: tuple[int, int], stride: tuple[int, int]) -> jax.Array:
   """Logits [B, H, W, K] from overlapping windows, averaged where they overlap.
 
   One window after the other, in a loop that is compiled once: memory is that of one window. An image smaller than the

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from segjax import augment, inference, metrics, sharding
 from segjax.config import IGNORE_LABEL
+from segjax.models import resize
 from segjax.state import TrainState
 
 
@@ -23,12 +24,13 @@ def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int,
                     crop_size: tuple[int, int], augmentation: dict, loss: Callable,
-                    ema_decay: float) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
+                    auxiliary_weight: float, ema_decay: float) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
   """One update: augment -> normalise -> forward -> loss -> gradient -> optimiser (-> EMA).
 
   Args:
     augmentation: keywords of `augment.augment_batch`: scale, scale_step, flip, brightness, ...
     loss: loss(logits, label, step) -> scalar, from `losses.make_loss`.
+    auxiliary_weight: of the same loss on the logits of an auxiliary head, where the model has one.
     ema_decay: 0 where the state has no `ema`.
 
   Returns:
@@ -50,8 +52,13 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
     def loss_fn(params):
       model = merge(graphdef, dict(params=params, batch_stats=state.batch_stats))
-      logits = model(model.preprocess(image), train=True, key=dropout_key)
-      return loss(logits, label, state.step), (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), logits.argmax(-1))
+      endpoints = {}
+      logits = model(model.preprocess(image), train=True, key=dropout_key, endpoints=endpoints)
+      value = loss(logits, label, state.step)
+      if "auxiliary" in endpoints:
+        auxiliary = resize.resize_bilinear(endpoints["auxiliary"], label.shape[1:], model.align_corners)
+        value += auxiliary_weight * loss(auxiliary, label, state.step)
+      return value, (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), logits.argmax(-1))
 
     (value, (batch_stats, prediction)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -93,7 +100,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
     image = model.preprocess(inference.blank_padding(batch["image"], batch["size"], model.mean))
-    prediction = inference.class_scores(model, image, border=model.border, **protocol).argmax(-1).astype(jnp.uint8)
+    prediction = inference.class_scores(model, image, **protocol).argmax(-1).astype(jnp.uint8)
     return dict(confusion=metrics.confusion_matrix(batch["label"], prediction, num_classes), prediction=prediction)
 
   out = dict(confusion=sharding.replicated(mesh), prediction=sharding.batch_sharding(mesh, 3))

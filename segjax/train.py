@@ -95,6 +95,7 @@ def train(config, workdir) -> dict[str, float]:
         hard_fraction=config.loss.hard_fraction,
         hard_fraction_steps=config.loss.hard_fraction_steps,
       ),
+      auxiliary_weight=config.loss.auxiliary_weight,
       ema_decay=config.optimizer.ema_decay,
     )
     batches = input_pipeline.train_batches(

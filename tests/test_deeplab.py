@@ -135,6 +135,21 @@ def test_order_of_the_batch_does_not_matter():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [dict(backbone="xception_41"), SMALL], ids=["xception_41", "mobilenet_v2"])
+def test_mirrored_kernels_give_a_mirrored_image_mirrored_logits(options):
+  """For odd sizes, where every padding has two equal sides; a wrong tap, crop or resize position breaks it."""
+  graphdef, state = lively_state(
+    nnx.eval_shape(lambda: models.build("deeplab_v3plus", num_classes=3, rngs=nnx.Rngs(0), **options))
+  )
+  mirrored = jax.tree.map(lambda x: x[:, ::-1] if x.ndim == 4 else x, state)
+  forward = jax.jit(lambda state, image: nnx.merge(graphdef, state)(image))
+  image = noise(1, 49, 65, 3)
+  with jax.default_matmul_precision("highest"):
+    logits, flipped = forward(state, image), forward(mirrored, image[:, :, ::-1])
+  np.testing.assert_allclose(flipped[:, :, ::-1], logits, atol=1e-4 * float(logits.std()))
+
+
+@pytest.mark.slow
 def test_training_drops_out_only_with_a_key():
   run, image = lively_model(**SMALL, bn_momentum=0.9), noise(2, 33, 33, 3)
   plain, again = run(image, train=True)[0], run(image, train=True)[0]

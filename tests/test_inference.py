@@ -33,6 +33,9 @@ def test_windows_begin_at_every_stride_and_the_last_ends_with_the_image():
   assert inference.window_corners(10, 2, 2) == [0, 2, 4, 6, 8]
 
 
+local.align_corners = coarse.align_corners = True
+
+
 @pytest.mark.parametrize("window, stride", [((16, 16), (10, 8)), ((9, 31), (9, 31)), ((64, 8), (64, 3))])
 def test_overlapping_windows_are_averaged(window, stride):
   got = jax.jit(lambda image: inference.sliding_window(local, image, window, stride))(IMAGE)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from segjax import input_pipeline, losses, sharding, state, steps
-from segjax.config import ConfigError
+from segjax.config import ConfigError, default_config
 from segjax.input_pipeline import train_batches
 
 MESHES = [(1, 1), (2, 1), (8, 1), (4, 2), (2, 4)]
@@ -20,7 +20,7 @@ def make(config, data, space):
   graphdef, optimizer, _, init = state.build(config, 6)
   step = steps.make_train_step(
     graphdef, optimizer, mesh, seed=0, crop_size=config.crop_size, augmentation=dict(config.augment),
-    loss=losses.make_loss(ignore_label=255), ema_decay=config.optimizer.ema_decay,
+    loss=losses.make_loss(ignore_label=255), auxiliary_weight=0.4, ema_decay=config.optimizer.ema_decay,
   )  # fmt: skip
   initial = state.materialize(init, sharding.replicated(mesh))
   return mesh, graphdef, step, initial
@@ -42,22 +42,46 @@ def unsharded():
   return {}
 
 
-@pytest.mark.parametrize("data, space", MESHES)
-def test_any_mesh_gives_the_same_losses_gradients_and_statistics_in_float64(tiny_config, unsharded, data, space):
-  """SGD without momentum leaves the gradients in the parameters, so comparing states compares every gradient."""
-  config = tiny_config
-  config.dtype, config.crop_size = "float64", (16, 24)
+def deeplab(config):
+  """The run with a DeepLabV3+ that has every kind of layer: inverted residuals, atrous branches, pooling, decoder."""
+  other = default_config(model="deeplab_v3plus", data="synthetic")
+  for name in config:
+    if name != "model":
+      other[name] = config[name]
+  other.model.update(backbone="mobilenet_v2", output_stride=8, atrous_rates=(1, 2, 3), bn_momentum=0.9)
+  other.crop_size = (32, 33)
+  return other
+
+
+def run_in_float64(config, data, space, num_steps):
+  """Losses and states. SGD without momentum leaves the gradients in the parameters: states compare every gradient."""
+  config.dtype = "float64"
   config.optimizer.momentum, config.optimizer.base_lr, config.optimizer.schedule = 0.0, 1.0, "constant"
-  with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+  with jax.enable_x64(True):
     mesh, _, step, current = make(config, data, space)
     losses = []
-    for batch in sharding.to_device(iter(host_batches(config, 3)), mesh):
+    for batch in sharding.to_device(iter(host_batches(config, num_steps)), mesh):
       current, metrics = step(current, batch)
       losses.append(float(metrics["loss"]))
     result = jax.device_get(dict(losses=losses, params=current.params, stats=current.batch_stats, ema=current.ema))
-  assert result["params"]["down0"]["conv1"]["kernel"].dtype == np.float64
-  want = unsharded.setdefault("result", result)
+  assert {leaf.dtype for leaf in jax.tree.leaves(result["params"])} == {np.dtype("float64")}
+  return result
+
+
+@pytest.mark.parametrize("data, space", MESHES)
+def test_any_mesh_gives_the_same_losses_gradients_and_statistics_in_float64(tiny_config, unsharded, data, space):
+  result = run_in_float64(tiny_config, data, space, num_steps=3)
+  want = unsharded.setdefault("unet", result)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), result, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data, space", MESHES)
+def test_any_mesh_gives_deeplab_the_same_gradients_in_float64(tiny_config, unsharded, data, space):
+  """XLA's own kernel gradient of a depthwise convolution would be wrong on (4, 2) and (2, 4)."""
+  result = run_in_float64(deeplab(tiny_config), data, space, num_steps=1)
+  want = unsharded.setdefault("deeplab", result)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), result, want)
 
 
 @pytest.mark.parametrize("data, space", [(8, 1), (4, 2)])
@@ -84,9 +108,11 @@ def collectives(step, *arguments):
   return found
 
 
-def test_the_train_step_gathers_no_activations_or_images(tiny_config):
-  mesh, _, step, current = make(tiny_config, 8, 1)
-  batch = next(sharding.to_device(iter(host_batches(tiny_config, 1)), mesh))
+@pytest.mark.parametrize("model", ["unet", pytest.param("deeplab", marks=pytest.mark.slow)])
+def test_the_train_step_gathers_no_activations_or_images(tiny_config, model):
+  config = deeplab(tiny_config) if model == "deeplab" else tiny_config
+  mesh, _, step, current = make(config, 8, 1)
+  batch = next(sharding.to_device(iter(host_batches(config, 1)), mesh))
   found = collectives(step, current, batch)
   print({name: (len(sizes), sum(sizes)) for name, sizes in found.items()})
   assert set(found) <= {"all-reduce", "all-gather"} and found["all-reduce"]

@@ -141,7 +141,7 @@ def test_tiled_logits_equal_untiled_ones(size, tile):
   model, x = published(depth=3), image(*size, batch=1)
   tiled = inference.overlap_tile(model, x, tile)
   np.testing.assert_allclose(tiled, model(x), atol=1e-5)
-  scores = inference.class_scores(model, x, window=tile, border=model.border)
+  scores = inference.class_scores(model, x, window=tile)
   np.testing.assert_array_equal(scores, tiled)
 
 

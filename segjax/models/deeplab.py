@@ -73,6 +73,7 @@ class DeepLabV3Plus(nnx.Module):
 
   mean = (127.5, 127.5, 127.5)  # The raw pixel that pads crops; `preprocess` maps it to 0.
   border = 0
+  align_corners = True
 
   def __init__(self, *, num_classes, backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True,
                image_pooling=True, decoder=True, multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997,

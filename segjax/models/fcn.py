@@ -45,6 +45,7 @@ class FCN(nnx.Module):
 
   stride = 32  # Of the coarsest features.
   border = 0
+  align_corners = True  # Of resized views; its own upsampling is half-pixel centred.
 
   def __init__(self, *, num_classes, stride=8, width=64, fuse="score", upsampling="learned", at_once=False,
                geometry="same", normalization="imagenet", dropout=0.5, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip

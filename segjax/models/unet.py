@@ -49,6 +49,7 @@ class UNet(nnx.Module):
   """
 
   mean = layers.IMAGENET_MEAN  # The raw pixel that pads crops; `preprocess` maps it to 0.
+  align_corners = True
 
   def __init__(self, *, num_classes, width=64, depth=4, up="transposed", dropout=0.0, padding="same",
                batch_norm=True, bn_momentum=0.9, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
@@ -94,7 +95,7 @@ class UNet(nnx.Module):
     return layers.standardize(image, self.mean, layers.IMAGENET_STD)
 
   def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,
-               context: bool = False) -> jax.Array:  # fmt: skip
+               context: bool = False, endpoints: dict | None = None) -> jax.Array:  # fmt: skip
     """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
 
     Under "same", sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped
@@ -105,7 +106,9 @@ class UNet(nnx.Module):
       key: for dropout; without it there is none.
       upsample: as all models have it; a U-Net's own logits have the image's size already.
       context: `image` has `border` pixels more on each side than the logits shall have.
+      endpoints: filled with "down0", "down1", ... and "up0", ....
     """
+    endpoints = {} if endpoints is None else endpoints
     h, w = (n - 2 * self.border if context else n for n in image.shape[1:3])
     image = image.astype(self.dtype)
     if self.padding == "same":
@@ -113,11 +116,12 @@ class UNet(nnx.Module):
     else:
       before = 0 if context else self.border
       x = resize.mirror(image, before, tuple(self.unpadded_size(n) for n in (h, w)))
-    x = self.down0(x, train)
+    x = endpoints["down0"] = self.down0(x, train)
     skips = []
     for level in range(1, self.depth + 1):
       skips.append(x)
       x = getattr(self, f"down{level}")(layers.max_pool_2x2(x), train)  # [B, H/2^level, W/2^level, width*2^level]
+      endpoints[f"down{level}"] = x
     x = layers.dropout(x, self.dropout, key if train else None)
     for level in reversed(range(self.depth)):
       skip = skips[level]
@@ -128,6 +132,7 @@ class UNet(nnx.Module):
       cut = [(n - m) // 2 for n, m in zip(skip.shape[1:3], x.shape[1:3])]  # 0 under "same".
       skip = skip[:, cut[0] : cut[0] + x.shape[1], cut[1] : cut[1] + x.shape[2]]
       x = getattr(self, f"up{level}")(jnp.concatenate([skip, x], axis=-1), train)  # [B, H/2^level, ...]
+      endpoints[f"up{level}"] = x
     return self.logits(x)[:, :h, :w].astype(layers.param_dtype(self.dtype))
 
   def unpadded_size(self, size: int) -> int:
