@@ -51,18 +51,37 @@ SOURCES = {
     void_colors=(),  # RRGGBB of RGB masks that mean void.
     label_map="",  # Mask values to ids, "255:1,11:255"; 255 is void. Values not named keep their number.
   ),
+  "voc": dict(
+    format="tree",  # "tree": VOC's own folders; "tfds": TFDS's shards, under `dir`. Batches are the same, bit for bit.
+  ),
+  "cityscapes": dict(
+    format="tree",  # "tree": Cityscapes' own folders; "tfds": TFDS's shards, under `dir`.
+    labels="gtFine",  # Or "gtCoarse", which train_extra needs.
+  ),
+  "tfds": dict(
+    dataset="",  # Any TFDS data set in ArrayRecord files under `dir`: "oxford_iiit_pet", or "name/config".
+    image_feature="image",
+    mask_feature="segmentation_mask",
+    id_feature="",  # Feature that names the examples, e.g. "file_name". Empty: they are numbered.
+    classes=(),  # As of the folder source, from here on.
+    colors=(),
+    void_colors=(),
+    label_map="",
+  ),
 }
 
 # What a resumed run may change: none of these alters the updates from here on (num_steps does so through the
 # schedule, which train.py says aloud).
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "eval", "init",
-  "data.dir", "data.eval_split", "data.loader", "data.workers",
+  "data.dir", "data.eval_split", "data.loader", "data.workers", "data.format",
 )  # fmt: skip
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
   "data.loader": ("tf_data", "grain"),
+  "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
+  "data.labels": ("gtFine", "gtCoarse"),
   "optimizer.name": ("sgd", "adamw"),
   "optimizer.schedule": ("poly", "cosine", "step", "constant"),
   "optimizer.warmup": ("linear", "constant"),
@@ -221,7 +240,8 @@ def validate(config: config_dict.ConfigDict) -> None:
       problems.append(f"config.{field} = {fields(config)[field]!r}: {remedy}")
 
   for field, choices in CHOICES.items():
-    check(fields(config)[field] in choices, field, f"choose one of {', '.join(choices)}.")
+    if field in fields(config):
+      check(fields(config)[field] in choices, field, f"choose one of {', '.join(choices)}.")
   for field in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
                 "eval.batch_size", "mesh.space"):  # fmt: skip
     check(fields(config)[field] >= 1, field, "must be at least 1.")

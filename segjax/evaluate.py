@@ -11,7 +11,7 @@ from segjax import config as config_lib
 from segjax import input_pipeline, metrics, report, sharding, steps, warm_start
 from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
-from segjax.state import TrainState, build, with_sharding
+from segjax.state import build, with_sharding
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ class Evaluator:
 
   def _draw(self, batch, prediction, pictures):
     """Adds pictures of the examples that this host holds."""
-    host = {name: _local(value) for name, value in (*batch.items(), ("prediction", prediction))}
+    host = {name: local(value) for name, value in (*batch.items(), ("prediction", prediction))}
     for image, label, size, index, classes in zip(
       host["image"], host["label"], host["size"], host["id"], host["prediction"]
     ):
@@ -56,7 +56,7 @@ class Evaluator:
         pictures[self.source.describe(int(index))] = picture
 
 
-def _local(array: jax.Array) -> np.ndarray:
+def local(array: jax.Array) -> np.ndarray:
   """This host's rows of a batch-sharded array; with `space` sharding, whole images are put together again."""
   if array.is_fully_addressable:
     return np.asarray(array)
@@ -92,22 +92,13 @@ def evaluate(config, workdir) -> dict[str, float]:
     DataError: the split cannot be used.
   """
   workdir = pathlib.Path(workdir)
-  has_run = (workdir / config_lib.CONFIG_FILE).exists()
-  loaded = warm_start.load(config.init) if config.init.path and not has_run else None
-  if loaded is None:
-    config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  loaded = load_weights(config, workdir)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split)
   graphdef, _, _, init = build(config, len(source.classes))
   evaluator = make_evaluator(config, source, graphdef, mesh)
-  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
-  if loaded is None:
-    variables, step, origin = checkpointed_variables(abstract, workdir, config.eval.checkpoint)
-  else:
-    # Strictly all: what init.exclude leaves random would only be scored as noise.
-    variables, origin = warm_start.merge(abstract.variables(), loaded, ())
-    variables, step = jax.device_put(variables, sharding.replicated(mesh)), 0
+  variables, step, origin = trained_variables(config, workdir, loaded, init, mesh)
 
   confusion, pictures = evaluator(variables)
   scores = report.score_scalars(split, source.classes, confusion)
@@ -124,15 +115,36 @@ def evaluate(config, workdir) -> dict[str, float]:
   return scores
 
 
-def checkpointed_variables(abstract: TrainState, workdir: pathlib.Path, which: str) -> tuple[dict, int, str]:
-  """The variables of the "best" or "last" checkpoint of a run, their step, and what to call them.
+def load_weights(config, workdir: pathlib.Path) -> tuple[dict, str] | None:
+  """The weights of `config.init` where `workdir` holds no run; None where it does. For before anything slow.
 
   Raises:
-    ConfigError: no checkpoint, or one of another model.
+    ConfigError: neither a run nor weights.
   """
+  if config.init.path and not (workdir / config_lib.CONFIG_FILE).exists():
+    return warm_start.load(config.init)
+  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  return None
+
+
+def trained_variables(config, workdir: pathlib.Path, loaded, init, mesh) -> tuple[dict, int, str]:
+  """What to evaluate: the variables on the mesh, their step, and what to call them.
+
+  Args:
+    loaded: of `load_weights`; None takes the checkpoint of `workdir` that `config.eval.checkpoint` names.
+    init: of `state.build`.
+
+  Raises:
+    ConfigError: no checkpoint, or weights of another model.
+  """
+  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
+  if loaded is not None:
+    # Strictly all: what init.exclude leaves random would only be scored as noise.
+    variables, origin = warm_start.merge(abstract.variables(), loaded, ())
+    return jax.device_put(variables, sharding.replicated(mesh)), 0, origin
   with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
     best, last = checkpoints.best_step(), checkpoints.latest_step()
-    step = best if which == "best" and best is not None else last
+    step = best if config.eval.checkpoint == "best" and best is not None else last
     if step is None:
       raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
     state = checkpoints.restore(abstract, step)

@@ -1,4 +1,4 @@
-"""The door: python -m segjax.main --config=configs/x.py --workdir=runs/x [--mode=train|eval] [--config.field=value ...]
+"""The door: python -m segjax.main --config=configs/x.py --workdir=runs/x [--mode=train|eval|predict] [--config.field=value ...]
 
 Only flags, process start and dispatch; the work is in functions of (config, workdir) that can be imported.
 """
@@ -9,7 +9,12 @@ from absl import app, flags
 
 from segjax import commandline
 
-_MODE = flags.DEFINE_enum("mode", "train", ("train", "eval"), "train, or score a checkpoint of the workdir.")
+_MODE = flags.DEFINE_enum(
+  "mode",
+  "train",
+  ("train", "eval", "predict"),
+  "train, or score a checkpoint of the workdir, or write its predictions for a server.",
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, pictures.", required=True)
 
 
@@ -24,12 +29,13 @@ def main(argv: list[str]) -> None:
   import jax
 
   from segjax.evaluate import evaluate
+  from segjax.predict import predict
   from segjax.train import NonFiniteLoss, train
 
   if config.dtype == "float64":
     jax.config.update("jax_enable_x64", True)
   with commandline.readable_errors(NonFiniteLoss):
-    {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
+    {"train": train, "eval": evaluate, "predict": predict}[_MODE.value](config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

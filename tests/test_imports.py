@@ -16,10 +16,12 @@ LAYERS = [
    "models.mobilenet_v2", "models.vgg", "models.fcn", "models.unet", "models.deeplab", "flops", "inference"},
   {"pretrained", "pretrained.files", "pretrained.state_dict", "pretrained.tf_deeplab", "pretrained.wkentaro"},
   {"input_pipeline", "input_pipeline.images", "input_pipeline.order", "input_pipeline.synthetic",
-   "input_pipeline.folder", "input_pipeline.tf_data", "input_pipeline.grain_loader"},
+   "input_pipeline.source", "input_pipeline.folder", "input_pipeline.voc", "input_pipeline.cityscapes",
+   "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
+   "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"state", "steps", "checkpoint", "report", "commandline"},
   {"warm_start"},
-  {"check_data", "evaluate", "train"},
+  {"check_data", "evaluate", "predict", "train", "prepare", "benchmark"},
   {"main"},
 ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """From files to host batches. Nothing below this package imports JAX, so data workers stay free of it.
 
 A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the facts
-`classes`, `palette` [K, 3] uint8 and `canvas_size`. `order` says which examples a step sees. A loader reads them:
+`classes`, `palette` [K, 3] uint8, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`). `order` says which examples a step sees. A loader reads them:
 
     batches(positions, load, num_workers) -> iterator of dicts
 
@@ -18,23 +18,38 @@ import numpy as np
 from segjax import config as config_lib
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import order
+from segjax.input_pipeline.cityscapes import CityscapesSource
 from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.synthetic import SyntheticSource
+from segjax.input_pipeline.tfds_source import TfdsSource
+from segjax.input_pipeline.voc import VocSource
 
-SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
+SOURCES = {
+  "synthetic": SyntheticSource, "folder": FolderSource, "voc": VocSource, "cityscapes": CityscapesSource,
+  "tfds": TfdsSource,
+}  # fmt: skip
 # Imported when asked for: a run with grain must not import TensorFlow, nor the other way round.
 _LOADERS = {"tf_data": "segjax.input_pipeline.tf_data", "grain": "segjax.input_pipeline.grain_loader"}
 
 
-def make_source(data, split: str):
+def make_source(data, split: str, labels: bool = True):
   """The source of one split from `config.data`.
 
+  Args:
+    labels: whether they are needed; predicting works without.
+
   Raises:
-    DataError: the data set cannot be used; the message says why.
+    DataError: the data set cannot be used, or has no public labels for this split; the message says why.
   """
   options = {name: data[name] for name in config_lib.SOURCES[data.name]}
-  return SOURCES[data.name](dir=data.dir, split=split, **options)
+  source = SOURCES[data.name](dir=data.dir, split=split, **options)
+  if labels and not source.labelled:
+    raise DataError(
+      f"Split {split!r} of {data.name} has no public labels, so it can neither train nor be scored here. Write its"
+      f" predictions for the benchmark's server: --mode=predict --config.data.eval_split={split}"
+    )
+  return source
 
 
 def canvas_of(source, data) -> tuple[int, int]:

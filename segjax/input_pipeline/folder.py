@@ -1,6 +1,5 @@
 """Your own images and masks, paired by name, by folder or by list file."""
 
-import functools
 import pathlib
 
 import numpy as np
@@ -10,11 +9,52 @@ from segjax.input_pipeline import datasets
 from segjax.input_pipeline import images as images_lib
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.order import mix
+from segjax.input_pipeline.source import Files, Source
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm")
 
 
-class FolderSource:
+class MaskMeaning:
+  """What the numbers or colours in the masks of somebody's own data set mean.
+
+  Args:
+    classes, colors, void_colors, label_map: fields of config.data.
+
+  Raises:
+    DataError: fields that contradict each other.
+  """
+
+  def __init__(self, classes: tuple, colors: tuple, void_colors: tuple, label_map: str):
+    self.classes = classes
+    if not 2 <= len(classes) < IGNORE_LABEL or len(set(classes)) < len(classes):
+      raise DataError(f"data.classes = {classes}: needs 2 to 254 different names, background included.")
+    self._label_map = images_lib.parse_label_map(label_map)
+    for value, target in self._label_map.items():
+      if target >= len(classes) and target != IGNORE_LABEL:
+        raise DataError(f"data.label_map sends {value} to {target}, but there are only {len(classes)} classes.")
+    try:
+      self.palette = datasets.parse_colors(colors) if colors else datasets.palette(len(classes))
+      void = images_lib.encode_colors(datasets.parse_colors(void_colors)).tolist()
+    except ValueError as error:
+      raise DataError(f"data.colors or data.void_colors: {error}") from error
+    if len(self.palette) != len(classes):
+      raise DataError(f"data.colors names {len(self.palette)} colours for {len(classes)} classes; give one each.")
+    codes = images_lib.encode_colors(self.palette).tolist() if colors else []
+    self._color_table = dict.fromkeys(void, IGNORE_LABEL) | {code: i for i, code in enumerate(codes)}
+
+  def to_label(self, path: str, mask: np.ndarray) -> np.ndarray:
+    """A mask as stored to [H, W] uint8 class ids.
+
+    Raises:
+      DataError: other label values or colours.
+    """
+    if mask.ndim == 2:
+      return images_lib.map_labels(path, mask, self._label_map, len(self.classes))
+    ids = images_lib.map_colors(path, mask, self._color_table)
+    return images_lib.map_labels(path, ids, {}, len(self.classes))  # Colours name their class already.
+
+
+class FolderSource(Source):
   """Random access to image and mask files.
 
   All files are paired at construction, and `canvas_size` compares their headers, so that what is missing or of another
@@ -41,70 +81,10 @@ class FolderSource:
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")
-    self.classes = tuple(classes) or self._read_classes()
-    if not 2 <= len(self.classes) < IGNORE_LABEL or len(set(self.classes)) < len(self.classes):
-      raise DataError(f"data.classes = {self.classes}: needs 2 to 254 different names, background included.")
-    self._label_map = images_lib.parse_label_map(label_map)
-    for value, target in self._label_map.items():
-      if target >= len(self.classes) and target != IGNORE_LABEL:
-        raise DataError(f"data.label_map sends {value} to {target}, but there are only {len(self.classes)} classes.")
-    try:
-      self.palette = datasets.parse_colors(colors) if colors else datasets.palette(len(self.classes))
-      void = images_lib.encode_colors(datasets.parse_colors(void_colors)).tolist()
-    except ValueError as error:
-      raise DataError(f"data.colors or data.void_colors: {error}") from error
-    if len(self.palette) != len(self.classes):
-      raise DataError(f"data.colors names {len(self.palette)} colours for {len(self.classes)} classes; give one each.")
-    codes = images_lib.encode_colors(self.palette).tolist() if colors else []
-    self._color_table = dict.fromkeys(void, IGNORE_LABEL) | {code: i for i, code in enumerate(codes)}
-
-    self._pairs = self._find_pairs(split, images, masks, mask_suffix, list, holdout)
-
-  def __len__(self) -> int:
-    return len(self._pairs)
-
-  @functools.cached_property
-  def canvas_size(self) -> tuple[int, int]:
-    """(H, W) that holds every image of the split; reads all headers.
-
-    Raises:
-      DataError: every unreadable header, and every mask of another size than its image.
-    """
-    sizes, problems = [], []
-    for image_path, mask_path in self._pairs:
-      try:
-        image_size, mask_size = images_lib.read_size(image_path), images_lib.read_size(mask_path)
-        if image_size != mask_size:
-          raise DataError(_size_problem(image_path, image_size, mask_path, mask_size))
-        sizes.append(image_size)
-      except DataError as error:
-        problems.append(str(error))
-    if problems:
-      shown = "\n  ".join(problems[:20])
-      raise DataError(f"{len(problems)} of {len(self._pairs)} examples cannot be used:\n  {shown}")
-    return max(h for h, _ in sizes), max(w for _, w in sizes)
-
-  def describe(self, index: int) -> str:
-    """The image's path under the root, without its extension."""
-    path = self._pairs[index][0]
-    return path.relative_to(self._root).with_suffix("").as_posix()
-
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """image [H, W, 3] uint8, label [H, W] uint8, ids in [0, len(classes)) or 255.
-
-    Raises:
-      DataError: damaged files, other label values or colours, an image and a mask of different sizes.
-    """
-    image_path, mask_path = self._pairs[index]
-    image, mask = images_lib.read_image(image_path), images_lib.read_mask(mask_path)
-    if mask.ndim == 3:
-      mask = images_lib.map_colors(mask_path, mask, self._color_table)
-      label = images_lib.map_labels(mask_path, mask, {}, len(self.classes))  # Colours name their class already.
-    else:
-      label = images_lib.map_labels(mask_path, mask, self._label_map, len(self.classes))
-    if image.shape[:2] != label.shape:
-      raise DataError(_size_problem(image_path, image.shape[:2], mask_path, label.shape))
-    return image, label
+    meaning = MaskMeaning(tuple(classes) or self._read_classes(), colors, void_colors, label_map)
+    pairs = self._find_pairs(split, images, masks, mask_suffix, list, holdout)
+    names = [image.relative_to(self._root).with_suffix("").as_posix() for image, _ in pairs]
+    super().__init__(Files(names, pairs), meaning.classes, meaning.palette, meaning.to_label)
 
   def _read_classes(self) -> tuple[str, ...]:
     path = self._root / "classes.txt"
@@ -145,7 +125,7 @@ class FolderSource:
       ]
       if missing:
         raise DataError(
-          f"split {split!r} of {self._root}: {len(missing)} files are missing: {_listed(missing)}. Masks carry their"
+          f"split {split!r} of {self._root}: {len(missing)} files are missing: {images_lib.listed(missing)}. Masks carry their"
           f" image's name plus data.mask_suffix ({mask_suffix!r}). Add the files, or remove the names or images."
         )
       pairs = [(found[name], found_masks[name + mask_suffix]) for name in names]
@@ -161,7 +141,9 @@ class FolderSource:
     root = self._root / folder
     if not root.is_dir():
       present = sorted(p.name for p in self._root.iterdir())
-      raise DataError(f"{root}: no such folder. {self._root} holds {_listed(present)}; set {field} to the right one.")
+      raise DataError(
+        f"{root}: no such folder. {self._root} holds {images_lib.listed(present)}; set {field} to the right one."
+      )
     files = {}
     for path in sorted(root.rglob("*")):
       if path.suffix.lower() in EXTENSIONS:
@@ -186,15 +168,3 @@ class FolderSource:
       if candidate.is_file():
         return candidate
     raise DataError(f"{list_path} names {text}, which is not under {self._root}. Add the file, or remove the line.")
-
-
-def _size_problem(image_path, image_size, mask_path, mask_size) -> str:
-  return (
-    f"{mask_path} is {mask_size[0]}x{mask_size[1]}, but {image_path} is {image_size[0]}x{image_size[1]} (height x width)."
-    " Export the mask at its image's size (never resize it with interpolation)."
-  )
-
-
-def _listed(names) -> str:
-  names = list(names)
-  return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
