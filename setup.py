@@ -28,6 +28,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12.8,<0.13",  # Its checkpoint manager is being replaced by another API.
     "pillow>=11",
     "safetensors",
+    "scipy",  # Distance transforms and connected components of instances.
     "tensorboard",  # clu's writers need it beside TensorFlow.
     # tensorflow-cpu has wheels for these machines only; it spares the others' CUDA download, as JAX does the computing.
     "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux'",

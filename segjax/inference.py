@@ -52,8 +52,22 @@ def class_scores(
   views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
   options = dict(window=window, window_stride=window_stride)
   if len(views) == 1:
-    return view_logits(model, image, *views[0], **options)
-  return sum(jax.nn.softmax(view_logits(model, image, *view, **options)) for view in views) / len(views)
+    return two_classes(view_logits(model, image, *views[0], **options))
+  logits = (two_classes(view_logits(model, image, *view, **options)) for view in views)
+  return sum(jax.nn.softmax(view) for view in logits) / len(views)
+
+
+def two_classes(logits: jax.Array) -> jax.Array:
+  """A one-logit head's [..., 1] as [..., 2], background and foreground: sigmoid(z) = softmax(0, z). Others as they are."""
+  return logits if logits.shape[-1] > 1 else jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+
+
+def foreground_probability(
+  scores: jax.Array, *, scales: Sequence[float] = (1.0,), flip: bool = False, **_
+) -> jax.Array:
+  """[B, H, W], the probability of the second of two classes, of what `class_scores` gives under the same protocol."""
+  several = len(scales) > 1 or flip
+  return scores[..., 1] if several else jax.nn.sigmoid(scores[..., 1] - scores[..., 0])
 
 
 def view_logits(model: nnx.Module, image: jax.Array, scale: float, mirrored: bool, *, window=(0, 0),

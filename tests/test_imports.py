@@ -16,7 +16,7 @@ LAYERS = [
    "models.mobilenet_v2", "models.vgg", "models.fcn", "models.unet", "models.deeplab", "flops", "inference"},
   {"pretrained", "pretrained.files", "pretrained.state_dict", "pretrained.tf_deeplab", "pretrained.wkentaro"},
   {"input_pipeline", "input_pipeline.images", "input_pipeline.order", "input_pipeline.synthetic",
-   "input_pipeline.source", "input_pipeline.folder", "input_pipeline.voc", "input_pipeline.cityscapes",
+   "input_pipeline.source", "input_pipeline.folder", "input_pipeline.borders", "input_pipeline.voc", "input_pipeline.cityscapes",
    "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"state", "steps", "checkpoint", "report", "commandline"},

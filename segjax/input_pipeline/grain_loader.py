@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 import grain
 
 
-def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_workers: int) -> Iterator[dict]:
+def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_workers: int,
+            border: bool = False) -> Iterator[dict]:  # fmt: skip
   """Yields `load(position)` of consecutive positions, stacked `batch_size` at a time.
 
   Args:
     num_workers: threads; 0 for one per core.
+    border: whether examples have `border`; here it makes no difference.
 
   Raises:
     Whatever `load` raises, when the batch that needs it is due.

@@ -8,19 +8,24 @@ import tensorflow as tf
 
 tf.config.set_visible_devices([], "GPU")  # It would reserve the memory that JAX needs.
 
-_SPEC = dict(image=tf.uint8, label=tf.uint8, size=tf.int32, id=tf.int32)
+# Type and rank of what an example holds.
+_SPEC = dict(image=(tf.uint8, 3), label=(tf.uint8, 2), size=(tf.int32, 1), id=(tf.int32, 0))
+_BORDER = dict(border=(tf.float16, 2))
 
 
-def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_workers: int) -> Iterator[dict]:
+def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_workers: int,
+            border: bool = False) -> Iterator[dict]:  # fmt: skip
   """Yields `load(position)` of consecutive positions, stacked `batch_size` at a time.
 
   Args:
     num_workers: threads; 0 for one per core.
+    border: whether examples have `border`.
 
   Raises:
     Whatever `load` raises, unchanged, when the batch that needs it is due.
   """
   failures = []
+  spec = _SPEC | _BORDER if border else _SPEC
 
   def load_flat(position):
     try:
@@ -28,13 +33,13 @@ def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_
     except Exception as error:  # TensorFlow would turn it into an opaque UnknownError: keep it for the consumer.
       failures.append(error)
       raise
-    return [example[name] for name in _SPEC]
+    return [example[name] for name in spec]
 
   def read(position):
-    flat = tf.numpy_function(load_flat, [position], list(_SPEC.values()))
-    for tensor, rank in zip(flat, (3, 2, 1, 0)):
+    flat = tf.numpy_function(load_flat, [position], [dtype for dtype, _ in spec.values()])
+    for tensor, (_, rank) in zip(flat, spec.values()):
       tensor.set_shape([None] * rank)
-    return dict(zip(_SPEC, flat))
+    return dict(zip(spec, flat))
 
   workers = num_workers or os.cpu_count()
   dataset = tf.data.Dataset.range(positions.start, positions.stop)
