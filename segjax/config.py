@@ -25,7 +25,16 @@ MODELS = {
   ),
   "deeplab_v3plus": dict(
     backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True, image_pooling=True, decoder=True,
-    multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997, frozen_bn=False,
+    multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997, frozen_bn=False, auxiliary=False,
+    details=dict(
+      align_corners=True, separable_norm=True, separable_aspp=True, pooling_first=True, aspp_conv=False,
+      decoder_convs=2, low_level_first=False, low_level="auto", dilate_first=False, normalization="auto",
+      mobilenet_padding="same", mobilenet_epsilon=1e-3, mobilenet_last_conv=False,
+    ),
+  ),
+  "dilated_fcn": dict(
+    backbone="resnet_50", output_stride=8, dropout=0.1, bn_momentum=0.9, frozen_bn=False, auxiliary=False,
+    align_corners=True,
   ),
   "fcn": dict(
     stride=8, width=64, fuse="score", upsampling="learned", at_once=False, geometry="same", normalization="imagenet",

@@ -179,6 +179,12 @@ def test_bfloat16_logits_stay_within_two_percent():
     (dict(multi_grid=(1, 2, 4), **SMALL), "model.multi_grid = (1, 2, 4): mobilenet_v2 has none"),
     (dict(dropout=1.0), "model.dropout = 1.0 must lie in [0, 1)."),
     (dict(bn_momentum=1.0), "model.bn_momentum = 1.0 must lie in [0, 1)."),
+    (dict(details=dict(normalization="unit")), "model.details.normalization = 'unit': choose one of auto, symmetric, "),
+    (dict(details=dict(decoder_convs=0)), "model.details.decoder_convs = 0 must be at least 1."),
+    (
+      dict(details=dict(mobilenet_padding="fixed")),
+      "model.details.mobilenet_padding = 'fixed': xception_65 has no such detail, leave it out.",
+    ),
   ],
 )
 def test_wrong_options_say_what_is_right(options, message):

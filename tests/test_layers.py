@@ -39,6 +39,31 @@ def test_max_pool_refuses_odd_sizes():
     layers.max_pool_2x2(random(1, 5, 4, 1))
 
 
+@pytest.mark.parametrize("name", ["x", "x8"])
+def test_3x3_max_pool_equals_torch_in_value_and_lax_in_gradient(name):
+  z = np.load(DATA / "torch_resize_pool.npz")
+  x = jnp.asarray(z[name].transpose(0, 2, 3, 1))  # 5x7 and 6x8.
+  want = z["maxpool3_s2_p1" if name == "x" else "x8_maxpool3_s2_p1"]
+  np.testing.assert_array_equal(layers.max_pool_3x3(x).transpose(0, 3, 1, 2), want)
+  weight = random(*layers.max_pool_3x3(x).shape, seed=1)
+
+  def plain(x):
+    outside = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), outside)
+
+  got, want = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (layers.max_pool_3x3, plain))
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", [(10, 14), (17, 25), (3, 4)])
+def test_resizing_equals_torch_by_either_convention(size, align_corners):
+  z = np.load(DATA / "torch_resize_pool.npz")
+  got = resize.resize_bilinear(jnp.asarray(z["x"].transpose(0, 2, 3, 1)), size, align_corners)
+  want = z[f"bilinear_{size[0]}x{size[1]}_corners{int(align_corners)}"]
+  np.testing.assert_allclose(got.transpose(0, 3, 1, 2), want, atol=2e-6)
+
+
 def test_transposed_convolution_equals_lax_in_value_and_gradients():
   layer = layers.ConvTranspose2x2(3, 5, rngs=nnx.Rngs(0))
   graphdef = nnx.graphdef(layer)

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax.models.deeplab import DeepLabV3Plus
+from segjax.models.dilated_fcn import DilatedFCN
 from segjax.models.fcn import FCN
 from segjax.models.unet import UNet
 
-MODELS = {"unet": UNet, "deeplab_v3plus": DeepLabV3Plus, "fcn": FCN}
+MODELS = {"unet": UNet, "deeplab_v3plus": DeepLabV3Plus, "dilated_fcn": DilatedFCN, "fcn": FCN}
 
 
 def build(name: str, *, num_classes: int, dtype="float32", rngs: nnx.Rngs, **options) -> nnx.Module:

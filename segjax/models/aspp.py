@@ -5,12 +5,33 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax.models import layers
+from segjax.models.details import Details
 
 # Standard deviations of the truncated normal that separable convolutions of head and decoder begin with (official).
 SEPARABLE_INIT = dict(
   depthwise_init=nnx.initializers.truncated_normal(0.33), pointwise_init=nnx.initializers.truncated_normal(0.06)
 )
-HEAD_EPSILON = 1e-5  # Of the batch norms in head and decoder; the backbones have 1e-3.
+HEAD_EPSILON = 1e-5  # Of the batch norms in head and decoder.
+
+
+def make_conv(in_features: int, *, separable: bool, inner_norm: bool, options: dict, rate: int = 1) -> nnx.Module:
+  """A 3x3 convolution of head or decoder to 256 channels; call it by `run_conv`.
+
+  Args:
+    separable: depthwise separable (arXiv 1802.02611, section 3.1), else dense.
+    inner_norm: of a separable one, see `layers.SeparableConv`.
+    options: norm, dtype, rngs.
+  """
+  if separable:
+    return layers.SeparableConv(in_features, 256, rate=rate, inner_norm=inner_norm, **SEPARABLE_INIT, **options)
+  return layers.ConvNorm(in_features, 256, 3, rate=rate, kernel_init=nnx.initializers.glorot_uniform(), **options)
+
+
+def run_conv(conv: nnx.Module, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
+  """[B, h, w, in] -> [B, h, w, 256], also kept as the end point `name`."""
+  separable = isinstance(conv, layers.SeparableConv)
+  x = endpoints[name] = conv(x, train, endpoints, name) if separable else conv(x, train)
+  return x
 
 
 class ASPP(nnx.Module):
@@ -19,41 +40,41 @@ class ASPP(nnx.Module):
   Args:
     in_features: channels of the backbone's features.
     rates: one branch each; () for none.
-    separable: whether these are depthwise separable (arXiv 1802.02611, section 3.1).
+    separable: whether these are depthwise separable.
     image_pooling: whether there is a branch for the mean, over all of the map including padded area.
     dropout: rate at the end.
+    detail: separable_norm, separable_aspp, pooling_first, aspp_conv.
     options: norm, dtype, rngs.
   """
 
   features = 256
 
-  def __init__(self, in_features, *, rates, separable, image_pooling, dropout, options):
+  def __init__(self, in_features, *, rates, separable, image_pooling, dropout, detail: Details, options):
     width = self.features
     dense = dict(kernel_init=nnx.initializers.glorot_uniform(), **options)
-    self.rates, self.pools, self.separable, self.dropout = tuple(rates), image_pooling, separable, dropout
+    conv = dict(inner_norm=detail.separable_norm, options=options)
+    self.rates, self.pools, self.dropout = tuple(rates), image_pooling, dropout
+    self.pooling_first = detail.pooling_first
     if image_pooling:
       self.pooling = layers.ConvNorm(in_features, width, **dense)
     self.branch0 = layers.ConvNorm(in_features, width, **dense)
     for n, rate in enumerate(rates, start=1):
-      if separable:
-        branch = layers.SeparableConv(in_features, width, rate=rate, **SEPARABLE_INIT, **options)
-      else:
-        branch = layers.ConvNorm(in_features, width, 3, rate=rate, **dense)
-      setattr(self, f"branch{n}", branch)
+      setattr(
+        self, f"branch{n}", make_conv(in_features, separable=separable and detail.separable_aspp, rate=rate, **conv)
+      )
     self.projection = layers.ConvNorm((image_pooling + 1 + len(rates)) * width, width, **dense)
+    self.conv = make_conv(width, separable=separable, **conv) if detail.aspp_conv else None
 
   def __call__(self, x: jax.Array, train: bool, key: jax.Array | None, endpoints: dict) -> jax.Array:
     """[B, h, w, in] -> [B, h, w, 256]."""
-    branches = []
+    branches = [self.branch0(x, train)]
+    endpoints["aspp/branch0"] = branches[0]
+    for n in range(1, len(self.rates) + 1):
+      branches.append(run_conv(getattr(self, f"branch{n}"), x, train, endpoints, f"aspp/branch{n}"))
     if self.pools:
       pooled = endpoints["aspp/pooling"] = self.pooling(x.mean((1, 2), keepdims=True), train)  # [B, 1, 1, 256]
-      branches.append(jnp.broadcast_to(pooled, (*x.shape[:3], self.features)))
-    branches.append(self.branch0(x, train))
-    endpoints["aspp/branch0"] = branches[-1]
-    for n in range(1, len(self.rates) + 1):
-      branch, name = getattr(self, f"branch{n}"), f"aspp/branch{n}"
-      branches.append(branch(x, train, endpoints, name) if self.separable else branch(x, train))
-      endpoints[name] = branches[-1]
+      branches.insert(0 if self.pooling_first else len(branches), jnp.broadcast_to(pooled, branches[0].shape))
     x = endpoints["aspp/concat"] = jnp.concatenate(branches, axis=-1)
     x = endpoints["aspp/projection"] = self.projection(x, train)
-    return layers.dropout(x, self.dropout, key if train else None)
+    x = layers.dropout(x, self.dropout, key if train else None)
+    return x if self.conv is None else run_conv(self.conv, x, train, endpoints, "aspp/conv")

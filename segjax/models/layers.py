@@ -191,6 +191,20 @@ def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
   return x.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
 
 
+def max_pool_3x3(x: jax.Array) -> jax.Array:
+  """3x3 windows at stride 2, centred on every second pixel: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C].
+
+  Outside the image is -inf. Pairwise maxima of strided views, as in `max_pool_2x2`.
+  """
+  for axis in (1, 2):
+    size = x.shape[axis]
+    outside = [(1, 1) if n == axis else (0, 0) for n in range(4)]
+    padded = jnp.pad(x, outside, constant_values=-jnp.inf)
+    taps = [jax.lax.slice_in_dim(padded, k, k + 2 * ((size - 1) // 2) + 1, 2, axis) for k in range(3)]
+    x = jnp.maximum(jnp.maximum(taps[0], taps[1]), taps[2])
+  return x
+
+
 class BatchNorm(nnx.Module):
   """Batch normalisation (Ioffe & Szegedy 2015) over batch, height and width.
 
@@ -276,18 +290,19 @@ class SeparableConv(nnx.Module):
   """3x3 depthwise convolution, batch norm, 1x1 convolution, batch norm (arXiv 1802.02611, section 3.1).
 
   Args:
+    inner_norm: off: no batch norm and no activation between the two convolutions.
     activation: after each of the two batch norms; None for none.
     norm: keywords of `BatchNorm`.
     depthwise_init, pointwise_init: initialisers.
   """
 
-  def __init__(self, in_features, out_features, *, stride=1, rate=1, padding="same", activation=jax.nn.relu,
-               norm: dict, depthwise_init=he_normal, pointwise_init=he_normal, dtype=jnp.float32,
+  def __init__(self, in_features, out_features, *, stride=1, rate=1, padding="same", inner_norm=True,
+               activation=jax.nn.relu, norm: dict, depthwise_init=he_normal, pointwise_init=he_normal, dtype=jnp.float32,
                rngs: nnx.Rngs):  # fmt: skip
     self.depthwise = DepthwiseConv(
       in_features, stride=stride, rate=rate, padding=padding, kernel_init=depthwise_init, dtype=dtype, rngs=rngs
     )
-    self.depthwise_norm = BatchNorm(in_features, dtype=dtype, **norm)
+    self.depthwise_norm = BatchNorm(in_features, dtype=dtype, **norm) if inner_norm else None
     self.pointwise = Conv(in_features, out_features, 1, kernel_init=pointwise_init, dtype=dtype, rngs=rngs)
     self.pointwise_norm = BatchNorm(out_features, dtype=dtype, **norm)
     self.activation = activation
@@ -295,6 +310,7 @@ class SeparableConv(nnx.Module):
   def __call__(self, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
     """[B, H, W, in] -> [B, H / stride, W / stride, out]; adds `name` and `name`/depthwise to `endpoints`."""
     activate = self.activation or (lambda x: x)
-    x = endpoints[f"{name}/depthwise"] = activate(self.depthwise_norm(self.depthwise(x), train))
+    x = self.depthwise(x)
+    x = endpoints[f"{name}/depthwise"] = activate(self.depthwise_norm(x, train)) if self.depthwise_norm else x
     x = endpoints[name] = activate(self.pointwise_norm(self.pointwise(x), train))
     return x

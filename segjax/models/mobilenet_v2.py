@@ -1,7 +1,7 @@
 """MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381, table 2), as official DeepLab computes it.
 
 TensorFlow's native "same" padding everywhere; ReLU6; linear projections; the last 1x1 convolution of the classifier
-(1280 channels) is left out, as the paper does for segmentation (section 6.3).
+(1280 channels) is left out, as the paper does for segmentation (section 6.3). PyTorch's differences are options.
 """
 
 import jax
@@ -20,20 +20,23 @@ RESIDUALS = (
 class InvertedResidual(nnx.Module):
   """1x1 expansion, 3x3 depthwise, linear 1x1 projection; plus the input where the shape stays."""
 
-  def __init__(self, in_features, features, *, expansion, stride, rate, options):
+  def __init__(self, in_features, features, *, expansion, stride, rate, padding, options):
     norm, kernel_init = options["norm"], options["kernel_init"]
     wide = in_features * expansion
     if expansion > 1:
       self.expand = layers.ConvNorm(in_features, wide, activation=jax.nn.relu6, **options)
     self.depthwise = layers.DepthwiseConv(
-      wide, stride=stride, rate=rate, kernel_init=kernel_init, dtype=options["dtype"], rngs=options["rngs"]
-    )
+      wide, stride=stride, rate=rate, padding="valid" if padding == "early" else padding, kernel_init=kernel_init,
+      dtype=options["dtype"], rngs=options["rngs"],
+    )  # fmt: skip
     self.depthwise_norm = layers.BatchNorm(wide, dtype=options["dtype"], **norm)
     self.project = layers.ConvNorm(wide, features, activation=None, **options)
     self.expands, self.adds = expansion > 1, stride == 1 and in_features == features
+    self.border = rate if padding == "early" else 0  # Pixels around the block's input.
 
   def __call__(self, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
-    skip = x
+    skip, border = x, (self.border, self.border)
+    x = jnp.pad(x, ((0, 0), border, border, (0, 0)))
     x = self.expand(x, train) if self.expands else x
     x = endpoints[f"{name}/depthwise"] = jax.nn.relu6(self.depthwise_norm(self.depthwise(x), train))
     x = self.project(x, train)
@@ -46,34 +49,42 @@ class MobileNetV2(nnx.Module):
 
   Args:
     output_stride: 8, 16 or 32.
+    dilate_first, padding, epsilon, last_conv: see `details.Details`.
     bn_momentum, frozen_bn: of batch norm; official: momentum 0.997.
 
-  `features`, `low_level` and `low_level_features` as in Xception.
+  `features` and `low_levels` as in Xception.
   """
 
-  features = 320
-  low_level = "layer_4/depthwise"
-  low_level_features = 144
-
-  def __init__(self, *, output_stride, bn_momentum, frozen_bn, dtype=jnp.float32, rngs: nnx.Rngs):
+  def __init__(self, *, output_stride, dilate_first=False, padding="same", epsilon=1e-3, last_conv=False, bn_momentum,
+               frozen_bn, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     options = dict(
-      norm=dict(momentum=bn_momentum, epsilon=1e-3, frozen=frozen_bn),
+      norm=dict(momentum=bn_momentum, epsilon=epsilon, frozen=frozen_bn),
       kernel_init=nnx.initializers.truncated_normal(0.09), dtype=dtype, rngs=rngs,
     )  # fmt: skip
-    self.layer_1 = layers.ConvNorm(3, 32, 3, stride=2, activation=jax.nn.relu6, **options)
+    self.low_levels = {"layer_4/depthwise": 144, "layer_4": 24}
+    self.layer_1 = layers.ConvNorm(
+      3, 32, 3, stride=2, padding="valid" if padding == "early" else padding, activation=jax.nn.relu6, **options
+    )
     in_features = 32
-    placed = strides.strides_to_rates([stride for _, stride in RESIDUALS], output_stride // 2)
+    placed = strides.strides_to_rates([stride for _, stride in RESIDUALS], output_stride // 2, dilate_first)
     for n, ((features, _), (stride, rate)) in enumerate(zip(RESIDUALS, placed), start=2):
       expansion = 1 if n == 2 else 6
       layer = InvertedResidual(
-        in_features, features, expansion=expansion, stride=stride, rate=rate, options=options
+        in_features, features, expansion=expansion, stride=stride, rate=rate, padding=padding, options=options
       )  # fmt: skip
       setattr(self, f"layer_{n}", layer)
       in_features = features
+    self.layer_19 = layers.ConvNorm(in_features, 1280, activation=jax.nn.relu6, **options) if last_conv else None
+    self.features = 1280 if last_conv else in_features
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict) -> jax.Array:
-    """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, 320], rounded up."""
+    """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, 320], rounded up.
+
+    1280 channels with the last convolution.
+    """
     x = endpoints["layer_1"] = self.layer_1(image, train)
     for n in range(2, len(RESIDUALS) + 2):
       x = getattr(self, f"layer_{n}")(x, train, endpoints, f"layer_{n}")
+    if self.layer_19 is not None:
+      x = endpoints["layer_19"] = self.layer_19(x, train)
     return x

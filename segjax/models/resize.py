@@ -1,7 +1,8 @@
-"""Bilinear resizing with align_corners=True, the one convention of segjax (official DeepLab, core/utils.py); mirroring.
+"""Bilinear resizing with align_corners=True, the convention of segjax (official DeepLab, core/utils.py); mirroring.
 
 Output pixel i looks at input position i * (in - 1) / (out - 1): corners map to corners, so a 4k+1 grid resizes
-exactly onto its 2k+1 grid. jax.image.resize has half-pixel centres and would move every logit.
+exactly onto its 2k+1 grid. jax.image.resize has half-pixel centres and would move every logit. Those, position
+(i + 1/2) * in / out - 1/2, are here by name for weights that were trained so (PyTorch's align_corners=False).
 """
 
 import jax
@@ -9,10 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def interpolation_matrix(size_in: int, size_out: int) -> np.ndarray:
+def interpolation_matrix(size_in: int, size_out: int, align_corners: bool = True) -> np.ndarray:
   """[size_out, size_in] float32; each row holds the one or two weights of an output pixel. Identity for equal sizes."""
-  step = np.float32((size_in - 1) / (size_out - 1)) if size_out > 1 else np.float32(0)
-  position = np.minimum(np.arange(size_out, dtype=np.float32) * step, np.float32(size_in - 1))
+  pixels = np.arange(size_out, dtype=np.float32)
+  if align_corners:
+    step = np.float32((size_in - 1) / (size_out - 1)) if size_out > 1 else np.float32(0)
+    position = pixels * step
+  else:
+    position = (pixels + np.float32(0.5)) * np.float32(size_in / size_out) - np.float32(0.5)
+  position = np.clip(position, np.float32(0), np.float32(size_in - 1))
   low = np.floor(position).astype(int)
   high = np.minimum(low + 1, size_in - 1)
   weight = position - low
@@ -23,14 +29,14 @@ def interpolation_matrix(size_in: int, size_out: int) -> np.ndarray:
 
 
 @jax.named_scope("resize")  # For profiles, and flops.py leaves it out.
-def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = True) -> jax.Array:
   """Resizes [B, h, w, C] to [B, H, W, C], `size` = (H, W), in x's dtype.
 
   Two small matrix products: unlike a gather, their gradient is no scatter, and accelerators like them.
   """
   for axis, size_out in ((1, size[0]), (2, size[1])):
     if x.shape[axis] != size_out:
-      matrix = jnp.asarray(interpolation_matrix(x.shape[axis], size_out), x.dtype)
+      matrix = jnp.asarray(interpolation_matrix(x.shape[axis], size_out, align_corners), x.dtype)
       spec = "oh,bhwc->bowc" if axis == 1 else "ow,bhwc->bhoc"
       x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
   return x

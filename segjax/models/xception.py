@@ -55,7 +55,9 @@ class XceptionUnit(nnx.Module):
     if self.kind == "conv":
       skip = endpoints[f"{name}/shortcut"] = self.shortcut(x, train)
     for n in (1, 2, 3):
-      x = jax.nn.relu(x) if self.rectify == "before" else x
+      if self.rectify == "before":
+        x = jax.nn.relu(x)
+        endpoints[f"{name}/sep{n - 1}/relu" if n > 1 else f"{name}/relu"] = x
       x = getattr(self, f"sep{n}")(x, train, endpoints, f"{name}/sep{n}")
     x = endpoints[name] = x if self.kind == "none" else x + skip
     return x
@@ -68,17 +70,18 @@ class Xception(nnx.Module):
     depth: 41, 65 or 71.
     output_stride: 8, 16 or 32.
     multi_grid: factors of the rates of the last block's three convolutions.
+    dilate_first: see `details.Details`.
     bn_momentum, frozen_bn: of batch norm; official: momentum 0.9997.
 
-  `features` is the number of output channels. `low_level` names the end point of stride 4 that the decoder takes, and
-  `low_level_features` its channels: it lies inside the second striding block, before its third convolution and its
-  ReLU.
+  `features` is the number of output channels. `low_levels` are the end points of stride 4 that a decoder may take, the
+  official one first, and their channels: they lie inside the second striding block, before its third convolution, one
+  before its ReLU and one behind.
   """
 
   features = 2048
-  low_level_features = 256
 
-  def __init__(self, depth, *, output_stride, multi_grid, bn_momentum, frozen_bn, dtype=jnp.float32, rngs: nnx.Rngs):
+  def __init__(self, depth, *, output_stride, multi_grid=(1, 1, 1), dilate_first=False, bn_momentum, frozen_bn,
+               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     options = dict(
       norm=dict(momentum=bn_momentum, epsilon=1e-3, frozen=frozen_bn),
       kernel_init=nnx.initializers.truncated_normal(0.09), dtype=dtype, rngs=rngs,
@@ -86,7 +89,7 @@ class Xception(nnx.Module):
     self.conv1_1 = layers.ConvNorm(3, 32, 3, stride=2, padding="fixed", **options)
     self.conv1_2 = layers.ConvNorm(32, 64, 3, **options)
     table, in_features = blocks(depth), 64
-    placed = strides.strides_to_rates([block[3] for block in table], output_stride // 2)
+    placed = strides.strides_to_rates([block[3] for block in table], output_stride // 2, dilate_first)
     for (name, num_units, features, _, shortcut), (stride, rate) in zip(table, placed):
       last = name == "exit_block2"
       setattr(self, name, nnx.Module())
@@ -100,7 +103,8 @@ class Xception(nnx.Module):
     for n, factor in enumerate(multi_grid, start=1):
       getattr(self.exit_block2.unit1, f"sep{n}").depthwise.rate *= factor
     self.units = tuple((name, n + 1) for name, num_units, *_ in table for n in range(num_units))
-    self.low_level = f"{[name for name, _, _, stride, _ in table if stride == 2][1]}/unit1/sep2"
+    low_level = f"{[name for name, _, _, stride, _ in table if stride == 2][1]}/unit1/sep2"
+    self.low_levels = {low_level: 256, f"{low_level}/relu": 256}
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, 2048], rounded up."""

@@ -12,9 +12,19 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from segjax.config import ConfigError
-from segjax.pretrained import tf_deeplab, wkentaro
+from segjax.pretrained import smp, tf_deeplab, timm, torchvision, vainf, wkentaro
+from segjax.pretrained.peers import PEERS, build
 
-SCHEMES = {"tf_deeplab": tf_deeplab.convert, "wkentaro": wkentaro.convert}
+__all__ = ["PEERS", "SCHEMES", "assign", "build", "merge_variables"]
+
+SCHEMES = {
+  "tf_deeplab": tf_deeplab.convert,
+  "torchvision": torchvision.convert,
+  "timm": timm.convert,
+  "vainf": vainf.convert,
+  "smp": smp.convert,
+  "wkentaro": wkentaro.convert,
+}
 
 
 def assign(model: nnx.Module, arrays: Mapping[str, np.ndarray], scheme: str, exclude: tuple[str, ...] = ()) -> int:
@@ -42,14 +52,14 @@ def assign(model: nnx.Module, arrays: Mapping[str, np.ndarray], scheme: str, exc
   states = dict(params=nnx.state(model, nnx.Param), batch_stats=nnx.state(model, nnx.BatchStat))
   variables = {name: nnx.to_pure_dict(state) for name, state in states.items()}
   merged, taken, _ = merge_variables(variables, imported, exclude, f"the {scheme} weights")
-  for name, state in states.items():
+  for name, values in merged.items():  # A network without batch norm has no batch_stats.
     # As JAX arrays of the model's type; what is abstract stays so.
     placed = jax.tree.map(
       lambda new, old: new if isinstance(new, jax.ShapeDtypeStruct) else jnp.asarray(new, old.dtype),
-      merged[name], variables[name],
+      values, variables[name],
     )  # fmt: skip
-    nnx.replace_by_pure_dict(state, placed)
-    nnx.update(model, state)
+    nnx.replace_by_pure_dict(states[name], placed)
+    nnx.update(model, states[name])
   return taken
 
 

@@ -1,0 +1,64 @@
+"""Image classifiers: what the weights of most backbones were first trained as."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax.models import backbones, layers, vgg
+
+
+class Classifier(nnx.Module):
+  """A backbone, the mean over the map, and a linear layer.
+
+  Its parameters are called as in the segmentation networks, `backbone/...` and `logits/...`, so the same weights fit
+  those, less `logits`.
+
+  Args:
+    num_classes: channels of the logits.
+    backbone: one of `backbones.NAMES`, or "vgg_16", whose fully connected layers see every 7x7 pixels of its map; the
+      mean over these places is the paper's dense evaluation (arXiv 1409.1556, section 3.2).
+    output_stride: 8, 16 or 32; it changes no parameter. A VGG has 32.
+    bn_momentum, frozen_bn: of batch norm; a VGG has none.
+    dtype: of the computation.
+
+  `mean` is the raw pixel that `preprocess` maps to 0.
+
+  Raises:
+    ValueError: an option out of range, with the values that are in it.
+  """
+
+  def __init__(self, *, num_classes, backbone, output_stride=32, bn_momentum=0.9, frozen_bn=False, dtype=jnp.float32,
+               rngs: nnx.Rngs):  # fmt: skip
+    if backbone == "vgg_16":
+      if output_stride != 32:
+        raise ValueError(f"model.output_stride = {output_stride!r}: vgg_16 has 32.")
+      self.backbone = vgg.VGG16(fc6_padding="valid", dtype=dtype, rngs=rngs)
+    else:
+      self.backbone = backbones.build(
+        backbone, output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, dtype=dtype, rngs=rngs
+      )
+    self.logits = layers.Conv(self.backbone.features, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
+    self.dtype = dtype
+    self.normalization = backbones.normalization(backbone)
+    self.mean = backbones.MEANS[self.normalization]
+
+  def preprocess(self, image: jax.Array) -> jax.Array:
+    """Raw RGB in [0, 255], [B, H, W, 3] -> float32 as the backbone wants it."""
+    return backbones.normalize(image, self.normalization)
+
+  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *,
+               endpoints: dict | None = None) -> jax.Array:  # fmt: skip
+    """Preprocessed image [B, H, W, 3] -> logits [B, num_classes], float32 (float64 under float64).
+
+    Args:
+      train: batch statistics instead of running ones, and a VGG's dropout.
+      key: for dropout; without it there is none.
+      endpoints: filled with the backbone's named results.
+    """
+    endpoints = {} if endpoints is None else endpoints
+    image = image.astype(self.dtype)
+    if isinstance(self.backbone, vgg.VGG16):
+      x = self.backbone(image, train, key, endpoints)
+    else:
+      x = self.backbone(image, train, endpoints)
+    return self.logits(x.mean((1, 2), keepdims=True))[:, 0, 0].astype(layers.param_dtype(self.dtype))

@@ -1,0 +1,85 @@
+"""ResNet-50 and 101 (He et al. 2016, arXiv 1512.03385, table 1), with the stride in a unit's 3x3 convolution.
+
+The paper has the stride in the first 1x1 convolution; this is the form ("v1.5") of the weights in common use. Padding is
+symmetric everywhere, as PyTorch's.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segjax.models import layers, strides
+
+UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # Of the four blocks.
+EPSILON = 1e-5  # Of the batch norms.
+
+
+class Bottleneck(nnx.Module):
+  """1x1 to a quarter of the channels, 3x3, 1x1; plus the input, by a 1x1 convolution where the shape changes; ReLU.
+
+  Args:
+    stride, rate: of the 3x3 convolution; the stride also of the shortcut.
+  """
+
+  def __init__(self, in_features, features, *, stride, rate, options):
+    width = features // 4
+    self.conv1 = layers.ConvNorm(in_features, width, **options)
+    self.conv2 = layers.ConvNorm(width, width, 3, stride=stride, rate=rate, padding="fixed", **options)
+    self.conv3 = layers.ConvNorm(width, features, activation=None, **options)
+    self.projects = stride > 1 or in_features != features
+    if self.projects:
+      self.shortcut = layers.ConvNorm(in_features, features, stride=stride, activation=None, **options)
+
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """[B, H, W, in] -> [B, H / stride, W / stride, features]."""
+    skip = self.shortcut(x, train) if self.projects else x
+    x = self.conv3(self.conv2(self.conv1(x, train), train), train)
+    return jax.nn.relu(x + skip)
+
+
+class ResNet(nnx.Module):
+  """ResNet-50 or 101 without the classifier.
+
+  Args:
+    depth: 50 or 101.
+    output_stride: 8, 16 or 32.
+    multi_grid: factors of the rates in the last block's three units (arXiv 1706.05587, section 3.2.1).
+    dilate_first: see `details.Details`. On, with an output stride of 16 and multi-grid 1, 2, 4, is that paper's 2, 4, 8.
+    bn_momentum, frozen_bn: of batch norm.
+
+  `features` and `low_levels` as in Xception. `auxiliary` names the end point that an auxiliary head takes, and
+  `auxiliary_features` its channels.
+  """
+
+  features = 2048
+  auxiliary, auxiliary_features = "block3", 1024
+
+  def __init__(self, depth, *, output_stride, multi_grid=(1, 1, 1), dilate_first=False, bn_momentum, frozen_bn,
+               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+    norm = dict(momentum=bn_momentum, epsilon=EPSILON, frozen=frozen_bn)
+    options = dict(norm=norm, dtype=dtype, rngs=rngs)
+    self.low_levels = {"block1": 256}
+    self.conv1 = layers.ConvNorm(3, 64, 7, stride=2, padding="fixed", **options)
+    units = [(block, n) for block, count in enumerate(UNITS[depth], start=1) for n in range(1, count + 1)]
+    placed = strides.strides_to_rates(
+      [2 if block > 1 and n == 1 else 1 for block, n in units], output_stride // 4, dilate_first
+    )
+    in_features = 64
+    for (block, n), (stride, rate) in zip(units, placed):
+      if n == 1:
+        setattr(self, f"block{block}", nnx.Module())
+      factor = multi_grid[n - 1] if block == 4 else 1
+      features = 128 * 2**block
+      unit = Bottleneck(in_features, features, stride=stride, rate=rate * factor, options=options)
+      setattr(getattr(self, f"block{block}"), f"unit{n}", unit)
+      in_features = features
+    self.units = tuple(units)
+
+  def __call__(self, image: jax.Array, train: bool, endpoints: dict) -> jax.Array:
+    """Image [B, H, W, 3] -> features [B, H / output_stride, W / output_stride, 2048], rounded up."""
+    x = endpoints["conv1"] = self.conv1(image, train)
+    x = endpoints["pool1"] = layers.max_pool_3x3(x)
+    for block, n in self.units:
+      x = getattr(getattr(self, f"block{block}"), f"unit{n}")(x, train)
+      endpoints[f"block{block}/unit{n}"] = endpoints[f"block{block}"] = x
+    return x
