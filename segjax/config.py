@@ -320,6 +320,11 @@ def validate(config: config_dict.ConfigDict) -> None:
   check(not config.loss.border_weight or (config.data.name == "folder" and bool(config.data.instances)),
         "loss.border_weight", "wants to know where instances touch: set data.instances of the folder source to their"
         ' masks, or to "components"; or 0.')  # fmt: skip
+  terms = {str(term).partition(":")[0] for term in config.loss.terms}
+  check(not config.loss.border_weight or bool(terms & {"cross_entropy", "bce"}), "loss.border_weight",
+        "weighs the pixels of cross_entropy and bce: name one of them in loss.terms, or set it to 0.")  # fmt: skip
+  check(config.loss.hard_fraction == 1 or "cross_entropy" in terms, "loss.hard_fraction",
+        "picks pixels of cross_entropy: name it in loss.terms, or set this to 1.")  # fmt: skip
   weights = config.loss.class_weights
   named = len(weights) == 1 and weights[0] in ("median_frequency", "inverse_log")
   numbers = all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in weights)

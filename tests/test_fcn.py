@@ -234,3 +234,25 @@ def test_each_stride_starts_from_the_one_before(tmp_path, capsys):
     train.train(config, tmp_path / f"{stride}s")
   output = capsys.readouterr().out
   assert "init: imported 32 of 35 tensors" in output and "init: imported 35 of 38 tensors" in output
+
+
+def test_imagenet_weights_of_vgg_fit_the_backbone_and_only_scores_stay_new():
+  """torchvision's names and layouts, on a narrow network; fc6 is a linear layer over channels, rows, columns."""
+  rng, arrays, number = np.random.default_rng(0), {}, 0
+  model = build()
+  for stage in model.backbone.stages:
+    for name in stage:
+      kernel = getattr(model.backbone, name).kernel[...]
+      arrays[f"features.{number}.weight"] = rng.normal(size=kernel.transpose(3, 2, 0, 1).shape).astype(np.float32)
+      arrays[f"features.{number}.bias"] = rng.normal(size=kernel.shape[-1]).astype(np.float32)
+      number += 2
+    number += 1
+  for key, shape in (("0", (128, 16 * 49)), ("3", (128, 128)), ("6", (1000, 128))):
+    arrays[f"classifier.{key}.weight"] = rng.normal(size=shape).astype(np.float32)
+    arrays[f"classifier.{key}.bias"] = rng.normal(size=shape[0]).astype(np.float32)
+  new = ("score_fc7", "score_pool4", "score_pool3", "upscore_fc7", "upscore_pool4", "upscore")
+  assert pretrained.assign(model, arrays, "torchvision", exclude=(*new, "logits")) == 30
+  window = rng.normal(size=(1, 16, 7, 7)).astype(np.float32)
+  want = arrays["classifier.0.weight"] @ window.reshape(-1) + arrays["classifier.0.bias"]
+  got = model.backbone.fc6(jnp.asarray(window.transpose(0, 2, 3, 1)))[0, 3, 3]
+  np.testing.assert_allclose(got, want, atol=1e-4)
