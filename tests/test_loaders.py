@@ -1,6 +1,8 @@
 """Both loaders, one interface: the same batches bit for bit, from any step, and errors that arrive with their file."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -117,3 +119,22 @@ def test_canvas_option_pads_further_and_refuses_larger_images(data):
   data.canvas_size = (8, 8)
   with pytest.raises(DataError, match=r"data.canvas_size = \(8, 8\) is smaller than the largest image"):
     train(data, "grain", steps=1)
+
+
+@pytest.mark.parametrize("loader", ["tf_data", "grain_loader"])
+def test_a_program_that_fails_between_batches_ends(loader):
+  """In a process that can be killed: TensorFlow waited at Python's end for threads that were no more."""
+  code = f"""
+import time, numpy as np
+from segjax.input_pipeline import {loader} as loader
+def load(position):
+  time.sleep(0.05)
+  return dict(image=np.zeros((4, 4, 3), np.uint8), label=np.zeros((4, 4), np.uint8), size=np.array([4, 4], np.int32),
+              id=np.array(position, np.int32))
+for _ in range(2):
+  batches = loader.batches(range(10**6), load, 4, 3)
+  print(next(batches)["id"].tolist())
+raise SystemExit(3)
+"""
+  run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+  assert run.returncode == 3 and run.stdout == "[0, 1, 2, 3]\n" * 2, run.stderr

@@ -83,10 +83,12 @@ def shapes(case):
   return {key: tuple(int(n) for n in shape.split("x")) for key, shape in rows}
 
 
-def abstract(case):
+def abstract(case, **more):
   network, options = CASES[case]
   num_classes = 1000 if "timm" in network or "vgg" in network else 21
-  return nnx.eval_shape(lambda: pretrained.build(network, num_classes=num_classes, rngs=nnx.Rngs(0), **options))
+  return nnx.eval_shape(
+    lambda: pretrained.build(network, num_classes=num_classes, rngs=nnx.Rngs(0), **(options | more))
+  )
 
 
 def assign(case, model, arrays):
@@ -94,8 +96,8 @@ def assign(case, model, arrays):
   return pretrained.assign(model, arrays, CASES[case][0].partition("/")[0], exclude)
 
 
-def seeded_model(case, gain):
-  model, arrays = abstract(case), seeded.torch_weights(shapes(case), gain)
+def seeded_model(case, gain, **more):
+  model, arrays = abstract(case, **more), seeded.torch_weights(shapes(case), gain)
   assign(case, model, arrays)
   if "features_only" in case:
     model.logits.kernel[...], model.logits.bias[...] = jnp.zeros((1, 1, 2048, 1000)), jnp.zeros(1000)
@@ -254,3 +256,12 @@ def test_preprocessing_is_the_peers(network, symmetric):
   raw = np.stack([np.zeros((1, 1, 3)), np.full((1, 1, 3), 255.0)])
   np.testing.assert_allclose(model.preprocess(raw), (raw / 255 - mean) / std, atol=1e-5)
   np.testing.assert_allclose(model.preprocess(np.reshape(model.mean, (1, 1, 1, 3))), 0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["vainf_deeplabv3plus_resnet50", "torchvision_fcn_resnet50"])
+def test_bfloat16_logits_stay_within_two_percent(case):
+  image = jnp.asarray(np.random.default_rng(0).standard_normal([1, 64, 96, 3]), jnp.float32)
+  wide, narrow = (forward(seeded_model(case, 0.7, dtype=dtype), image)[0] for dtype in ("float32", "bfloat16"))
+  assert narrow.dtype == jnp.float32
+  assert float(jnp.linalg.norm(narrow - wide) / jnp.linalg.norm(wide)) < 2e-2

@@ -1,6 +1,8 @@
 """The tf.data loader: reads and decodes in TensorFlow's thread pool, in order."""
 
+import atexit
 import os
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,11 +13,21 @@ tf.config.set_visible_devices([], "GPU")  # It would reserve the memory that JAX
 # Type and rank of what an example holds.
 _SPEC = dict(image=(tf.uint8, 3), label=(tf.uint8, 2), size=(tf.int32, 1), id=(tf.int32, 0))
 _BORDER = dict(border=(tf.float16, 2))
+_started = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+  """Ends iterators that a failing program left in the middle: once Python shuts down, TensorFlow would wait for ever for
+  reads under way, whose threads Python has ended.
+  """
+  for iterator in list(_started):
+    iterator.close()
 
 
 def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_workers: int,
             border: bool = False) -> Iterator[dict]:  # fmt: skip
-  """Yields `load(position)` of consecutive positions, stacked `batch_size` at a time.
+  """`load(position)` of consecutive positions, stacked `batch_size` at a time.
 
   Args:
     num_workers: threads; 0 for one per core.
@@ -24,6 +36,12 @@ def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_
   Raises:
     Whatever `load` raises, unchanged, when the batch that needs it is due.
   """
+  iterator = _iterate(positions, load, batch_size, num_workers, border)
+  _started.add(iterator)
+  return iterator
+
+
+def _iterate(positions, load, batch_size, num_workers, border):
   failures = []
   spec = _SPEC | _BORDER if border else _SPEC
 
