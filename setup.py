@@ -31,6 +31,7 @@ setuptools.setup(
     "pillow>=11",
     "scipy",  # For SBD's .mat files; JAX needs it anyway.
     "safetensors",
+    "scipy",  # Distance transforms and connected components of instances.
     "tensorboard",  # clu's writers need it beside TensorFlow.
     # tensorflow-cpu has wheels for these machines only; it spares the others' CUDA download, as JAX does the computing.
     "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux'",

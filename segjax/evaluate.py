@@ -15,6 +15,23 @@ from segjax.state import build, with_sharding
 
 
 @dataclasses.dataclass
+class Evaluation:
+  """What an evaluation found.
+
+  Attributes:
+    confusion: [K, K] int64 of the whole split.
+    scalars: {"val/mean_iou": ...}.
+    table: for people.
+    pictures: {name: [H, W, 3] uint8}.
+  """
+
+  confusion: np.ndarray
+  scalars: dict[str, float]
+  table: str
+  pictures: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
 class Evaluator:
   """Scores variables on one split; compiled at its first call, and not again.
 
@@ -29,20 +46,26 @@ class Evaluator:
   config: object
   mesh: jax.sharding.Mesh
 
-  def __call__(self, variables: dict) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """[K, K] int64 confusion of the whole split, and {name: picture} of its first `eval.num_overlays` examples."""
+  def __call__(self, variables: dict) -> "Evaluation":
+    """Scores of the whole split, and pictures of its first `eval.num_overlays` examples."""
     data, batch_size = self.config.data, self.config.eval.batch_size
     rows = sharding.local_rows(self.mesh, batch_size)
     batches = input_pipeline.eval_batches(self.source, data, batch_size=batch_size, rows=rows)
-    confusion, pictures, pending = None, {}, None
+    totals, pictures, pending = {}, {}, None
     for batch in sharding.to_device(batches, self.mesh):
       out = self.step(variables, batch)
       if len(pictures) < self.config.eval.num_overlays:
         self._draw(batch, out["prediction"], pictures)
+      counts = {name: out[name] for name in out if name != "prediction"}
       if pending is not None:  # One batch late, so that the device already has its next one.
-        confusion = metrics.add(confusion, pending)
-      pending = out["confusion"]
-    return metrics.add(confusion, pending), pictures
+        totals = {name: metrics.add(totals[name] if totals else None, pending[name]) for name in pending}
+      pending = counts
+    totals = {name: metrics.add(totals[name] if totals else None, pending[name]) for name in pending}
+    table = report.class_table(self.source.classes, totals["confusion"])
+    if "sweep" in totals:
+      table += "\n" + report.threshold_line(totals["sweep"], steps.THRESHOLDS)
+    scalars = report.score_scalars(data.eval_split, self.source.classes, totals["confusion"])
+    return Evaluation(totals["confusion"], scalars, table, pictures)
 
   def _draw(self, batch, prediction, pictures):
     """Adds pictures of the examples that this host holds."""
@@ -74,7 +97,10 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size, canvas[0])
   e = config.eval
   protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
-  step = steps.make_eval_step(graphdef, mesh, num_classes=len(source.classes), protocol=protocol)
+  step = steps.make_eval_step(
+    graphdef, mesh, num_classes=len(source.classes), protocol=protocol, sigmoid=config.head == "sigmoid",
+    threshold=e.threshold,
+  )  # fmt: skip
   return Evaluator(source, step, config, mesh)
 
 
@@ -100,19 +126,18 @@ def evaluate(config, workdir) -> dict[str, float]:
   evaluator = make_evaluator(config, source, graphdef, mesh)
   variables, step, origin = trained_variables(config, workdir, loaded, init, mesh)
 
-  confusion, pictures = evaluator(variables)
-  scores = report.score_scalars(split, source.classes, confusion)
+  evaluation = evaluator(variables)
   writer = report.Writer(workdir / f"eval_{split}", tensorboard=False)
-  writer.scalars(step, scores)
-  folder = writer.pictures(step, pictures)
+  writer.scalars(step, evaluation.scalars)
+  folder = writer.pictures(step, evaluation.pictures)
   if jax.process_index() == 0:
     window = f", windows {tuple(config.eval.window)}" if any(config.eval.window) else ""
     print(
       f"{split}: {len(source)} images, {origin}, scales {tuple(config.eval.scales)}, flip {config.eval.flip}{window}\n"
-      f"{report.class_table(source.classes, confusion)}\nscores and pictures: {folder.parent.parent}",
+      f"{evaluation.table}\nscores and pictures: {folder.parent.parent}",
       flush=True,
     )
-  return scores
+  return evaluation.scalars
 
 
 def load_weights(config, workdir: pathlib.Path) -> tuple[dict, str] | None:

@@ -1,12 +1,14 @@
 """From files to host batches. Nothing below this package imports JAX, so data workers stay free of it.
 
 A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the facts
-`classes`, `palette` [K, 3] uint8, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`). `order` says which examples a step sees. A loader reads them:
+`classes`, `palette` [K, 3] uint8, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`). `order`
+says which examples a step sees. A loader reads them:
 
     batches(positions, load, canvas_size, batch_size, num_workers) -> iterator of dicts
 
 Batches hold this host's rows: `image` [b, H, W, 3] uint8 and `label` [b, H, W] uint8 on the split's canvas, padded at
-the bottom and right; `size` [b, 2] int32, each image's own height and width; `id` [b] int32.
+the bottom and right; where asked for, `border` [b, H, W] float16; `size` [b, 2] int32, each image's own height and
+width; `id` [b] int32.
 """
 
 import functools
@@ -67,8 +69,11 @@ def canvas_of(source, data) -> tuple[int, int]:
   return tuple(data.canvas_size)
 
 
-def load_example(source, canvas_size: tuple[int, int], index: int) -> dict[str, np.ndarray]:
+def load_example(source, canvas_size: tuple[int, int], index: int, border: bool = False) -> dict[str, np.ndarray]:
   """Example `index` at its own size; `order.PADDING` gives one without pixels, which is all void on the canvas.
+
+  Args:
+    border: adds `border`, the source's map of pixel weights.
 
   Raises:
     DataError: an image larger than the canvas (a file that changed since start-up), or what the source raises.
@@ -82,35 +87,48 @@ def load_example(source, canvas_size: tuple[int, int], index: int) -> dict[str, 
     raise DataError(
       f"{source.describe(int(index))} is {h}x{w}, larger than the canvas {canvas_size}. Restore the file."
     )
-  return dict(image=pixels, label=classes, size=np.array([h, w], np.int32), id=np.array(index, np.int32))
+  example = dict(image=pixels, label=classes, size=np.array([h, w], np.int32), id=np.array(index, np.int32))
+  if border:
+    example["border"] = np.zeros((0, 0), np.float16) if index == order.PADDING else source.border(int(index))
+  return example
 
 
-def _batches(source, canvas_size, data, ids, rows, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+def _batches(
+  source, canvas_size, data, ids, rows, start: int, stop: int, border: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
   """Batches of the steps [start, stop); `ids(step)` gives the global batch, `rows` this host's part of it."""
   ids = functools.lru_cache(maxsize=64)(ids)
 
   def load(position: int) -> dict[str, np.ndarray]:
     step, row = divmod(int(position), len(rows))
-    return load_example(source, canvas_size, ids(step)[rows[row]])
+    return load_example(source, canvas_size, ids(step)[rows[row]], border)
 
   loader = importlib.import_module(_LOADERS[data.loader])
   positions = range(start * len(rows), stop * len(rows))
   return loader.batches(positions, load, canvas_size, len(rows), data.workers)
 
 
-def train_batches(source, data, *, seed, batch_size, rows, start_step, num_steps) -> Iterator[dict[str, np.ndarray]]:
+def train_batches(
+  source, data, *, seed, batch_size, rows, start_step, num_steps, border=False
+) -> Iterator[dict[str, np.ndarray]]:
   """Training batches of steps start_step .. num_steps - 1, the same whatever the loader and the number of hosts.
 
   Args:
     data: `config.data`.
     batch_size: of the global batch.
     rows: the rows of the global batch that this host loads.
+    border: whether batches have `border`, for loss.border_weight.
+
+  Raises:
+    DataError: the source cannot tell borders.
   """
+  if border:
+    source.border_files  # noqa: B018 - says what is missing before training begins.
 
   def ids(step):
     return order.train_ids(seed, step, batch_size, len(source))
 
-  return _batches(source, canvas_of(source, data), data, ids, rows, start_step, num_steps)
+  return _batches(source, canvas_of(source, data), data, ids, rows, start_step, num_steps, border)
 
 
 def eval_batches(source, data, *, batch_size, rows) -> Iterator[dict[str, np.ndarray]]:

@@ -1,11 +1,13 @@
 """Your own images and masks, paired by name, by folder or by list file."""
 
+import functools
 import pathlib
 
 import numpy as np
+from scipy import ndimage
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline import borders, datasets
 from segjax.input_pipeline import images as images_lib
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.order import mix
@@ -54,6 +56,21 @@ class MaskMeaning:
     return images_lib.map_labels(path, ids, {}, len(self.classes))  # Colours name their class already.
 
 
+def held_out(names: list[str], *, holdout: float, folds: int, fold: int, seed: int) -> set[str]:
+  """The names that are "val" where all images share a folder; the others are "train".
+
+  Args:
+    holdout: share of all. By a hash of each name, so that adding images moves no other image to the other side.
+    folds, fold: with folds > 0, instead: part `fold` of as many parts, whose sizes differ by one at most and which
+      together are all names.
+    seed: another one makes another choice.
+  """
+  hashes = {name: int(mix(*((seed,) if seed else ()), *name.encode())) for name in names}
+  if folds:
+    return set(sorted(names, key=hashes.__getitem__)[fold::folds])
+  return {name for name in names if hashes[name] / 2**64 < holdout}
+
+
 class FolderSource(Source):
   """Random access to image and mask files.
 
@@ -63,13 +80,15 @@ class FolderSource(Source):
   Args:
     dir: root folder.
     split: fills in "{split}" in the patterns below. Where none of them has it, "train" and "val" share all images:
-      a `holdout` part, chosen by a hash of the name, is "val".
+      what `held_out` chooses is "val".
     images, masks: folders under `dir`, searched with their subfolders. A mask has its image's name and `mask_suffix`.
     list: list file under `dir`; a line is a name, or the paths of an image and its mask (SegNet's CamVid lists).
     classes: names in the order of ids; empty: the lines of `dir`/classes.txt.
     colors: RRGGBB per class; empty: the VOC palette, and RGB masks are refused.
     void_colors: RRGGBB that mean void in RGB masks.
     label_map: "VALUE:CLASS,..."; 255 is void.
+    instances: folder of masks with a number per instance, or "components"; what `border` needs. Empty: none.
+    border_sigma: pixels, of `border`.
 
   Raises:
     DataError: missing folder, list, image or mask, an empty split, or options that contradict each other; each with the
@@ -77,14 +96,67 @@ class FolderSource(Source):
   """
 
   def __init__(self, *, dir: str, split: str, images: str, masks: str, mask_suffix: str, list: str, holdout: float,
-               classes: tuple, colors: tuple, void_colors: tuple, label_map: str):  # fmt: skip
+               folds: int, fold: int, split_seed: int, classes: tuple, colors: tuple, void_colors: tuple, label_map: str,
+               instances: str, border_sigma: float):  # fmt: skip
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")
     meaning = MaskMeaning(tuple(classes) or self._read_classes(), colors, void_colors, label_map)
-    pairs = self._find_pairs(split, images, masks, mask_suffix, list, holdout)
+    held = functools.partial(held_out, holdout=holdout, folds=folds, fold=fold, seed=split_seed)
+    pairs = self._find_pairs(split, images, masks, mask_suffix, list, held)
+    self._images, self._pairs = self._root / images.format(split=split), pairs
+    self._meaning = f"{meaning.classes} {colors} {void_colors} {label_map}"
+    self._instances, self._border_sigma = instances.format(split=split), border_sigma
     names = [image.relative_to(self._root).with_suffix("").as_posix() for image, _ in pairs]
     super().__init__(Files(names, pairs), meaning.classes, meaning.palette, meaning.to_label)
+
+  @functools.cached_property
+  def border_files(self) -> list[pathlib.Path]:
+    """For each example, the file that its instances come from.
+
+    Raises:
+      DataError: no instances are configured, or masks of them are missing.
+    """
+    if not self._instances:
+      raise DataError(
+        "A weight map needs to know where instances touch: set data.instances to the folder of their masks, or to"
+        ' "components"; or set loss.border_weight = 0.'
+      )
+    if self._instances == "components":
+      return [mask for _, mask in self._pairs]
+    found = self._files(self._instances, "data.instances")
+    names = []
+    for image, _ in self._pairs:
+      inside = image.is_relative_to(self._images)
+      names.append((image.relative_to(self._images) if inside else pathlib.Path(image.name)).with_suffix("").as_posix())
+    missing = [name for name in names if name not in found]
+    if missing:
+      raise DataError(
+        f"{self._root / self._instances}: {len(missing)} masks of instances are missing:"
+        f" {images_lib.listed(missing)}. Add them, or set loss.border_weight = 0."
+      )
+    return [found[name] for name in names]
+
+  def border(self, index: int) -> np.ndarray:
+    """[H, W] float16 in [0, 1], how much the ground between two instances weighs; see `borders.border_map`.
+
+    Raises:
+      DataError: what `border_files` raises, a damaged file, or one that is no mask of instances.
+    """
+    path = self.border_files[index]
+
+    def components():
+      label = self[index][1]
+      return ndimage.label((label != 0) & (label != IGNORE_LABEL))[0]
+
+    def numbers():
+      mask = images_lib.read_mask(path)
+      if mask.ndim != 2 or mask.min() < 0:
+        raise DataError(f"{path}: no mask of instances. Store one number per instance, and 0 where there is none.")
+      return np.unique(mask, return_inverse=True)[1].reshape(mask.shape) + (mask.min() > 0)
+
+    read = components if self._instances == "components" else numbers
+    return borders.cached_border_map(path, f"{self._instances} {self._meaning}", read, self._border_sigma)
 
   def _read_classes(self) -> tuple[str, ...]:
     path = self._root / "classes.txt"
@@ -95,12 +167,12 @@ class FolderSource(Source):
       )
     return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
 
-  def _find_pairs(self, split, images, masks, mask_suffix, list_file, holdout):
+  def _find_pairs(self, split, images, masks, mask_suffix, list_file, held_out):
     fixed = not any("{split}" in pattern for pattern in (images, masks, list_file))
     if fixed and split not in ("train", "val"):
       raise DataError(
         f"split {split!r}: data.images, data.masks and data.list name no {{split}}, so there are only train and val"
-        f" (a share of {holdout} of all images). Use {{split}} in one of the three."
+        " (data.holdout or data.folds of all images). Use {split} in one of the three."
       )
     if list_file:
       path = self._root / list_file.format(split=split)
@@ -116,8 +188,7 @@ class FolderSource(Source):
       found_masks = self._files(masks.format(split=split), "data.masks")
       names = sorted(found) if entries is None else [self._name(path, entry) for entry in entries]
       if fixed and entries is None:
-        # By name, so that adding images moves no other image to the other side.
-        held = {name for name in names if int(mix(*name.encode())) / 2**64 < holdout}
+        held = held_out(names)
         names = [name for name in names if (name in held) == (split == "val")]
       missing = [f"image {name}" for name in names if name not in found]
       missing += [
