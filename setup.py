@@ -6,6 +6,8 @@ import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = (ROOT / "segjax" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+# importlib-resources: TFDS imports it when it builds a data set of one's own, and names it for old Python versions only.
+TFDS = ["tensorflow-datasets>=4.9.9", "importlib-resources"]
 
 setuptools.setup(
   name="segjax",
@@ -27,7 +29,9 @@ setuptools.setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",  # Its checkpoint manager is being replaced by another API.
     "pillow>=11",
+    "scipy",  # For SBD's .mat files; JAX needs it anyway.
     "safetensors",
+    "scipy",  # Distance transforms and connected components of instances.
     "tensorboard",  # clu's writers need it beside TensorFlow.
     # tensorflow-cpu has wheels for these machines only; it spares the others' CUDA download, as JAX does the computing.
     "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux'",
@@ -38,6 +42,12 @@ setuptools.setup(
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
-    "test": ["pytest>=8", "ruff==0.17.5"],  # Pinned: another ruff formats differently and would fail CI by itself.
+    "tfds": TFDS,
+    "test": [
+      "cityscapesscripts",  # The official score to compare with.
+      "pytest>=8",
+      "ruff==0.17.5",  # Pinned: another ruff formats differently and would fail CI by itself.
+      *TFDS,
+    ],
   },
 )

@@ -1,86 +1,178 @@
-"""Training augmentation on the device, inside the jitted step: random scale, crop, flip and colour.
+"""Training augmentation on the device, inside the jitted step: random scale, crop, flip, warp and colour.
 
 Hosts only decode; the random part is a pure function of (seed, step, position in the global batch), so any number of
 devices or hosts, and either loader, sees the same crops. Scale, crop and flip are one separable resample: each output
-row looks at one (fractional) input row, each output column at one input column.
+row looks at one (fractional) input row, each output column at one input column. Rotation, shear and elastic deformation
+are not, and gather pixel by pixel.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from segjax.models import resize
 
 
-def crop_positions(key, length, crop: int, scale, flip) -> tuple[jax.Array, jax.Array]:
-  """Where each pixel of a crop looks along one axis, after resizing that axis and cropping it at random.
+def crop_axis(key, length, crop: int, scale):
+  """Resizes one axis, crops it at random, and says where a crop's pixels look.
 
-  The axis is resized to trunc(length * scale) with align_corners, padded at the end where shorter than the crop, and
-  cropped at a uniform offset (official DeepLab, core/preprocess_utils.py).
+  The axis is resized to trunc(length * scale) with align_corners, and cropped at a uniform offset, or, where shorter
+  than the crop, begins with it (official DeepLab, core/preprocess_utils.py).
 
   Args:
     key: for the offset.
     length: int scalar, pixels of the image along this axis.
     crop: pixels of the crop.
     scale: float scalar.
-    flip: bool scalar, reverses the crop.
 
   Returns:
-    [crop] float32 input positions, and [crop] bool, False where the crop lies in the padding.
+    look(index) -> input positions, and whether they lie inside the image, for whole or fractional crop pixels `index`.
   """
   resized = jnp.maximum((length.astype(jnp.float32) * scale).astype(jnp.int32), 1)
   offset = jax.random.randint(key, (), 0, jnp.maximum(resized - crop, 0) + 1)
-  index = jnp.arange(crop)
-  index = jnp.where(flip, crop - 1 - index, index) + offset
   step = (length - 1).astype(jnp.float32) / jnp.maximum(resized - 1, 1)
-  return index * step, index < resized
+
+  def look(index):
+    index = index + offset
+    return index * step, (index > -0.5) & (index <= resized - 0.5)
+
+  return look
 
 
-def scale_crop_flip(key, image, label, size, *, crop_size, scale, scale_step, flip):
-  """One example at random scale, place and side.
+def warp_field(key, size: tuple[int, int], *, rotation, shift, shear, zoom, elastic):
+  """Where each pixel of a crop looks within the crop's frame: a random affine map about its centre, and a random bulge.
+
+  Args:
+    size: (h, w) of the crop.
+    rotation, shear: degrees; both are uniform in [-s, s]. Shear slants the columns.
+    shift: share of the crop; uniform in [-s, s] for height and width.
+    zoom: factors of height and width are uniform in [1 - s, 1 + s], each its own.
+    elastic: deviation in pixels of the normal displacements of a 3x3 grid over the crop, interpolated bicubically to
+      all pixels (U-Net, arXiv 1505.04597, section 3.1).
+
+  Returns:
+    rows, cols [h, w] float32, pixels of the crop before the warp.
+  """
+  keys = jax.random.split(key, 5)
+
+  def draw(key, strength, shape=()):
+    return jax.random.uniform(key, shape, jnp.float32, -strength, strength)
+
+  angle, slant = (draw(k, jnp.deg2rad(s)) for k, s in ((keys[0], rotation), (keys[1], shear)))
+  row, col = (jnp.arange(n, dtype=jnp.float32) - (n - 1) / 2 for n in size)
+  factor = 1 + draw(keys[2], zoom, (2,))
+  row, col = row[:, None] / factor[0], col[None, :] / factor[1]
+  col = col + jnp.tan(slant) * row
+  row = jnp.broadcast_to(row, size)
+  turned = jnp.cos(angle) * row - jnp.sin(angle) * col, jnp.sin(angle) * row + jnp.cos(angle) * col
+  moved = draw(keys[3], shift, (2,)) * jnp.array(size, jnp.float32)
+  bulge = jnp.zeros((*size, 2))
+  if elastic:
+    grid = elastic * jax.random.normal(keys[4], (3, 3, 2))
+    bulge = jnp.einsum("hi,ijc,wj->hwc", bicubic_matrix(size[0]), grid, bicubic_matrix(size[1]))
+  return tuple(turned[n] + (size[n] - 1) / 2 + moved[n] + bulge[..., n] for n in (0, 1))
+
+
+def bicubic_matrix(size: int) -> np.ndarray:
+  """[size, 3] float32: Catmull-Rom interpolation of three knots at the first, middle and last pixel.
+
+  Beyond the ends the knots go on linearly, so straight lines stay straight.
+  """
+  position = np.arange(size) * (2 / max(size - 1, 1))
+  segment = np.minimum(position.astype(int), 1)
+  t = (position - segment)[:, None]
+  cubic = 0.5 * np.concatenate(
+    [-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, -(t**2) + t**3], axis=1
+  )  # Weights of the knots segment - 1 ... segment + 2.
+  knots = np.array([[2, -1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, -1, 2]])
+  return np.stack([cubic[i] @ knots[segment[i] : segment[i] + 4] for i in range(size)]).astype(np.float32)
+
+
+def place(key, image, label, border, size, *, crop_size, margin, scale, scale_step, flip, outside, **warp):
+  """One example at random scale, place and side, turned and bent at random.
 
   Args:
     image: [H, W, 3] uint8 canvas; label: [H, W] uint8 canvas; size: [2] int32, the image's own height and width.
-    crop_size: (h, w) of the result.
+    border: [H, W] canvas of pixel weights that goes with the label, or None.
+    crop_size: (h, w) of the label.
+    margin: pixels of image around the label's crop.
     scale: (smallest, largest), relative to the image.
     scale_step: 0 for continuous, else the spacing of the values drawn, from the smallest on.
     flip: whether to mirror left-right with probability 1/2.
+    outside: "mirror": the image and its label go on beyond the image's border, mirrored. "void": what lies there is not
+      `inside`; but the image is mirrored for a model with a margin, as in its predictions.
+    warp: strengths as of `warp_field`; all 0 takes a faster way.
 
   Returns:
-    image [h, w, 3] float32 in [0, 255] (bilinear), label [h, w] int32 (nearest), inside [h, w] bool: False in the
-    padding, where image and label mean nothing.
+    image [h + 2 margin, w + 2 margin, 3] float32 in [0, 255] (bilinear); label [h, w] int32 and border [h, w] float32
+    (nearest); inside: bool of the image's size, False where image and label mean nothing.
   """
-  scale_key, flip_key, row_key, col_key = jax.random.split(key, 4)
+  scale_key, flip_key, row_key, col_key, warp_key = jax.random.split(key, 5) if any(warp.values()) else (
+    *jax.random.split(key, 4), None
+  )  # fmt: skip
   if scale_step:
     count = int((scale[1] - scale[0]) / scale_step + 1e-6) + 1
     factor = scale[0] + scale_step * jax.random.randint(scale_key, (), 0, count)
   else:
     factor = jax.random.uniform(scale_key, (), jnp.float32, scale[0], scale[1])
   mirrored = jax.random.bernoulli(flip_key) if flip else jnp.asarray(False)
-  rows, in_rows = crop_positions(row_key, size[0], crop_size[0], factor, jnp.asarray(False))
-  cols, in_cols = crop_positions(col_key, size[1], crop_size[1], factor, mirrored)
+  look_row = crop_axis(row_key, size[0], crop_size[0], factor)
+  look_col = crop_axis(col_key, size[1], crop_size[1], factor)
+  whole = tuple(n + 2 * margin for n in crop_size)
+  inner = np.s_[margin : margin + crop_size[0]], np.s_[margin : margin + crop_size[1]]
+  folds = outside == "mirror" or margin > 0
 
-  top, bottom, down, nearest_row = _neighbours(rows, size[0])
-  left, right, across, nearest_col = _neighbours(cols, size[1])
-  down, across = down[:, None, None], across[None, :, None]
-  # Rows first: whole rows are contiguous, so this gather is a copy, and the column gather sees a smaller array.
-  lines = image[top] * (1 - down) + image[bottom] * down  # [h, W, 3]
-  image = lines[:, left] * (1 - across) + lines[:, right] * across  # [h, w, 3]
-  return image, label[nearest_row][:, nearest_col].astype(jnp.int32), in_rows[:, None] & in_cols[None, :]
+  if warp_key is None:
+    row, col = (jnp.arange(n) - margin for n in whole)
+    (rows, in_rows), (cols, in_cols) = look_row(row), look_col(jnp.where(mirrored, crop_size[1] - 1 - col, col))
+    top, bottom, down, nearest_row = _neighbours(rows, size[0], folds)
+    left, right, across, nearest_col = _neighbours(cols, size[1], folds)
+    down, across = down[:, None, None], across[None, :, None]
+    # Rows first: whole rows are contiguous, so this gather is a copy, and the column gather sees a smaller array.
+    lines = image[top] * (1 - down) + image[bottom] * down  # [h, W, 3]
+    image = lines[:, left] * (1 - across) + lines[:, right] * across  # [h, w, 3]
+    label, border = (
+      x if x is None else x[nearest_row[inner[0]]][:, nearest_col[inner[1]]] for x in (label, border)
+    )  # fmt: skip
+    inside = in_rows[:, None] & in_cols[None, :]
+  else:
+    row, col = (x - margin for x in warp_field(warp_key, whole, **warp))
+    (rows, in_rows), (cols, in_cols) = look_row(row), look_col(jnp.where(mirrored, crop_size[1] - 1 - col, col))
+    top, bottom, down, nearest_row = _neighbours(rows, size[0], folds)
+    left, right, across, nearest_col = _neighbours(cols, size[1], folds)
+    down, across = down[..., None], across[..., None]
+    image = (image[top, left] * (1 - across) + image[top, right] * across) * (1 - down) + (
+      image[bottom, left] * (1 - across) + image[bottom, right] * across
+    ) * down
+    label, border = (x if x is None else x[nearest_row[inner], nearest_col[inner]] for x in (label, border))
+    inside = in_rows & in_cols
+  if outside == "mirror":
+    inside = jnp.ones_like(inside)
+  border = None if border is None else border.astype(jnp.float32)
+  return image, label.astype(jnp.int32), border, inside
 
 
-def _neighbours(position, length):
-  """Per position: the two pixels around it, the weight of the second, and the nearest pixel (halves upwards)."""
+def _neighbours(position, length, folds: bool):
+  """Per position: the two pixels around it, the weight of the second, and the nearest pixel (halves upwards).
+
+  Positions outside are mirrored at the border pixels if it `folds`, else their values mean nothing.
+  """
+  if folds:
+    position = resize.mirror_index(position, length)
   low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, length - 1)
   nearest = jnp.clip(jnp.floor(position + 0.5).astype(jnp.int32), 0, length - 1)
   return low, jnp.minimum(low + 1, length - 1), position - low, nearest
 
 
-def jitter_color(key, image, inside, *, brightness, contrast, saturation, hue):
-  """Random brightness, contrast, saturation and hue, in this order, with torchvision's definitions.
+def jitter_color(key, image, inside, *, brightness, contrast, saturation, hue, hsv):
+  """Random brightness, contrast, saturation and hue, in this order, with torchvision's definitions, then HSV shifts.
 
   Args:
     image: [H, W, 3] float in [0, 255].
     inside: [H, W] bool, the pixels whose mean grey contrast refers to.
     brightness, contrast, saturation: strength s; the factor is uniform in [1 - s, 1 + s].
     hue: strength s; the shift is uniform in [-s, s] of the colour circle.
+    hsv: strengths of what is added to hue, saturation and value, as shares of their range.
 
   Returns:
     [H, W, 3] in [0, 255]; a strength of 0 leaves its property untouched.
@@ -99,6 +191,9 @@ def jitter_color(key, image, inside, *, brightness, contrast, saturation, hue):
     image = blend(image, _grey(image), keys[2], saturation)
   if hue:
     image = shift_hue(image, jax.random.uniform(keys[3], (), jnp.float32, -hue, hue))
+  if any(hsv):
+    shifts = jax.random.uniform(jax.random.fold_in(key, 4), (3,), jnp.float32, -1, 1) * jnp.asarray(hsv, jnp.float32)
+    image = shift_hsv(image, *shifts)
   return image
 
 
@@ -109,39 +204,64 @@ def _grey(image):
 
 def shift_hue(image: jax.Array, shift) -> jax.Array:
   """Turns the hue of [H, W, 3] RGB by `shift` of the colour circle, keeping HSV saturation and value."""
+  sector, chroma, value = _hue_chroma_value(image)
+  return _from_hue_chroma_value(sector + 6 * shift, chroma, value)
+
+
+def shift_hsv(image: jax.Array, hue, saturation, value) -> jax.Array:
+  """Adds to hue (turning), saturation and value (clipping) of [H, W, 3] RGB in [0, 255]; shares of their range."""
+  sector, chroma, v = _hue_chroma_value(image)
+  moved = jnp.clip(v + 255 * value, 0, 255)
+  s = jnp.clip(chroma / jnp.where(v > 0, v, 1) + jnp.where(chroma > 0, saturation, 0), 0, 1)  # Grey has no hue to show.
+  return _from_hue_chroma_value(sector + 6 * hue, s * moved, moved)
+
+
+def _hue_chroma_value(image):
+  """Hue in [0, 6), max - min, and max of [H, W, 3] RGB."""
   value = image.max(-1)
   chroma = value - image.min(-1)
   safe = jnp.where(chroma > 0, chroma, 1)
   r, g, b = image[..., 0], image[..., 1], image[..., 2]
   # By comparisons: `value == r` may fail for the largest channel, as XLA computes a pixel twice with other roundings.
   green_or_blue = jnp.where(g >= b, (b - r) / safe + 2, (r - g) / safe + 4)
-  sector = jnp.where((r >= g) & (r >= b), (g - b) / safe % 6, green_or_blue)
-  # HSV to RGB: channel n = value - chroma * clip(min(k, 4 - k), 0, 1), k = (n + sector) mod 6, n = 5, 3, 1.
-  k = (jnp.array([5.0, 3.0, 1.0]).reshape(1, 1, 3) + sector[..., None] + 6 * shift) % 6
+  return jnp.where((r >= g) & (r >= b), (g - b) / safe % 6, green_or_blue), chroma, value
+
+
+def _from_hue_chroma_value(sector, chroma, value):
+  """The inverse: channel n = value - chroma * clip(min(k, 4 - k), 0, 1), k = (n + sector) mod 6, n = 5, 3, 1."""
+  k = (jnp.array([5.0, 3.0, 1.0]).reshape(1, 1, 3) + sector[..., None]) % 6
   return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
 
-def augment_batch(key, image, label, size, *, crop_size, fill, ignore_label, scale, scale_step, flip, **color):
+def augment_batch(key, image, label, size, border=None, *, crop_size, fill, ignore_label, margin=0, scale, scale_step,
+                  flip, rotation, shift, shear, zoom, elastic, outside, **color):  # fmt: skip
   """A batch of canvases to a batch of crops; example i draws from fold_in(key, i).
 
   Args:
     key: of this step.
-    image: [B, H, W, 3] uint8, label: [B, H, W] uint8, size: [B, 2] int32.
+    image: [B, H, W, 3] uint8, label: [B, H, W] uint8, size: [B, 2] int32, border: [B, H, W] pixel weights or None.
     fill: (r, g, b) of the padding. ignore_label: the label of the padding.
-    crop_size, scale, scale_step, flip: as in `scale_crop_flip`.
+    crop_size, margin, scale, scale_step, flip, outside: as in `place`.
+    rotation, shift, shear, zoom, elastic: as in `warp_field`.
     color: as in `jitter_color`.
 
   Returns:
-    image [B, h, w, 3] float32 in [0, 255], label [B, h, w] int32.
+    image [B, h + 2 margin, w + 2 margin, 3] float32 in [0, 255], label [B, h, w] int32, border [B, h, w] float32 or
+    None.
   """
+  h, w = crop_size
+  warp = dict(rotation=rotation, shift=shift, shear=shear, zoom=zoom, elastic=elastic)
 
-  def one(index, image, label, size):
+  def one(index, image, label, border, size):
     place_key, color_key = jax.random.split(jax.random.fold_in(key, index))
-    image, label, inside = scale_crop_flip(
-      place_key, image, label, size, crop_size=crop_size, scale=scale, scale_step=scale_step, flip=flip
-    )
-    image = jitter_color(color_key, image, inside, **color)
-    fill_pixel = jnp.asarray(fill, jnp.float32).reshape(1, 1, 3)
-    return jnp.where(inside[..., None], image, fill_pixel), jnp.where(inside, label, ignore_label)
+    image, label, border, inside = place(
+      place_key, image, label, border, size, crop_size=crop_size, margin=margin, scale=scale, scale_step=scale_step,
+      flip=flip, outside=outside, **warp,
+    )  # fmt: skip
+    shown = jnp.ones_like(inside) if margin else inside  # With a margin, what is outside is mirrored.
+    image = jitter_color(color_key, image, shown, **color)
+    image = jnp.where(shown[..., None], image, jnp.asarray(fill, jnp.float32).reshape(1, 1, 3))
+    inside = inside[margin : margin + h, margin : margin + w]
+    return image, jnp.where(inside, label, ignore_label), None if border is None else jnp.where(inside, border, 0)
 
-  return jax.vmap(one)(jnp.arange(image.shape[0]), image, label, size)
+  return jax.vmap(one)(jnp.arange(image.shape[0]), image, label, border, size)

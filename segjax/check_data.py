@@ -94,6 +94,8 @@ def check(config) -> int:
       counts, found = scan(source, range(len(source)), split)
       found += warnings(source, counts)
       print(f"{split}: {len(source)} examples\n{share_table(source, counts)}")
+      for note in source.notes:
+        print(f"  note: {note}")
       if not found:  # Otherwise it would tell the same again.
         print("  canvas {} x {} (height x width)".format(*input_pipeline.canvas_of(source, config.data)))
     except DataError as error:

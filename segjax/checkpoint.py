@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax, written in the background, the last k and the one of best mean IoU, each with its checksums."""
+"""Checkpoints: Orbax, written in the background, the last k and the best one, each with its checksums."""
 
 import asyncio
 import dataclasses
@@ -118,12 +118,12 @@ class Checkpoints:
     policies = [
       checkpoint_managers.LatestN(keep),
       checkpoint_managers.BestN(
-        get_metric_fn=lambda metrics: metrics["mean_iou"], n=1, keep_checkpoints_without_metrics=False
+        get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False
       ),
     ]
     options = ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-      best_fn=lambda metrics: metrics["mean_iou"],
+      best_fn=lambda metrics: metrics["score"],
       step_prefix="step",
       read_only=read_only,
       temporary_path_class=_Checksummed,
@@ -135,24 +135,24 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
-    """The checkpoint of best mean IoU; None where none was scored."""
+    """The checkpoint of the best score; None where none was scored."""
     return self._manager.best_step()
 
-  def best_mean_iou(self) -> float | None:
+  def best_score(self) -> float | None:
     """The score of `best_step`."""
     step = self.best_step()
-    return None if step is None else float(self._manager.metrics(step)["mean_iou"])
+    return None if step is None else float(self._manager.metrics(step)["score"])
 
-  def save(self, state: TrainState, mean_iou: float | None = None) -> None:
+  def save(self, state: TrainState, score: float | None = None) -> None:
     """Starts saving the state under its step; a step that is there already is left as it is.
 
     Args:
-      mean_iou: its score, where this step was evaluated.
+      score: higher is better; of a step that was evaluated.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    metrics = None if mean_iou is None else {"mean_iou": mean_iou}
+    metrics = None if score is None else {"score": score}
     self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), metrics=metrics, force=True)
 
   def restore(self, abstract: TrainState, step: int) -> TrainState:

@@ -55,8 +55,11 @@ def _check_config_names(argv: list[str]) -> None:
       _stop(f"{name}: no such field.{config_lib.suggest(field, known)}")
 
 
-def config():
+def config(data_dir: str = ""):
   """The config of the command line, complete and checked.
+
+  Args:
+    data_dir: stands in for an empty `config.data.dir`.
 
   Raises:
     ConfigError: listing every problem.
@@ -64,6 +67,7 @@ def config():
   if _CONFIG.value is None:
     raise app.UsageError("Name a config, e.g. --config=configs/quickstart.py, or the --workdir of a run.")
   resolved = config_lib.finalize(_CONFIG.value)
+  resolved.data.dir = resolved.data.dir or data_dir
   config_lib.validate(resolved)
   return resolved
 

@@ -20,7 +20,9 @@ CONFIG_FILE = "config.json"  # In the workdir.
 
 # Constructor arguments by model; the reasons and units stand in the constructors.
 MODELS = {
-  "unet": dict(width=64, depth=4, up="transposed", dropout=0.0, bn_momentum=0.9),
+  "unet": dict(
+    width=64, depth=4, up="transposed", dropout=0.0, padding="same", batch_norm=True, bn_momentum=0.9,
+  ),
   "deeplab_v3plus": dict(
     backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True, image_pooling=True, decoder=True,
     multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997, frozen_bn=False, auxiliary=False,
@@ -33,6 +35,10 @@ MODELS = {
   "dilated_fcn": dict(
     backbone="resnet_50", output_stride=8, dropout=0.1, bn_momentum=0.9, frozen_bn=False, auxiliary=False,
     align_corners=True,
+  ),
+  "fcn": dict(
+    stride=8, width=64, fuse="score", upsampling="learned", at_once=False, geometry="same", normalization="imagenet",
+    dropout=0.5,
   ),
 }  # fmt: skip
 
@@ -49,10 +55,34 @@ SOURCES = {
     mask_suffix="",  # What a mask's name has behind its image's name, e.g. "_mask".
     list="",  # List file under `dir`, e.g. "{split}.txt": a name, or "image mask" paths, per line. Empty: all.
     holdout=0.1,  # Share of images held out for validation where neither folders nor lists name a split.
+    folds=0,  # Instead of `holdout`: so many equal parts, of which part `fold` is held out. 0: none.
+    fold=0,
+    split_seed=0,  # Another number holds out other images.
     classes=(),  # Class names in the order of their ids. Empty: the lines of `dir`/classes.txt.
     colors=(),  # One RRGGBB per class: overlays, and the meaning of RGB masks. Empty: a standard palette.
     void_colors=(),  # RRGGBB of RGB masks that mean void.
     label_map="",  # Mask values to ids, "255:1,11:255"; 255 is void. Values not named keep their number.
+    # Masks of instances (0: none), by the image's name, for loss.border_weight. "components": the connected components of
+    # all classes but the first. Empty: none.
+    instances="",
+    border_sigma=5.0,  # Pixels; how far apart instances may be for the ground between them to weigh more.
+  ),
+  "voc": dict(
+    format="tree",  # "tree": VOC's own folders; "tfds": TFDS's shards, under `dir`. Batches are the same, bit for bit.
+  ),
+  "cityscapes": dict(
+    format="tree",  # "tree": Cityscapes' own folders; "tfds": TFDS's shards, under `dir`.
+    labels="gtFine",  # Or "gtCoarse", which train_extra needs.
+  ),
+  "tfds": dict(
+    dataset="",  # Any TFDS data set in ArrayRecord files under `dir`: "oxford_iiit_pet", or "name/config".
+    image_feature="image",
+    mask_feature="segmentation_mask",
+    id_feature="",  # Feature that names the examples, e.g. "file_name". Empty: they are numbered.
+    classes=(),  # As of the folder source, from here on.
+    colors=(),
+    void_colors=(),
+    label_map="",
   ),
 }
 
@@ -60,12 +90,16 @@ SOURCES = {
 # schedule, which train.py says aloud).
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "eval", "init",
-  "data.dir", "data.eval_split", "data.loader", "data.workers",
+  "data.dir", "data.eval_split", "data.loader", "data.workers", "data.format", "policy.early_stop",
 )  # fmt: skip
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
   "data.loader": ("tf_data", "grain"),
+  "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
+  "data.labels": ("gtFine", "gtCoarse"),
+  "head": ("softmax", "sigmoid"),
+  "augment.outside": ("void", "mirror"),
   "optimizer.name": ("sgd", "adamw"),
   "optimizer.schedule": ("poly", "cosine", "step", "constant"),
   "optimizer.warmup": ("linear", "constant"),
@@ -99,7 +133,8 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
   config.log_every = 20  # Steps between progress lines.
   config.eval_every = 500  # Steps between evaluations; each also saves a checkpoint. The last step always does.
   config.checkpoint_every = 500  # Steps between checkpoints.
-  config.keep_checkpoints = 2  # The last so many, beside the one of best mean IoU.
+  config.keep_checkpoints = 2  # The last so many, beside the best by policy.metric. 1: the last, to resume from.
+  config.head = "softmax"  # Over all classes, or "sigmoid": one logit, for two classes, the second being foreground.
   # Devices along each axis: `data` splits the batch, `space` the image height. -1: all that remain.
   config.mesh = config_dict.ConfigDict(dict(data=-1, space=1))
 
@@ -126,10 +161,23 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       contrast=0.0,
       saturation=0.0,
       hue=0.0,
+      hsv=(0.0, 0.0, 0.0),  # Strengths s of what is added to hue, saturation, value, from [-s, s] of their range.
+      # Affine maps about the crop's centre; uniform in [-s, s]. 0: off.
+      rotation=0.0,  # Degrees.
+      shear=0.0,  # Degrees.
+      shift=0.0,  # Share of the crop.
+      zoom=0.0,  # Height and width by a factor of [1-s, 1+s] each, beside `scale`.
+      elastic=0.0,  # Pixels: deviation of the displacements of a 3x3 grid over the crop (the U-Net's paper: 10).
+      outside="void",  # What crops show beyond the image: "void", or "mirror" image and label.
     )
   )
   config.loss = config_dict.ConfigDict(
     dict(
+      # What is summed, with weights: ("bce", "dice:0.5"). cross_entropy (softmax head), bce (sigmoid head), dice,
+      # jaccard, focal, lovasz.
+      terms=("cross_entropy",),
+      focal_gamma=2.0,  # How much focal neglects easy pixels (arXiv 1708.02002: 2).
+      border_weight=0.0,  # w0 of the U-Net's weight map, which wants data.instances (the paper: 10). 0: off.
       # (): equal. ("median_frequency",), ("inverse_log",): from the training labels. Or one number per class.
       class_weights=(),
       hard_fraction=1.0,  # Share of all pixels that counts, those of the largest loss. 1: all.
@@ -152,12 +200,21 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       momentum=0.9,  # SGD momentum, or AdamW's b1.
       nesterov=False,  # SGD only.
       weight_decay=1e-4,  # On dense kernels only: no bias, no batch norm, no depthwise kernel.
-      # Gradient multipliers (official DeepLab, last_layer_gradient_multiplier): of aspp, decoder and logits, and of the
+      # Gradient multipliers (official DeepLab, last_layer_gradient_multiplier): of all that is not backbone, and of the
       # biases of convolutions, which official DeepLab doubles.
       head_multiplier=1.0,
       bias_multiplier=1.0,
       clip_norm=0.0,  # Largest global norm of the gradient. 0: no clipping.
       ema_decay=0.0,  # Moving average of parameters and statistics, used for evaluation. 0: none.
+    )
+  )
+  config.policy = config_dict.ConfigDict(
+    dict(
+      metric="mean_iou",  # Validation score that decides which checkpoint is best, and all below; "iou/NAME" for a class.
+      min_gain=1e-4,  # By which it must grow to count as better.
+      plateau_factor=1.0,  # What the learning rate is multiplied by after `plateau_patience` evaluations without gain.
+      plateau_patience=5,
+      early_stop=0,  # Ends training after so many evaluations without gain. 0: never.
     )
   )
   config.eval = config_dict.ConfigDict(
@@ -167,7 +224,8 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       flip=False,  # Also the mirror image, averaged.
       window=(0, 0),  # (H, W) of sliding windows at each scale, pixels. (0, 0): the whole image at once.
       window_stride=(0, 0),  # (H, W) from one window to the next; less than `window` to overlap.
-      checkpoint="best",  # Which one --mode=eval scores: "best" mean IoU or "last".
+      threshold=0.5,  # Of the foreground's probability under the sigmoid head; each evaluation names the best one.
+      checkpoint="best",  # Which one --mode=eval scores: "best" by policy.metric, or "last".
       num_overlays=4,  # Pictures image | label | prediction per evaluation.
     )
   )
@@ -224,7 +282,8 @@ def validate(config: config_dict.ConfigDict) -> None:
       problems.append(f"config.{field} = {fields(config)[field]!r}: {remedy}")
 
   for field, choices in CHOICES.items():
-    check(fields(config)[field] in choices, field, f"choose one of {', '.join(choices)}.")
+    if field in fields(config):
+      check(fields(config)[field] in choices, field, f"choose one of {', '.join(choices)}.")
   for field in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
                 "eval.batch_size", "mesh.space"):  # fmt: skip
     check(fields(config)[field] >= 1, field, "must be at least 1.")
@@ -243,6 +302,29 @@ def validate(config: config_dict.ConfigDict) -> None:
   for field in ("brightness", "contrast", "saturation"):
     check(0 <= config.augment[field] <= 1, f"augment.{field}", "must lie in [0, 1].")
   check(0 <= config.augment.hue <= 0.5, "augment.hue", "must lie in [0, 0.5], a share of the colour circle.")
+  augment = config.augment
+  check(
+    len(augment.hsv) == 3 and all(0 <= s <= 1 for s in augment.hsv), "augment.hsv", "needs three numbers in [0, 1]."
+  )
+  for field, limit in (("rotation", 180), ("shear", 80), ("shift", 1), ("zoom", 0.9)):
+    check(0 <= augment[field] <= limit, f"augment.{field}", f"must lie in [0, {limit}].")
+  check(augment.elastic >= 0, "augment.elastic", "must be 0 (off) or more pixels.")
+  policy = config.policy
+  check(policy.min_gain > 0, "policy.min_gain", "must be above 0.")
+  check(0 < policy.plateau_factor <= 1, "policy.plateau_factor", "must lie in (0, 1]; 1 is off.")
+  check(policy.plateau_patience >= 1, "policy.plateau_patience", "must be at least 1 evaluation.")
+  check(policy.early_stop >= 0, "policy.early_stop", "must be 0 (never) or more evaluations.")
+  check(0 < config.eval.threshold < 1, "eval.threshold", "must lie between 0 and 1.")
+  check(config.loss.focal_gamma >= 0, "loss.focal_gamma", "must be 0 (cross-entropy) or more.")
+  check(config.loss.border_weight >= 0, "loss.border_weight", "must be 0 (off) or more.")
+  check(not config.loss.border_weight or (config.data.name == "folder" and bool(config.data.instances)),
+        "loss.border_weight", "wants to know where instances touch: set data.instances of the folder source to their"
+        ' masks, or to "components"; or 0.')  # fmt: skip
+  terms = {str(term).partition(":")[0] for term in config.loss.terms}
+  check(not config.loss.border_weight or bool(terms & {"cross_entropy", "bce"}), "loss.border_weight",
+        "weighs the pixels of cross_entropy and bce: name one of them in loss.terms, or set it to 0.")  # fmt: skip
+  check(config.loss.hard_fraction == 1 or "cross_entropy" in terms, "loss.hard_fraction",
+        "picks pixels of cross_entropy: name it in loss.terms, or set this to 1.")  # fmt: skip
   weights = config.loss.class_weights
   named = len(weights) == 1 and weights[0] in ("median_frequency", "inverse_log")
   numbers = all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in weights)
@@ -274,6 +356,10 @@ def validate(config: config_dict.ConfigDict) -> None:
   check(config.eval.num_overlays >= 0, "eval.num_overlays", "must be 0 or more.")
   if config.data.name == "folder":
     check(0 < config.data.holdout < 1, "data.holdout", "must lie between 0 and 1.")
+    check(config.data.folds == 0 or config.data.folds >= 2, "data.folds", "must be 0 (none) or at least 2.")
+    check(0 <= config.data.fold < max(config.data.folds, 1), "data.fold", "must lie in [0, data.folds).")
+    check(config.data.split_seed >= 0, "data.split_seed", "must be 0 or more.")
+    check(config.data.border_sigma > 0, "data.border_sigma", "must be above 0 pixels.")
   if problems:
     raise ConfigError("The config cannot run:\n  " + "\n  ".join(problems))
 

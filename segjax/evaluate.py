@@ -10,7 +10,24 @@ from segjax import config as config_lib
 from segjax import input_pipeline, metrics, report, sharding, steps, warm_start
 from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
-from segjax.state import TrainState, build, with_sharding
+from segjax.state import build, with_sharding
+
+
+@dataclasses.dataclass
+class Evaluation:
+  """What an evaluation found.
+
+  Attributes:
+    confusion: [K, K] int64 of the whole split.
+    scalars: {"val/mean_iou": ...}.
+    table: for people.
+    pictures: {name: [H, W, 3] uint8}.
+  """
+
+  confusion: np.ndarray
+  scalars: dict[str, float]
+  table: str
+  pictures: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass
@@ -28,24 +45,30 @@ class Evaluator:
   config: object
   mesh: jax.sharding.Mesh
 
-  def __call__(self, variables: dict) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """[K, K] int64 confusion of the whole split, and {name: picture} of its first `eval.num_overlays` examples."""
+  def __call__(self, variables: dict) -> "Evaluation":
+    """Scores of the whole split, and pictures of its first `eval.num_overlays` examples."""
     data, batch_size = self.config.data, self.config.eval.batch_size
     rows = sharding.local_rows(self.mesh, batch_size)
     batches = input_pipeline.eval_batches(self.source, data, batch_size=batch_size, rows=rows)
-    confusion, pictures, pending = None, {}, None
+    totals, pictures, pending = {}, {}, None
     for batch in sharding.to_device(batches, self.mesh):
       out = self.step(variables, batch)
       if len(pictures) < self.config.eval.num_overlays:
         self._draw(batch, out["prediction"], pictures)
+      counts = {name: out[name] for name in out if name != "prediction"}
       if pending is not None:  # One batch late, so that the device already has its next one.
-        confusion = metrics.add(confusion, pending)
-      pending = out["confusion"]
-    return metrics.add(confusion, pending), pictures
+        totals = {name: metrics.add(totals[name] if totals else None, pending[name]) for name in pending}
+      pending = counts
+    totals = {name: metrics.add(totals[name] if totals else None, pending[name]) for name in pending}
+    table = report.class_table(self.source.classes, totals["confusion"])
+    if "sweep" in totals:
+      table += "\n" + report.threshold_line(totals["sweep"], steps.THRESHOLDS)
+    scalars = report.score_scalars(data.eval_split, self.source.classes, totals["confusion"])
+    return Evaluation(totals["confusion"], scalars, table, pictures)
 
   def _draw(self, batch, prediction, pictures):
     """Adds pictures of the examples that this host holds."""
-    host = {name: _local(value) for name, value in (*batch.items(), ("prediction", prediction))}
+    host = {name: local(value) for name, value in (*batch.items(), ("prediction", prediction))}
     for image, label, size, index, classes in zip(
       host["image"], host["label"], host["size"], host["id"], host["prediction"]
     ):
@@ -55,7 +78,7 @@ class Evaluator:
         pictures[self.source.describe(int(index))] = picture
 
 
-def _local(array: jax.Array) -> np.ndarray:
+def local(array: jax.Array) -> np.ndarray:
   """This host's rows of a batch-sharded array; with `space` sharding, whole images are put together again."""
   if array.is_fully_addressable:
     return np.asarray(array)
@@ -73,7 +96,10 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size, canvas[0])
   e = config.eval
   protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
-  step = steps.make_eval_step(graphdef, mesh, num_classes=len(source.classes), protocol=protocol)
+  step = steps.make_eval_step(
+    graphdef, mesh, num_classes=len(source.classes), protocol=protocol, sigmoid=config.head == "sigmoid",
+    threshold=e.threshold,
+  )  # fmt: skip
   return Evaluator(source, step, config, mesh)
 
 
@@ -91,47 +117,58 @@ def evaluate(config, workdir) -> dict[str, float]:
     DataError: the split cannot be used.
   """
   workdir = pathlib.Path(workdir)
-  has_run = (workdir / config_lib.CONFIG_FILE).exists()
-  loaded = warm_start.load(config.init) if config.init.path and not has_run else None
-  if loaded is None:
-    config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  loaded = load_weights(config, workdir)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split)
   graphdef, _, _, init = build(config, len(source.classes))
   evaluator = make_evaluator(config, source, graphdef, mesh)
-  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
-  if loaded is None:
-    variables, step, origin = checkpointed_variables(abstract, workdir, config.eval.checkpoint)
-  else:
-    # Strictly all: what init.exclude leaves random would only be scored as noise.
-    variables, origin = warm_start.merge(abstract.variables(), loaded, ())
-    variables, step = jax.device_put(variables, sharding.replicated(mesh)), 0
+  variables, step, origin = trained_variables(config, workdir, loaded, init, mesh)
 
-  confusion, pictures = evaluator(variables)
-  scores = report.score_scalars(split, source.classes, confusion)
+  evaluation = evaluator(variables)
   writer = report.Writer(workdir / f"eval_{split}", tensorboard=False)
-  writer.scalars(step, scores)
-  folder = writer.pictures(step, pictures)
+  writer.scalars(step, evaluation.scalars)
+  folder = writer.pictures(step, evaluation.pictures)
   if jax.process_index() == 0:
     window = f", windows {tuple(config.eval.window)}" if any(config.eval.window) else ""
     print(
       f"{split}: {len(source)} images, {origin}, scales {tuple(config.eval.scales)}, flip {config.eval.flip}{window}\n"
-      f"{report.class_table(source.classes, confusion)}\nscores and pictures: {folder.parent.parent}",
+      f"{evaluation.table}\nscores and pictures: {folder.parent.parent}",
       flush=True,
     )
-  return scores
+  return evaluation.scalars
 
 
-def checkpointed_variables(abstract: TrainState, workdir: pathlib.Path, which: str) -> tuple[dict, int, str]:
-  """The variables of the "best" or "last" checkpoint of a run, their step, and what to call them.
+def load_weights(config, workdir: pathlib.Path) -> tuple[dict, str] | None:
+  """The weights of `config.init` where `workdir` holds no run; None where it does. For before anything slow.
 
   Raises:
-    ConfigError: no checkpoint, or one of another model.
+    ConfigError: neither a run nor weights.
   """
+  if config.init.path and not (workdir / config_lib.CONFIG_FILE).exists():
+    return warm_start.load(config.init)
+  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  return None
+
+
+def trained_variables(config, workdir: pathlib.Path, loaded, init, mesh) -> tuple[dict, int, str]:
+  """What to evaluate: the variables on the mesh, their step, and what to call them.
+
+  Args:
+    loaded: of `load_weights`; None takes the checkpoint of `workdir` that `config.eval.checkpoint` names.
+    init: of `state.build`.
+
+  Raises:
+    ConfigError: no checkpoint, or weights of another model.
+  """
+  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
+  if loaded is not None:
+    # Strictly all: what init.exclude leaves random would only be scored as noise.
+    variables, origin = warm_start.merge(abstract.variables(), loaded, ())
+    return jax.device_put(variables, sharding.replicated(mesh)), 0, origin
   with Checkpoints(workdir, read_only=True) as checkpoints:
     best, last = checkpoints.best_step(), checkpoints.latest_step()
-    step = best if which == "best" and best is not None else last
+    step = best if config.eval.checkpoint == "best" and best is not None else last
     if step is None:
       raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
     state = checkpoints.restore(abstract, step)

@@ -47,13 +47,27 @@ def class_scores(
     scales: relative to the image; the size rule is official DeepLab's, trunc((n - 1) * scale + 1).
     flip: whether each scale's mirror image is averaged in.
     window, window_stride: (H, W) of sliding windows at every scale, and the distance between them; (0, 0): the whole
-      image at once.
+      image at once. For a model with a border they are tiles, see `overlap_tile`, and the distance is of no matter.
   """
   views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
   options = dict(window=window, window_stride=window_stride)
   if len(views) == 1:
-    return view_logits(model, image, *views[0], **options)
-  return sum(jax.nn.softmax(view_logits(model, image, *view, **options)) for view in views) / len(views)
+    return two_classes(view_logits(model, image, *views[0], **options))
+  logits = (two_classes(view_logits(model, image, *view, **options)) for view in views)
+  return sum(jax.nn.softmax(view) for view in logits) / len(views)
+
+
+def two_classes(logits: jax.Array) -> jax.Array:
+  """A one-logit head's [..., 1] as [..., 2], background and foreground: sigmoid(z) = softmax(0, z). Others as they are."""
+  return logits if logits.shape[-1] > 1 else jnp.concatenate([jnp.zeros_like(logits), logits], axis=-1)
+
+
+def foreground_probability(
+  scores: jax.Array, *, scales: Sequence[float] = (1.0,), flip: bool = False, **_
+) -> jax.Array:
+  """[B, H, W], the probability of the second of two classes, of what `class_scores` gives under the same protocol."""
+  several = len(scales) > 1 or flip
+  return scores[..., 1] if several else jax.nn.sigmoid(scores[..., 1] - scores[..., 0])
 
 
 def view_logits(model: nnx.Module, image: jax.Array, scale: float, mirrored: bool, *, window=(0, 0),
@@ -62,7 +76,10 @@ def view_logits(model: nnx.Module, image: jax.Array, scale: float, mirrored: boo
   size = image.shape[1:3]
   view = resize.resize_bilinear(image, tuple(int((n - 1) * scale + 1) for n in size), model.align_corners)
   view = view[:, :, ::-1] if mirrored else view
-  logits = sliding_window(model, view, window, window_stride) if any(window) else model(view, upsample=False)
+  if any(window) and model.border:
+    logits = overlap_tile(model, view, window)
+  else:
+    logits = sliding_window(model, view, window, window_stride) if any(window) else model(view, upsample=False)
   logits = logits[:, :, ::-1] if mirrored else logits
   if scale < 1 and not any(window):
     # Officially, small logits first grow to the size that the image itself would have given.
@@ -100,3 +117,34 @@ def sliding_window(model: nnx.Module, image: jax.Array, window: tuple[int, int],
 
   total = jnp.zeros((image.shape[0], *size, shape.shape[-1]), shape.dtype)
   return jax.lax.fori_loop(0, len(corners), add_window, total) / count.astype(shape.dtype)
+
+
+def overlap_tile(model, image: jax.Array, tile: tuple[int, int]) -> jax.Array:
+  """Logits [B, H, W, K] of an unpadded U-Net from tiles, the same as those of the whole image at once.
+
+  The overlap-tile strategy (arXiv 1505.04597, section 2, figure 2): each tile of logits is computed from its pixels and
+  the `border` around them, mirrored beyond the image, so tiles fit together without a seam. One after the other, in a
+  loop that is compiled once: memory is that of one tile.
+
+  Args:
+    model: a `models.unet.UNet` with padding "valid".
+    image: [B, H, W, 3], preprocessed.
+    tile: least (H, W) of a tile's logits, pixels. Tiles begin at multiples of the model's stride, so that poolings
+      combine the same pixels in each.
+  """
+  h, w = image.shape[1:3]
+  field = tuple(model.unpadded_size(min(n, limit)) for n, limit in zip(tile, (h, w)))  # Of a tile's pixels.
+  out = tuple(n - 2 * model.border for n in field)
+  steps = tuple(max(n // model.stride, 1) * model.stride for n in out)
+  counts = tuple(-(-max(n - m, 0) // step) + 1 for n, m, step in zip((h, w), out, steps))
+  covered = tuple((count - 1) * step + m for count, step, m in zip(counts, steps, out))
+  image = resize.mirror(image, model.border, tuple(n + 2 * model.border for n in covered))
+  shape = jax.eval_shape(lambda x: model(x, context=True), image[:, : field[0], : field[1]])
+
+  def add_tile(n, logits):
+    row, col = n // counts[1] * steps[0], n % counts[1] * steps[1]
+    part = jax.lax.dynamic_slice(image, (0, row, col, 0), (image.shape[0], *field, image.shape[3]))
+    return jax.lax.dynamic_update_slice(logits, model(part, context=True), (0, row, col, 0))
+
+  logits = jnp.zeros((image.shape[0], *covered, shape.shape[-1]), shape.dtype)
+  return jax.lax.fori_loop(0, counts[0] * counts[1], add_tile, logits)[:, :h, :w]

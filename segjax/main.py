@@ -1,4 +1,4 @@
-"""The door: python -m segjax.main --config=configs/x.py --workdir=runs/x [--mode=train|eval] [--config.field=value ...]
+"""The door: python -m segjax.main --config=configs/x.py --workdir=runs/x [--mode=train|eval|predict] [--config.field=value ...]
 
 Only flags, process start and dispatch; the work is in functions of (config, workdir) that can be imported.
 """
@@ -10,7 +10,12 @@ from absl import app, flags
 
 from segjax import cluster, commandline
 
-_MODE = flags.DEFINE_enum("mode", "train", ("train", "eval"), "train, or score a checkpoint of the workdir.")
+_MODE = flags.DEFINE_enum(
+  "mode",
+  "train",
+  ("train", "eval", "predict"),
+  "train, or score a checkpoint of the workdir, or write its predictions for a server.",
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, pictures.", required=True)
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, 'host:port of process 0, where several processes run as one; "auto": JAX finds all (TPU pods).'
@@ -33,6 +38,7 @@ def main(argv: list[str]) -> None:
 
   from segjax import distributed
   from segjax.evaluate import evaluate
+  from segjax.predict import predict
   from segjax.train import NonFiniteLoss, train
 
   if config.dtype == "float64":
@@ -42,7 +48,7 @@ def main(argv: list[str]) -> None:
     distributed.connected(processes, _START_TIMEOUT.value),
     commandline.readable_errors(NonFiniteLoss),  # Before `connected` ends a process that fails among several.
   ):
-    {"train": train, "eval": evaluate}[_MODE.value](config, _WORKDIR.value)
+    {"train": train, "eval": evaluate, "predict": predict}[_MODE.value](config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def scores(confusion: np.ndarray) -> dict[str, float | np.ndarray]:
     confusion: [K, K] integer counts.
 
   Returns:
-    `mean_iou`, `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou` as floats, and arrays [K] `iou_per_class`,
-    `accuracy_per_class`. A class with neither label nor prediction has IoU NaN and is left out of the mean; one that is
+    `mean_iou`, `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou`, `mean_dice` as floats, and arrays [K]
+    `iou_per_class`, `dice_per_class`, `accuracy_per_class`. A class with neither label nor prediction has IoU NaN and is left out of the mean; one that is
     only predicted counts as 0. Accuracy is NaN, and left out, where a class has no label. All NaN for an empty matrix.
     (The rules of TensorFlow's mean_iou, mmsegmentation and VainF's metrics.)
   """
@@ -48,6 +48,7 @@ def scores(confusion: np.ndarray) -> dict[str, float | np.ndarray]:
   hits, truth, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
   with np.errstate(invalid="ignore", divide="ignore"):
     iou = hits / (truth + predicted - hits)
+    dice = 2 * hits / (truth + predicted)
     accuracy = hits / truth
     share = truth / truth.sum()
     pixel_accuracy = hits.sum() / truth.sum()
@@ -56,7 +57,9 @@ def scores(confusion: np.ndarray) -> dict[str, float | np.ndarray]:
     pixel_accuracy=float(pixel_accuracy),
     mean_accuracy=_mean(accuracy),
     frequency_weighted_iou=float((share[share > 0] * iou[share > 0]).sum()) if (share > 0).any() else float("nan"),
+    mean_dice=_mean(dice),
     iou_per_class=iou,
+    dice_per_class=dice,
     accuracy_per_class=accuracy,
   )
 

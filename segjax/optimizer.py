@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+HEADS = ("aspp", "decoder", "head", "auxiliary", "logits")  # The parts of models that no ImageNet weights begin.
+
 
 def make_schedule(
   name: str,
@@ -53,6 +55,41 @@ def make_schedule(
   return schedule
 
 
+def init_policy() -> dict:
+  """What training policies remember from one evaluation to the next; part of the training state, so resumes keep it.
+
+  Returns:
+    `plateau`: of optax.contrib.reduce_on_plateau. `best`: float32, the highest score so far. `stale`: int32, evaluations
+    since then.
+  """
+  plateau = optax.contrib.reduce_on_plateau(factor=0.5, atol=1e-4, rtol=0.0).init(None)
+  return dict(plateau=plateau, best=jnp.full((), -jnp.inf, jnp.float32), stale=jnp.zeros((), jnp.int32))
+
+
+def update_policy(policy: dict, score, *, min_gain: float, plateau_factor: float, plateau_patience: int) -> dict:
+  """The policies' memory after an evaluation.
+
+  Args:
+    score: in [0, 1], higher is better; NaN counts as no gain.
+    min_gain: by which a score must exceed the best one.
+    plateau_factor: what the learning rate is multiplied by after `plateau_patience` evaluations in a row without gain.
+  """
+  score = jnp.asarray(score, jnp.float32)
+  better = score > policy["best"] + min_gain
+  plateau = policy["plateau"]
+  if plateau_factor < 1:
+    reduce = optax.contrib.reduce_on_plateau(plateau_factor, plateau_patience, rtol=0.0, atol=min_gain)
+    loss = jnp.where(jnp.isnan(score), jnp.inf, 1 - score)  # It looks for a minimum.
+    _, plateau = reduce.update(jnp.zeros(()), plateau, value=loss)
+  best = jnp.where(better, score, policy["best"])
+  return dict(plateau=plateau, best=best, stale=jnp.where(better, 0, policy["stale"] + 1))
+
+
+def plateau_scale(policy: dict) -> jax.Array:
+  """What the learning rate is multiplied by at present."""
+  return policy["plateau"].scale
+
+
 def decay_mask(params) -> dict:
   """True where weight decay applies: leaves named `kernel`.
 
@@ -67,7 +104,7 @@ def gradient_multipliers(params, head: float, bias: float) -> dict:
 
   Args:
     params: nested dict.
-    head: of everything in `aspp`, `decoder` and `logits`, batch norm included.
+    head: of everything in `aspp`, `decoder`, `head`, `auxiliary` and `logits`, batch norm included.
     bias: of biases of convolutions, times `head` where they are in the head. A batch norm's shift is none.
   """
 
@@ -77,7 +114,7 @@ def gradient_multipliers(params, head: float, bias: float) -> dict:
     for key in keys[:-1]:
       siblings = siblings[key]
     is_bias = keys[-1] == "bias" and "scale" not in siblings
-    return (head if keys[0] in ("aspp", "decoder", "logits") else 1.0) * (bias if is_bias else 1.0)
+    return (head if keys[0] in HEADS else 1.0) * (bias if is_bias else 1.0)
 
   return jax.tree_util.tree_map_with_path(multiplier, params)
 

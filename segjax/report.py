@@ -140,6 +140,9 @@ def class_table(classes: tuple[str, ...], confusion: np.ndarray) -> str:
     f"  mean IoU {100 * scores['mean_iou']:.2f} | pixel accuracy {100 * scores['pixel_accuracy']:.2f} | mean accuracy"
     f" {100 * scores['mean_accuracy']:.2f} | frequency-weighted IoU {100 * scores['frequency_weighted_iou']:.2f}"
   )
+  if len(classes) == 2:
+    foreground = f"IoU {100 * scores['iou_per_class'][1]:.2f}, Dice {100 * scores['dice_per_class'][1]:.2f}"
+    lines.append(f"  foreground ({classes[1]}): {foreground}")
   absent = [name for name, iou in zip(classes, scores["iou_per_class"]) if np.isnan(iou)]
   if absent:
     lines.append(f"  in neither labels nor predictions, left out of the mean: {', '.join(absent)}")
@@ -153,11 +156,22 @@ def class_table(classes: tuple[str, ...], confusion: np.ndarray) -> str:
 
 
 def score_scalars(split: str, classes: tuple[str, ...], confusion: np.ndarray) -> dict[str, float]:
-  """{"val/mean_iou": ..., "val/iou/Road": ...}; shares of 1."""
+  """{"val/mean_iou": ..., "val/iou/Road": ...}; shares of 1. Two classes also have "val/foreground_iou" and _dice."""
   scores = metrics.scores(confusion)
-  names = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
-  per_class = {f"{split}/iou/{name}": iou for name, iou in zip(classes, scores["iou_per_class"])}
-  return {f"{split}/{name}": scores[name] for name in names} | per_class
+  names = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "mean_dice")
+  scalars = {f"{split}/{name}": scores[name] for name in names}
+  if len(classes) == 2:
+    scalars |= {f"{split}/foreground_{name}": scores[f"{name}_per_class"][1] for name in ("iou", "dice")}
+  return scalars | {f"{split}/iou/{name}": iou for name, iou in zip(classes, scores["iou_per_class"])}
+
+
+def threshold_line(sweep: np.ndarray, thresholds: tuple[float, ...]) -> str:
+  """The threshold of best foreground IoU, of the confusion matrices [T, 2, 2] at all thresholds."""
+  ious = [metrics.scores(confusion)["iou_per_class"][1] for confusion in sweep]
+  if np.isnan(ious).all():
+    return "  no foreground in labels or predictions: no threshold is best"
+  best = int(np.nanargmax(ious))
+  return f"  best threshold here: eval.threshold={thresholds[best]:g}, foreground IoU {100 * ious[best]:.2f}"
 
 
 def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ class TrainState:
     ema: {"params": ..., "batch_stats": ...}, moving averages; None without ema_decay.
     failed_step: int32 scalar, the step whose loss or gradient was not finite; -1 for none. A failed state does not
       change any more, so the host can look at it when it comes to it.
+    policy: what plateau and early stopping remember, see `optimizer.init_policy`.
   """
 
   step: jax.Array
@@ -33,6 +34,7 @@ class TrainState:
   opt_state: optax.OptState
   ema: dict | None
   failed_step: jax.Array
+  policy: dict
 
   def variables(self) -> dict:
     """{"params", "batch_stats"} as trained."""
@@ -57,8 +59,13 @@ def build(config, num_classes: int):
     `jax.eval_shape` for the abstract state that a checkpoint is restored into.
 
   Raises:
-    ConfigError: a model option out of range, or a crop smaller than the model's stride.
+    ConfigError: a model option out of range, a sigmoid head for other than two classes, or a crop smaller than the model's stride.
   """
+  if config.head == "sigmoid" and num_classes != 2:
+    raise ConfigError(
+      f"config.head = 'sigmoid' tells foreground from background, but the data set has {num_classes} classes. Set head ="
+      " 'softmax', or map the masks to two classes (data.label_map)."
+    )
   o = config.optimizer
   schedule = optimizer_lib.make_schedule(
     o.schedule, base_lr=o.base_lr, num_steps=config.num_steps, poly_power=o.poly_power, end_lr=o.end_lr,
@@ -71,7 +78,12 @@ def build(config, num_classes: int):
   )  # fmt: skip
 
   def build_model() -> nnx.Module:
-    return models.build(num_classes=num_classes, dtype=config.dtype, rngs=nnx.Rngs(config.seed), **config.model)
+    return models.build(
+      num_classes=1 if config.head == "sigmoid" else num_classes,
+      dtype=config.dtype,
+      rngs=nnx.Rngs(config.seed),
+      **config.model,
+    )
 
   def init() -> TrainState:
     _, params, batch_stats = split(build_model())
@@ -83,6 +95,7 @@ def build(config, num_classes: int):
       # Copies: a donated state must not hold one buffer twice.
       ema=jax.tree.map(jnp.copy, dict(params=params, batch_stats=batch_stats)) if o.ema_decay else None,
       failed_step=jnp.full((), -1, jnp.int32),
+      policy=optimizer_lib.init_policy(),
     )
 
   try:

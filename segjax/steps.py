@@ -9,9 +9,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from segjax import augment, inference, metrics, sharding
+from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL
 from segjax.models import resize
 from segjax.state import TrainState
+
+THRESHOLDS = tuple(n / 20 for n in range(1, 20))  # Of the foreground's probability, swept in each evaluation.
 
 
 def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:
@@ -29,51 +32,54 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
   Args:
     augmentation: keywords of `augment.augment_batch`: scale, scale_step, flip, brightness, ...
-    loss: loss(logits, label, step) -> scalar, from `losses.make_loss`.
+    loss: loss(logits, label, step, border) -> scalar, from `losses.make_loss`.
     auxiliary_weight: of the same loss on the logits of an auxiliary head, where the model has one.
     ema_decay: 0 where the state has no `ema`.
 
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
-    [B, H, W, 3] uint8, `label` [B, H, W] uint8 and `size` [B, 2] int32. Metrics are scalars: `loss`, `grad_norm`,
+    [B, H, W, 3] uint8, `label` [B, H, W] uint8 and `size` [B, 2] int32, and may have `border` [B, H, W]. Metrics are scalars: `loss`, `grad_norm`,
     `pixel_accuracy` of the crops as trained on. A step whose loss or gradient is not finite leaves the state as it was
     but for `failed_step`.
   """
 
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-    fill = merge(graphdef, state.variables()).mean
-    image, label = augment.augment_batch(
-      augment_key, batch["image"], batch["label"], batch["size"], crop_size=crop_size, fill=fill,
-      ignore_label=IGNORE_LABEL, **augmentation,
+    network = merge(graphdef, state.variables())
+    border = batch["border"] if "border" in batch else None
+    image, label, border = augment.augment_batch(
+      augment_key, batch["image"], batch["label"], batch["size"], border, crop_size=crop_size, fill=network.mean,
+      ignore_label=IGNORE_LABEL, margin=network.border, **augmentation,
     )  # fmt: skip
+    context = dict(context=True) if network.border else {}
     image = jax.lax.with_sharding_constraint(image, sharding.batch_sharding(mesh, image.ndim))
     label = jax.lax.with_sharding_constraint(label, sharding.batch_sharding(mesh, label.ndim))
 
     def loss_fn(params):
       model = merge(graphdef, dict(params=params, batch_stats=state.batch_stats))
       endpoints = {}
-      logits = model(model.preprocess(image), train=True, key=dropout_key, endpoints=endpoints)
-      value = loss(logits, label, state.step)
+      logits = model(model.preprocess(image), train=True, key=dropout_key, endpoints=endpoints, **context)
+      value = loss(logits, label, state.step, border)
       if "auxiliary" in endpoints:
         auxiliary = resize.resize_bilinear(endpoints["auxiliary"], label.shape[1:], model.align_corners)
-        value += auxiliary_weight * loss(auxiliary, label, state.step)
-      return value, (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), logits.argmax(-1))
+        value += auxiliary_weight * loss(auxiliary, label, state.step, border)
+      prediction = inference.two_classes(logits).argmax(-1)
+      return value, (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), prediction)
 
     (value, (batch_stats, prediction)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(state.params, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))
     ema = state.ema
     if ema is not None:
       # Warmed up as TensorFlow does it, so that the average forgets the random start: at most (1 + n) / (10 + n).
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
       ema = optax.incremental_update(dict(params=params, batch_stats=batch_stats), ema, 1 - decay)
-    updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.failed_step)
+    updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.failed_step, state.policy)
 
     grad_norm = optax.tree.norm(gradient)
     sound = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.failed_step < 0)
     failed = jnp.where(state.failed_step < 0, state.step, state.failed_step)
-    kept = TrainState(state.step, state.params, state.batch_stats, state.opt_state, state.ema, failed)
+    kept = TrainState(state.step, state.params, state.batch_stats, state.opt_state, state.ema, failed, state.policy)
     state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, kept)
 
     valid = label != IGNORE_LABEL
@@ -84,24 +90,36 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
-                   protocol: dict) -> Callable[[dict, dict], dict]:  # fmt: skip
+                   protocol: dict, sigmoid: bool = False,
+                   threshold: float = 0.5) -> Callable[[dict, dict], dict]:  # fmt: skip
   """Scores whole images at their own size against their own labels; labels are never resized.
 
   Outside `size` the canvas holds the mean pixel, and its labels are void.
 
   Args:
     protocol: keywords of `inference.class_scores`: scales, flip, window, window_stride.
+    sigmoid: whether the model has one logit, that of the second of two classes,
+    threshold: which is predicted where its probability lies above this.
 
   Returns:
     eval_step(variables, batch) -> {"confusion": [K, K] int32, "prediction": [B, H, W] uint8}, jitted; `variables` are
-    {"params", "batch_stats"}.
+    {"params", "batch_stats"}. Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
   """
 
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
     image = model.preprocess(inference.blank_padding(batch["image"], batch["size"], model.mean))
-    prediction = inference.class_scores(model, image, **protocol).argmax(-1).astype(jnp.uint8)
-    return dict(confusion=metrics.confusion_matrix(batch["label"], prediction, num_classes), prediction=prediction)
+    scores = inference.class_scores(model, image, **protocol)
+    out = {}
+    if sigmoid:
+      probability = inference.foreground_probability(scores, **protocol)
+      prediction = (probability > threshold).astype(jnp.uint8)
+      out["sweep"] = jnp.stack([metrics.confusion_matrix(batch["label"], probability > t, 2) for t in THRESHOLDS])
+    else:
+      prediction = scores.argmax(-1).astype(jnp.uint8)
+    confusion = metrics.confusion_matrix(batch["label"], prediction, num_classes)
+    return out | dict(confusion=confusion, prediction=prediction)
 
   out = dict(confusion=sharding.replicated(mesh), prediction=sharding.batch_sharding(mesh, 3))
+  out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
   return jax.jit(eval_step, out_shardings=out)

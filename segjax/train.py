@@ -1,5 +1,6 @@
 """Training, from a config to a scored checkpoint, top to bottom in the order things happen."""
 
+import functools
 import json
 import pathlib
 
@@ -20,6 +21,7 @@ from segjax import (
   warm_start,
 )
 from segjax import config as config_lib
+from segjax import optimizer as optimizer_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.input_pipeline import order
@@ -62,12 +64,16 @@ def train(config, workdir) -> dict[str, float]:
     f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in"
     f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {config.data.loader}"
   )
+  for note in (*train_source.notes, *eval_source.notes):
+    say(f"note: {note}")
   say(check_data.probe(train_source))
 
   # Model and optimiser: shapes inferred abstractly.
   graphdef, optimizer, schedule, init = build(config, len(train_source.classes))
   abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
   say(f"parameters of {config.model.name}:\n{report.parameter_table(abstract.params, abstract.batch_stats)}")
+  check_policy(config, eval_source.classes)
+  check_loss(config)
   evaluator = evaluate.make_evaluator(config, eval_source, graphdef, mesh)
 
   # The workdir: new, or of a run with the same config. Nothing is written before this point.
@@ -81,14 +87,17 @@ def train(config, workdir) -> dict[str, float]:
     start = checkpoints.latest_step() or 0
     if start >= config.num_steps:
       say(
-        f"{workdir}: this run is complete ({start} of {config.num_steps} steps, best mean IoU"
-        f" {_percent(checkpoints.best_mean_iou())}).\n  to continue:   raise --config.num_steps\n  to start anew: give"
+        f"{workdir}: this run is complete ({start} of {config.num_steps} steps, best {config.policy.metric}"
+        f" {_percent(checkpoints.best_score())}).\n  to continue:   raise --config.num_steps\n  to start anew: give"
         f" another --workdir\n  to score it:   python -m segjax.main --mode=eval --workdir={workdir}"
       )
       return {}
     if start:
       state = checkpoints.restore(abstract, start)
       say(f"init: resumed {workdir} at step {start}")
+      if stops_early(config, state):
+        say("this run stopped early. To continue: raise --config.policy.early_stop, or set it to 0")
+        return {}
     else:
       loaded = warm_start.load(config.init) if config.init.path else None
       state = materialize(init, sharding.replicated(mesh))
@@ -104,9 +113,12 @@ def train(config, workdir) -> dict[str, float]:
       augmentation=dict(config.augment),
       loss=losses.make_loss(
         ignore_label=IGNORE_LABEL,
+        terms=config.loss.terms,
         class_weights=class_weights,
         hard_fraction=config.loss.hard_fraction,
         hard_fraction_steps=config.loss.hard_fraction_steps,
+        focal_gamma=config.loss.focal_gamma,
+        border_weight=config.loss.border_weight,
       ),
       auxiliary_weight=config.loss.auxiliary_weight,
       ema_decay=config.optimizer.ema_decay,
@@ -119,6 +131,7 @@ def train(config, workdir) -> dict[str, float]:
       rows=sharding.local_rows(mesh, config.batch_size),
       start_step=start,
       num_steps=config.num_steps,
+      border=config.loss.border_weight > 0,
     )
     batches = sharding.to_device(batches, mesh)
 
@@ -129,6 +142,12 @@ def train(config, workdir) -> dict[str, float]:
     progress = report.Progress(start, config.num_steps, config.batch_size)
     say(f"training from step {start} to {config.num_steps}; the first step compiles ...", flush=True)
 
+    p = config.policy
+    remember = functools.partial(
+      optimizer_lib.update_policy, min_gain=p.min_gain, plateau_factor=p.plateau_factor,
+      plateau_patience=p.plateau_patience,
+    )  # fmt: skip
+    remember = jax.jit(remember, out_shardings=sharding.replicated(mesh))
     scores, recent = {}, []
     for step in range(start + 1, config.num_steps + 1):
       if stop.requested(step):
@@ -153,7 +172,7 @@ def train(config, workdir) -> dict[str, float]:
         recent.clear()
         check_finite(config, state, schedule, len(train_source), checkpoints)
         rates, left = progress.lap(step)
-        lr = float(schedule(step - 1))
+        lr = float(schedule(step - 1)) * float(optimizer_lib.plateau_scale(state.policy))
         writer.scalars(step, means | rates | {"train/learning_rate": lr})
         say(
           f"step {step:>6}/{config.num_steps}  loss {means['train/loss']:.4f}  lr {lr:.2e}"
@@ -167,22 +186,26 @@ def train(config, workdir) -> dict[str, float]:
         progress.restart(step)  # Compilation would spoil images/s and ETA.
 
       if evaluation_due:
-        confusion, pictures = evaluator(state.eval_variables())
-        scores = report.score_scalars(config.data.eval_split, eval_source.classes, confusion)
+        evaluation = evaluator(state.eval_variables())
+        scores = evaluation.scalars
         writer.scalars(step, scores)
-        writer.pictures(step, pictures)
-        say(
-          f"{config.data.eval_split} at step {step}:\n{report.class_table(eval_source.classes, confusion)}", flush=True
-        )
+        writer.pictures(step, evaluation.pictures)
+        say(f"{config.data.eval_split} at step {step}:\n{evaluation.table}", flush=True)
+        state.policy = remember(state.policy, scores[f"{config.data.eval_split}/{p.metric}"])
       if checkpoint_due:
         lock.check()
-        checkpoints.save(state, scores[f"{config.data.eval_split}/mean_iou"] if evaluation_due else None)
+        checkpoints.save(state, scores[f"{config.data.eval_split}/{p.metric}"] if evaluation_due else None)
         progress.restart(step)
+      if evaluation_due and stops_early(config, state):
+        say(
+          f"stopped early: no gain in {config.data.eval_split}/{p.metric} over {p.early_stop} evaluations", flush=True
+        )
+        break
 
     checkpoints.wait()
     say(
-      f"done: {config.data.eval_split} mean IoU {_percent(scores[f'{config.data.eval_split}/mean_iou'])}, best"
-      f" {_percent(checkpoints.best_mean_iou())} at step {checkpoints.best_step()}\n"
+      f"done: {config.data.eval_split} mean IoU {_percent(scores[f'{config.data.eval_split}/mean_iou'])}, best {p.metric}"
+      f" {_percent(checkpoints.best_score())} at step {checkpoints.best_step()}\n"
       f"  checkpoints  {checkpoints.folder}\n  curves       {workdir / 'metrics.jsonl'}"
       + (f" (or: tensorboard --logdir {workdir})" if tensorboard else "")
       + f"\n  pictures     {workdir / 'overlays'}  (image | label | prediction)",
@@ -193,6 +216,27 @@ def train(config, workdir) -> dict[str, float]:
 
 def _percent(share: float | None) -> str:
   return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def check_policy(config, classes: tuple[str, ...]) -> None:
+  """Raises ConfigError where no evaluation gives `policy.metric`; lists those that there are."""
+  nothing = report.score_scalars("", classes, np.zeros((len(classes),) * 2, np.int64))
+  known = [name.removeprefix("/") for name in nothing]
+  if config.policy.metric not in known:
+    raise ConfigError(f"config.policy.metric = {config.policy.metric!r}: choose one of {', '.join(known)}.")
+
+
+def check_loss(config) -> None:
+  """Raises ConfigError where `loss.terms` names no loss, or one that does not fit the head."""
+  try:
+    losses.check_terms(config.loss.terms, config.head == "sigmoid")
+  except ValueError as error:
+    raise ConfigError(f"config.loss.terms = {tuple(config.loss.terms)}: {error}") from error
+
+
+def stops_early(config, state: TrainState) -> bool:
+  """Whether `policy.early_stop` evaluations in a row brought no gain."""
+  return 0 < config.policy.early_stop <= int(state.policy["stale"])
 
 
 def claim_workdir(config, workdir: pathlib.Path, say) -> Lock:

@@ -1,5 +1,6 @@
 """Laws of the augmentation: labels are never invented, image and label stay aligned, draws cover what is configured."""
 
+import colorsys
 import functools
 
 import jax
@@ -9,16 +10,24 @@ import pytest
 
 from segjax import augment, sharding
 
-OFF = dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+OFF = dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, hsv=(0.0, 0.0, 0.0))
+STILL = dict(rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0, outside="void")
 FILL = (10.0, 20.0, 30.0)
 
 
 def run(image, label, size=None, crop=(24, 24), seed=0, scale=(0.5, 2.0), step=0.0, flip=True, color=OFF):
   size = np.array([image.shape[1:3]] * len(image), np.int32) if size is None else size
   function = functools.partial(
-    augment.augment_batch, crop_size=crop, fill=FILL, ignore_label=255, scale=scale, scale_step=step, flip=flip, **color
+    augment.augment_batch,
+    crop_size=crop,
+    fill=FILL,
+    ignore_label=255,
+    scale=scale,
+    scale_step=step,
+    flip=flip,
+    **(STILL | OFF | color),
   )
-  image, label = jax.jit(function)(jax.random.key(seed), image, label, size)
+  image, label, _ = jax.jit(function)(jax.random.key(seed), image, label, size)
   return np.asarray(image), np.asarray(label)
 
 
@@ -144,13 +153,13 @@ def test_step_and_position_decide_the_draw():
   np.testing.assert_array_equal(first, longer[:4])  # An example's draw does not depend on how many there are.
 
 
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue", "hsv"])
 def test_each_colour_option_changes_the_image_stays_in_range_and_spares_padding(name):
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
   label = np.zeros((4, 16, 16), np.uint8)
   plain, classes = run(image, label, crop=(24, 24))
-  out, _ = run(image, label, crop=(24, 24), color=OFF | {name: 0.4})
+  out, _ = run(image, label, crop=(24, 24), color={name: (0.4, 0.4, 0.4) if name == "hsv" else 0.4})
   assert np.abs(out - plain).max() > 1 and out.min() >= 0 and out.max() <= 255.01
   assert (out[classes == 255] == FILL).all()
 
@@ -164,7 +173,103 @@ def test_hue_by_a_third_turns_red_into_green_and_a_full_turn_changes_nothing():
 
 def test_grey_has_no_hue_or_saturation_to_change():
   grey = jnp.full((3, 3, 3), 90.0)
-  color = dict(brightness=0.0, contrast=0.0, saturation=0.9, hue=0.5)
+  color = dict(brightness=0.0, contrast=0.0, saturation=0.9, hue=0.5, hsv=(0.4, 0.4, 0.0))
   np.testing.assert_allclose(
     augment.jitter_color(jax.random.key(0), grey, jnp.ones((3, 3), bool), **color), grey, atol=1e-3
   )
+
+
+def test_hsv_shifts_equal_colorsys():
+  rng = np.random.default_rng(0)
+  image = rng.uniform(0, 255, (4, 5, 3)).astype(np.float32)
+  got = np.asarray(augment.shift_hsv(jnp.asarray(image), 0.3, -0.2, 0.15))
+  for pixel, out in zip(image.reshape(-1, 3), got.reshape(-1, 3)):
+    h, s, v = colorsys.rgb_to_hsv(*(pixel / 255))
+    want = colorsys.hsv_to_rgb((h + 0.3) % 1, min(max(s - 0.2, 0), 1), min(max(v + 0.15, 0), 1))
+    np.testing.assert_allclose(out, 255 * np.array(want), atol=0.01)
+
+
+WARPS = [dict(rotation=30.0), dict(shear=20.0), dict(shift=0.2), dict(zoom=0.3), dict(elastic=4.0),
+         dict(rotation=180.0, shear=10.0, shift=0.1, zoom=0.2, elastic=3.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("warp", WARPS)
+def test_warped_images_and_labels_stay_aligned_and_labels_are_never_invented(warp):
+  image, label = coordinates(16, 56, 48)
+  out, classes = run(image, label, crop=(40, 40), scale=(1.0, 1.0), color=warp)
+  inside = classes != 255
+  row, col = out[..., 0] / 4, out[..., 1] / 4  # Where each pixel came from.
+  near_half = (np.abs(row % 1 - 0.5) < 0.02) | (np.abs(col % 1 - 0.5) < 0.02)
+  right = (np.floor(row + 0.5) // 8) * 8 + np.floor(col + 0.5) // 8 == classes
+  # Beyond the first and last pixel centre the image repeats, half a pixel long.
+  edge = (row < 0.02) | (row > 54.98) | (col < 0.02) | (col > 46.98)
+  assert (right | near_half | edge)[inside].all() and inside.mean() > 0.4
+  assert set(np.unique(classes)) <= set(np.unique(label)) | {255} and (out[~inside] == FILL).all()
+  straight, _ = run(image, label, crop=(40, 40), scale=(1.0, 1.0))
+  assert np.abs(out - straight).max() > 4
+
+
+def test_a_rotation_keeps_distances_and_the_centre():
+  for seed in range(5):
+    rows, cols = augment.warp_field(
+      jax.random.key(seed), (21, 31), rotation=90.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0
+    )
+    assert float(rows[10, 15]) == pytest.approx(10, abs=1e-4) and float(cols[10, 15]) == pytest.approx(15, abs=1e-4)
+    away = np.hypot(rows - 10, cols - 15)
+    y, x = np.mgrid[:21, :31]
+    np.testing.assert_allclose(away, np.hypot(y - 10, x - 15), atol=1e-3)
+
+
+def test_elastic_displacements_have_their_deviation_at_the_grid_and_are_smooth_between():
+  fields = np.stack(
+    [
+      np.stack(augment.warp_field(jax.random.key(seed), (65, 65), rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=10.0))
+      for seed in range(60)
+    ]
+  ) - np.mgrid[:65, :65]  # fmt: skip
+  knots = fields[:, :, ::32, ::32]
+  assert knots.shape == (60, 2, 3, 3) and knots.std() == pytest.approx(10, rel=0.08)
+  assert np.abs(np.diff(fields, 2, axis=-1)).max() < 0.2 and np.abs(np.diff(fields, axis=-1)).max() < 2.5
+
+
+def test_bicubic_interpolation_meets_its_knots_and_keeps_straight_lines():
+  matrix = augment.bicubic_matrix(9)
+  np.testing.assert_allclose(matrix[[0, 4, 8]], np.eye(3), atol=1e-6)
+  np.testing.assert_allclose(matrix @ np.array([1.0, 3.0, 5.0]), np.linspace(1, 5, 9), atol=1e-6)
+  # Halfway between the first two knots of (0, 1, 0), the ghost knot being -1: (-(-1) + 9*0 + 9*1 - 0) / 16 = 10 / 16.
+  assert matrix[2] @ np.array([0.0, 1.0, 0.0]) == pytest.approx(10 / 16)
+
+
+def test_outside_the_image_mirrored_pixels_carry_their_labels():
+  image, label = coordinates(8, 16, 16)
+  out, classes = run(image, label, crop=(24, 24), scale=(1.0, 1.0), flip=False, color=dict(outside="mirror"))
+  folded = np.pad(image, ((0, 0), (0, 8), (0, 8), (0, 0)), mode="reflect")
+  np.testing.assert_array_equal(out, folded)
+  np.testing.assert_array_equal(classes, np.pad(label, ((0, 0), (0, 8), (0, 8)), mode="reflect"))
+
+
+def test_a_margin_shows_the_true_surroundings_and_mirrors_the_border():
+  image, label = coordinates(8, 30, 30)
+  size = np.array([[30, 30]] * 8, np.int32)
+  out, classes, _ = augment.augment_batch(
+    jax.random.key(0), image, label, size, crop_size=(12, 12), fill=FILL, ignore_label=255, margin=6, scale=(1.0, 1.0),
+    scale_step=0.0, flip=False, **STILL, **OFF,
+  )  # fmt: skip
+  assert out.shape == (8, 24, 24, 3) and classes.shape == (8, 12, 12)
+  around = np.pad(image, ((0, 0), (6, 6), (6, 6), (0, 0)), mode="reflect")
+  for i in range(8):
+    top, left = (int(round(v)) for v in np.asarray(out[i, 6, 6, :2]) / 4)
+    np.testing.assert_array_equal(out[i], around[i, top : top + 24, left : left + 24])
+    np.testing.assert_array_equal(classes[i], label[i, top : top + 12, left : left + 12])
+
+
+def test_a_border_map_goes_with_the_label():
+  image, label = coordinates(8, 40, 40)
+  border = (label / 64).astype(np.float16)
+  for warp in (dict(), dict(rotation=20.0, elastic=2.0)):
+    _, classes, weight = augment.augment_batch(
+      jax.random.key(0), image, label, np.array([[40, 40]] * 8, np.int32), border, crop_size=(32, 32), fill=FILL,
+      ignore_label=255, scale=(0.5, 2.0), scale_step=0.0, flip=True, **(STILL | OFF | warp),
+    )  # fmt: skip
+    want = np.where(classes == 255, 0, (np.asarray(classes) / 64).astype(np.float16))
+    np.testing.assert_array_equal(weight, want)

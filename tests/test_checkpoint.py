@@ -20,7 +20,7 @@ def saved(tmp_path_factory):
     for step in (1, 2):
       params = {"layer": {"kernel": jnp.arange(5000.0) * step, "bias": jnp.ones(3)}}
       checkpoints.save(
-        state.TrainState(jnp.int32(step), params, {}, {"momentum": params}, None, jnp.int32(-1)), 0.1 * step
+        state.TrainState(jnp.int32(step), params, {}, {"momentum": params}, None, jnp.int32(-1), {}), 0.1 * step
       )
   return workdir
 

@@ -95,8 +95,7 @@ def test_differences_name_the_fields_and_spare_the_harmless_ones(tiny_config):
 
 
 def test_harmless_names_exist():
-  config = default_config()
-  known = set(config_lib.fields(config))
+  known = {field for name in config_lib.SOURCES for field in config_lib.fields(default_config(data=name))}
   for name in config_lib.HARMLESS:
     assert name in known or any(field.startswith(name + ".") for field in known), name
 
@@ -140,8 +139,8 @@ def test_every_shipped_config_builds_and_traces_a_step(name):
   config = config_lib.finalize(importlib.import_module(f"configs.{name}").get_config())
   config.data.dir = config.data.dir or "/data"
   config_lib.validate(config)
-  num_classes = len(config.data.classes) if config.data.name == "folder" else 6
-  num_classes = num_classes or 2
+  known = dict(synthetic=6, voc=21, cityscapes=19)
+  num_classes = known[config.data.name] if config.data.name in known else len(config.data.classes) or 2
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   graphdef, optimizer, _, init = state.build(config, num_classes)
   abstract = jax.eval_shape(init)
@@ -167,3 +166,18 @@ def test_every_shipped_config_builds_and_traces_a_step(name):
 def test_every_shipped_config_opens_with_its_command(name):
   header = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text()))
   assert re.search(rf"python -m segjax.main --config=configs/{name}.py .*--workdir=", header)
+
+
+def test_phases_of_deeplab_voc_and_what_a_wrong_one_says(tmp_path):
+  from configs import deeplab_voc
+
+  first, second = deeplab_voc.get_config(), deeplab_voc.get_config("trainval")
+  changed = {line.partition(":")[0] for line in config_lib.differences(second, first)}
+  assert changed == {"data.train_split", "model.output_stride", "model.frozen_bn", "optimizer.base_lr"}
+  result = run("--config=configs/deeplab_voc.py:train", f"--workdir={tmp_path / 'run'}", "--config.data.dir=x")
+  assert result.returncode == 2 and "phase 'train': choose trainaug or trainval" in result.stderr
+  result = run(
+    "--config=configs/deeplab_voc.py:trainval", f"--workdir={tmp_path / 'run'}", "--config.data.dir=/nowhere"
+  )
+  assert result.returncode == 2 and "data.dir = /nowhere: no folder JPEGImages" in result.stderr
+  assert not (tmp_path / "run").exists()

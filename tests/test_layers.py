@@ -83,6 +83,47 @@ def test_transposed_convolution_equals_lax_in_value_and_gradients():
     np.testing.assert_allclose(g, w, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride, size", [(2, (3, 4)), (8, (2, 3)), (1, (1, 2))])
+def test_overlapping_transposed_convolution_equals_lax_in_value_and_gradients_in_float64(stride, size):
+  with jax.enable_x64(True):
+    layer = layers.ConvTranspose(3, 5, stride, kernel_init=layers.he_normal, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, *size, 3)))
+    weight = np.random.default_rng(1).normal(size=(2, (size[0] + 1) * stride, (size[1] + 1) * stride, 5))
+
+    def ours(x, kernel):
+      return nnx.merge(nnx.graphdef(layer), {"kernel": kernel}, copy=True)(x)
+
+    def plain(x, kernel):
+      order = ("NHWC", "HWIO", "NHWC")
+      return jax.lax.conv_transpose(x, kernel[::-1, ::-1], (stride, stride), "VALID", dimension_numbers=order)
+
+    kernel = layer.kernel[...]
+    np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-13)
+    got, want = (jax.grad(lambda x, k, f=f: (f(x, k) * weight).sum(), (0, 1))(x, kernel) for f in (ours, plain))
+    for g, w in zip(got, want):
+      assert g.dtype == jnp.float64
+      np.testing.assert_allclose(g, w, atol=1e-13)
+
+
+@pytest.mark.parametrize("name, stride", [("tconv4_s2", 2), ("tconv16_s8", 8)])
+def test_overlapping_transposed_convolution_equals_torch(shared, name, stride):
+  z = np.load(shared / "reference/torch/fixtures/ops.npz")
+  kernel = z[f"w_t{2 * stride}"].transpose(2, 3, 0, 1)
+  layer = layers.ConvTranspose(*kernel.shape[2:], stride, kernel_init=layers.he_normal, rngs=nnx.Rngs(0))
+  layer.kernel[...] = kernel
+  np.testing.assert_allclose(layer(z["x"].transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2), z[name], atol=2e-6)
+
+
+@pytest.mark.parametrize("stride", [2, 8, 32])
+def test_bilinear_kernel_interpolates_between_pixel_centres_and_fixed_equals_learnable(stride):
+  layer, x = layers.ConvTranspose(2, 2, stride, rngs=nnx.Rngs(0)), random(1, 5, 4, 2)
+  fixed, half = layers.upsample_bilinear(x, stride), stride // 2
+  np.testing.assert_allclose(fixed, layer(x), atol=1e-6)
+  want = jax.image.resize(x, (1, 5 * stride, 4 * stride, 2), "linear")
+  inner = np.s_[:, half:-half, half:-half]  # At the border jax repeats the last pixel; here zeros begin.
+  np.testing.assert_allclose(fixed[:, half:-half, half:-half][inner], want[inner], atol=1e-6)
+
+
 @pytest.mark.parametrize("momentum, epsilon", [(0.1, 1e-5), (0.01, 1e-5), (0.1, 1e-3), (0.0003, 1e-3)])
 def test_batch_norm_equals_torch(momentum, epsilon):
   z, key = np.load(DATA / "torch_optim_bn.npz"), f"bn_m{momentum}_eps{'1e-05' if epsilon == 1e-5 else '0.001'}_"

@@ -132,7 +132,7 @@ def load(position):
   return dict(image=np.zeros((4, 4, 3), np.uint8), label=np.zeros((4, 4), np.uint8), size=np.array([4, 4], np.int32),
               id=np.array(position, np.int32))
 for _ in range(2):
-  batches = loader.batches(range(10**6), load, 4, 3)
+  batches = loader.batches(range(10**6), load, (4, 4), 4, 3)
   print(next(batches)["id"].tolist())
 raise SystemExit(3)
 """

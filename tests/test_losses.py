@@ -1,5 +1,7 @@
 """Cross-entropy and class weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,3 +91,131 @@ def test_inverse_log_weights_by_hand():
 def test_median_frequency_names_classes_that_never_occur():
   with pytest.raises(ValueError, match=r"classes \[1\] have no pixel"):
     losses.class_weights("median_frequency", np.array([5, 0]), np.array([5, 0]))
+
+
+# Name in losses.npz -> our function, and which logits it takes. Those of VainF divide by all pixels, void ones included.
+TORCH = {
+  "smp_dice_multiclass": (losses.dice, "multi"),
+  "smp_dice_multiclass_smooth1": (functools.partial(losses.dice, smooth=1.0), "multi"),
+  "smp_dice_multiclass_weighted": (losses.dice, "weighted"),
+  "smp_dice_binary": (losses.dice, "binary"),
+  "smp_jaccard_multiclass": (losses.jaccard, "multi"),
+  "smp_jaccard_multiclass_smooth1": (functools.partial(losses.jaccard, smooth=1.0), "multi"),
+  "smp_jaccard_multiclass_weighted": (losses.jaccard, "weighted"),
+  "smp_jaccard_binary": (losses.jaccard, "binary"),
+  "smp_focal_multiclass_gamma2": (functools.partial(losses.focal, one_vs_rest=True), "multi"),
+  "smp_focal_binary": (losses.focal, "binary"),
+  "vainf_focal_alpha1_gamma2": (losses.focal, "all pixels"),
+  "vainf_focal_default": (functools.partial(losses.focal, gamma=0.0), "all pixels"),
+  "smp_lovasz_multiclass": (losses.lovasz, "multi"),
+  "smp_lovasz_multiclass_per_image": (functools.partial(losses.lovasz, per_image=True), "multi"),
+  "smp_lovasz_binary": (losses.lovasz, "binary"),
+  "smp_soft_bce_binary": (losses.binary_cross_entropy, "binary"),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_losses_equal_the_pytorch_libraries_in_value_and_gradient(shared, name):
+  z = np.load(shared / "reference/torch/fixtures/losses.npz")
+  function, kind = TORCH[name]
+  logits, label = (z["binary_logits"], z["binary_label"][:, 0]) if kind == "binary" else (z["logits"], z["label"])
+  share = (label != 255).mean() if kind == "all pixels" else 1.0
+  options = dict(class_weights=z["weight"]) if kind == "weighted" else {}
+
+  def of(x):
+    return function(x, jnp.asarray(label), ignore_label=255, **options) * share
+
+  value, gradient = jax.value_and_grad(of)(jnp.asarray(logits.transpose(0, 2, 3, 1)))
+  np.testing.assert_allclose(value, z[name], rtol=2e-6)
+  want = z[f"{name}__grad"].transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(gradient, want, atol=2e-5 * np.abs(want).max())
+
+
+def binary_example(seed=0):
+  logits, label = example(seed, num_classes=2)
+  return logits[..., :1], label
+
+
+FUNCTIONS = {
+  "bce": losses.binary_cross_entropy, "dice": losses.dice, "jaccard": losses.jaccard, "focal": losses.focal,
+  "lovasz": losses.lovasz,
+}  # fmt: skip
+CASES = [(name, head) for name in FUNCTIONS for head in ("binary", "multi") if (name, head) != ("bce", "multi")]
+
+
+@pytest.mark.parametrize("name, head", CASES)
+def test_void_pixels_are_as_if_cut_out_of_every_loss(name, head):
+  logits, label = binary_example() if head == "binary" else example()
+  keep = label.reshape(-1) != 255
+  cut = (logits.reshape(1, 1, -1, logits.shape[-1])[:, :, keep], label.reshape(1, 1, -1)[:, :, keep])
+  logits[label == 255] = np.nan
+  of = functools.partial(FUNCTIONS[name], ignore_label=255)
+  value, gradient = jax.value_and_grad(of)(jnp.asarray(logits), jnp.asarray(label))
+  np.testing.assert_allclose(value, of(*map(jnp.asarray, cut)), rtol=1e-5)
+  assert (np.asarray(gradient)[label == 255] == 0).all() and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name, head", CASES)
+def test_batches_of_void_or_of_one_class_give_finite_losses_and_gradients(name, head):
+  logits, label = binary_example() if head == "binary" else example()
+  for fill in (255, 0, 1):
+    of = functools.partial(FUNCTIONS[name], ignore_label=255)
+    value, gradient = jax.value_and_grad(of)(jnp.asarray(logits), jnp.full(label.shape, fill))
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert fill != 255 or (value == 0 and (gradient == 0).all())
+
+
+@pytest.mark.parametrize("name", ["dice", "jaccard", "lovasz"])
+def test_overlap_losses_are_0_for_the_truth_and_1_for_its_opposite(name):
+  _, label = example()
+  sure = 40.0 * (label[..., None] == np.arange(4))
+  of = functools.partial(FUNCTIONS[name], ignore_label=255)
+  assert float(of(jnp.asarray(sure, jnp.float32), jnp.asarray(label))) == pytest.approx(0, abs=1e-6)
+  wrong = np.roll(sure, 1, axis=-1)
+  assert float(of(jnp.asarray(wrong, jnp.float32), jnp.asarray(label))) == pytest.approx(1, abs=1e-6)
+
+
+def test_binary_cross_entropy_is_softmax_over_0_and_the_logit_weights_included():
+  logits, label = binary_example()
+  border = np.random.default_rng(3).random(label.shape).astype(np.float32)
+  options = dict(ignore_label=255, class_weights=np.array([0.3, 2.0]), extra_weight=jnp.asarray(border))
+  got = losses.binary_cross_entropy(jnp.asarray(logits), jnp.asarray(label), **options)
+  two = np.concatenate([np.zeros_like(logits), logits], -1)
+  want = losses.softmax_cross_entropy(jnp.asarray(two), jnp.asarray(label), **options)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_sum_of_terms_is_the_weighted_sum_and_the_border_map_weighs_pixels():
+  logits, label = binary_example()
+  logits, label = jnp.asarray(logits), jnp.asarray(label)
+  both = losses.make_loss(ignore_label=255, terms=("bce", "dice:0.5"))(logits, label, 0)
+  want = losses.binary_cross_entropy(logits, label, ignore_label=255) + 0.5 * losses.dice(
+    logits, label, ignore_label=255
+  )
+  np.testing.assert_allclose(both, want, rtol=1e-6)
+  border = (label == 0).astype(jnp.float32)
+  weighed = losses.make_loss(ignore_label=255, terms=("bce",), border_weight=10.0)(logits, label, 0, border)
+  want = losses.binary_cross_entropy(logits, label, ignore_label=255, class_weights=np.array([11.0, 1.0]))
+  np.testing.assert_allclose(weighed, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "terms, message",
+  [
+    (("tversky",), "'tversky': choose each of cross_entropy, bce, dice"),
+    (("dice", "dice:2"), "'dice:2': choose each"),
+    (("dice:x",), "'dice:x': its weight must be a number above 0"),
+    (("dice:-1",), "'dice:-1': its weight"),
+    ((), "name at least one"),
+  ],
+)
+def test_terms_that_mean_nothing_say_so(terms, message):
+  with pytest.raises(ValueError, match=message):
+    losses.parse_terms(terms)
+
+
+def test_a_softmax_over_one_class_is_refused_with_the_remedy():
+  with pytest.raises(ValueError, match="cross_entropy is 0 over a single class: with head = 'sigmoid', use bce"):
+    losses.check_terms(("cross_entropy", "dice"), sigmoid=True)
+  with pytest.raises(ValueError, match="bce needs the one-logit head: set head = 'sigmoid', or use cross_entropy"):
+    losses.check_terms(("bce",), sigmoid=False)

@@ -53,6 +53,24 @@ def deeplab(config):
   return other
 
 
+def fcn(config):
+  """The run with an FCN-8s on crops that no stride divides, and every geometric augmentation on."""
+  other = default_config(model="fcn", data="synthetic")
+  for name in config:
+    if name != "model":
+      other[name] = config[name]
+  other.model.update(width=2, fuse="features")  # Whose score layers do not begin with zeros.
+  other.crop_size = (40, 36)
+  other.augment.update(rotation=20.0, shear=5.0, shift=0.1, zoom=0.1, elastic=1.0, hsv=(0.1, 0.1, 0.1))
+  return other
+
+
+def published_unet(config):
+  """The run with an unpadded U-Net without batch norm."""
+  config.model.update(padding="valid", batch_norm=False, depth=1)
+  return config
+
+
 def run_in_float64(config, data, space, num_steps):
   """Losses and states. SGD without momentum leaves the gradients in the parameters: states compare every gradient."""
   config.dtype = "float64"
@@ -82,6 +100,17 @@ def test_any_mesh_gives_deeplab_the_same_gradients_in_float64(tiny_config, unsha
   result = run_in_float64(deeplab(tiny_config), data, space, num_steps=1)
   want = unsharded.setdefault("deeplab", result)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), result, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [fcn, published_unet])
+@pytest.mark.parametrize("data, space", MESHES)
+def test_any_mesh_gives_fcn_and_published_unet_the_same_gradients_in_float64(
+  tiny_config, unsharded, model, data, space
+):
+  result = run_in_float64(model(tiny_config), data, space, num_steps=1)
+  want = unsharded.setdefault(model.__name__, result)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9), result, want)
 
 
 @pytest.mark.parametrize("data, space", [(8, 1), (4, 2)])

@@ -225,7 +225,7 @@ def test_the_last_k_checkpoints_and_the_best_are_kept(tiny_config, tmp_path, kee
     current.step = jax.numpy.asarray(step)
     checkpoints.save(current, score)
   checkpoints.wait()
-  assert checkpoints.best_step() == 2 and checkpoints.best_mean_iou() == 0.9
+  assert checkpoints.best_step() == 2 and checkpoints.best_score() == 0.9
   kept = sorted(int(p.name.removeprefix("step_")) for p in (tmp_path / "checkpoints").iterdir())
   assert kept == sorted({2, *range(6 - keep, 6)})
   checkpoints.close()

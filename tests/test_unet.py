@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
-from segjax import models, state, steps
+from segjax import inference, models, state, steps
 from tests.seeded import torch_weights
 
 
@@ -87,9 +87,69 @@ def test_bfloat16_stays_near_float32_and_gives_float32_logits():
   assert jnp.linalg.norm(got - want) < 2e-2 * jnp.linalg.norm(want)
 
 
+def published(width=2, depth=2, **options):
+  options = dict(num_classes=3, padding="valid", batch_norm=False, rngs=nnx.Rngs(0)) | options
+  return models.build("unet", width=width, depth=depth, **options)
+
+
+def test_the_published_network_turns_572_into_388_and_has_31_million_parameters():
+  model = nnx.eval_shape(lambda: published(width=64, depth=4, num_classes=2))
+  assert model.border == 92 and model.unpadded_size(388) == 572
+  x = jax.ShapeDtypeStruct((1, 572, 572, 3), jnp.float32)
+  graphdef, params, _ = state.split(model)
+  out = jax.eval_shape(lambda p, x: steps.merge(graphdef, dict(params=p, batch_stats={}))(x, context=True), params, x)
+  assert out.shape == (1, 388, 388, 2)
+  assert sum(x.size for x in jax.tree.leaves(params)) == 31_031_810
+
+
+def test_unpadded_logits_are_lax_convolutions_without_padding():
+  """depth 1: two convolutions, pooling, two, up, crop and concatenate, two, 1x1; written out with lax alone."""
+  model, x = published(depth=1), image(20, 24, batch=1)
+
+  def conv(layer, x):
+    y = jax.lax.conv_general_dilated(
+      x, layer.kernel[...], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+    )
+    return y + layer.bias[...].reshape(1, 1, 1, -1)
+
+  def double(block, x):
+    return jax.nn.relu(conv(block.conv2, jax.nn.relu(conv(block.conv1, x))))
+
+  skip = double(model.down0, x)  # 16 x 20
+  below = jax.lax.reduce_window(skip, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+  up = model.upconv0(double(model.down1, below))  # 8 x 12
+  want = conv(model.logits, double(model.up0, jnp.concatenate([skip[:, 4:-4, 4:-4], up], -1)))
+  np.testing.assert_allclose(model(x, context=True), want, atol=1e-5)
+  assert want.shape == (1, 4, 8, 3)
+
+
+def test_the_mirrored_border_equals_numpys_reflection():
+  model, x = published(), image(8, 12, batch=1)
+  assert model.border == 20
+  padded = np.pad(x, ((0, 0), (20, 20), (20, 20), (0, 0)), mode="reflect")
+  np.testing.assert_array_equal(model(x), model(jnp.asarray(padded), context=True))
+
+
+@pytest.mark.parametrize("size", [(8, 12), (9, 13), (1, 1), (3, 40)])
+def test_unpadded_logits_cover_images_of_any_size(size):
+  logits = published()(image(*size))
+  assert logits.shape == (2, *size, 3) and jnp.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("size, tile", [((61, 45), (16, 20)), ((61, 45), (33, 100)), ((5, 7), (64, 64))])
+def test_tiled_logits_equal_untiled_ones(size, tile):
+  model, x = published(depth=3), image(*size, batch=1)
+  tiled = inference.overlap_tile(model, x, tile)
+  np.testing.assert_allclose(tiled, model(x), atol=1e-5)
+  scores = inference.class_scores(model, x, window=tile)
+  np.testing.assert_array_equal(scores, tiled)
+
+
 @pytest.mark.parametrize(
   "options, message",
   [
+    (dict(padding="zeros"), "model.padding = 'zeros': choose same or valid"),
+    (dict(padding="valid", up="bilinear"), "set it to transposed, or model.padding to same"),
     (dict(up="nearest"), "model.up = 'nearest': choose transposed or bilinear"),
     (dict(depth=0), "model.depth = 0"),
     (dict(dropout=1.0), r"model.dropout = 1.0 must lie in \[0, 1\)"),

@@ -16,7 +16,7 @@ def test_poolings_round_up_and_their_padding_is_seen_by_nobody():
 
 
 def test_dropout_acts_on_fc6_and_fc7_in_training_only():
-  model, x = vgg.VGG16(num_classes=4, width=2, rngs=nnx.Rngs(0)), jnp.ones((2, 32, 32, 3))
+  model, x = vgg.VGG16(width=2, rngs=nnx.Rngs(0)), jnp.ones((2, 32, 32, 3))
   still = model(x)
   np.testing.assert_array_equal(model(x, train=False, key=jax.random.key(0)), still)
   np.testing.assert_array_equal(model(x, train=True), still)

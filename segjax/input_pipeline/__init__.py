@@ -1,12 +1,14 @@
 """From files to host batches. Nothing below this package imports JAX, so data workers stay free of it.
 
 A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the facts
-`classes`, `palette` [K, 3] uint8 and `canvas_size`. `order` says which examples a step sees. A loader reads them:
+`classes`, `palette` [K, 3] uint8, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`). `order`
+says which examples a step sees. A loader reads them:
 
-    batches(positions, load, num_workers) -> iterator of dicts
+    batches(positions, load, canvas_size, batch_size, num_workers) -> iterator of dicts
 
 Batches hold this host's rows: `image` [b, H, W, 3] uint8 and `label` [b, H, W] uint8 on the split's canvas, padded at
-the bottom and right; `size` [b, 2] int32, each image's own height and width; `id` [b] int32.
+the bottom and right; where asked for, `border` [b, H, W] float16; `size` [b, 2] int32, each image's own height and
+width; `id` [b] int32.
 """
 
 import functools
@@ -16,25 +18,39 @@ from collections.abc import Iterator
 import numpy as np
 
 from segjax import config as config_lib
-from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import order
+from segjax.input_pipeline.cityscapes import CityscapesSource
 from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.synthetic import SyntheticSource
+from segjax.input_pipeline.tfds_source import TfdsSource
+from segjax.input_pipeline.voc import VocSource
 
-SOURCES = {"synthetic": SyntheticSource, "folder": FolderSource}
+SOURCES = {
+  "synthetic": SyntheticSource, "folder": FolderSource, "voc": VocSource, "cityscapes": CityscapesSource,
+  "tfds": TfdsSource,
+}  # fmt: skip
 # Imported when asked for: a run with grain must not import TensorFlow, nor the other way round.
 _LOADERS = {"tf_data": "segjax.input_pipeline.tf_data", "grain": "segjax.input_pipeline.grain_loader"}
 
 
-def make_source(data, split: str):
+def make_source(data, split: str, labels: bool = True):
   """The source of one split from `config.data`.
 
+  Args:
+    labels: whether they are needed; predicting works without.
+
   Raises:
-    DataError: the data set cannot be used; the message says why.
+    DataError: the data set cannot be used, or has no public labels for this split; the message says why.
   """
   options = {name: data[name] for name in config_lib.SOURCES[data.name]}
-  return SOURCES[data.name](dir=data.dir, split=split, **options)
+  source = SOURCES[data.name](dir=data.dir, split=split, **options)
+  if labels and not source.labelled:
+    raise DataError(
+      f"Split {split!r} of {data.name} has no public labels, so it can neither train nor be scored here. Write its"
+      f" predictions for the benchmark's server: --mode=predict --config.data.eval_split={split}"
+    )
+  return source
 
 
 def canvas_of(source, data) -> tuple[int, int]:
@@ -53,51 +69,66 @@ def canvas_of(source, data) -> tuple[int, int]:
   return tuple(data.canvas_size)
 
 
-def load_example(source, canvas_size: tuple[int, int], index: int) -> dict[str, np.ndarray]:
-  """Example `index` on the canvas; `order.PADDING` gives one that is all void.
+def load_example(source, canvas_size: tuple[int, int], index: int, border: bool = False) -> dict[str, np.ndarray]:
+  """Example `index` at its own size; `order.PADDING` gives one without pixels, which is all void on the canvas.
+
+  Args:
+    border: adds `border`, the source's map of pixel weights.
 
   Raises:
     DataError: an image larger than the canvas (a file that changed since start-up), or what the source raises.
   """
-  image = np.zeros((*canvas_size, 3), np.uint8)
-  label = np.full(canvas_size, IGNORE_LABEL, np.uint8)
-  h, w = 0, 0
-  if index != order.PADDING:
+  if index == order.PADDING:
+    pixels, classes = np.zeros((0, 0, 3), np.uint8), np.zeros((0, 0), np.uint8)
+  else:
     pixels, classes = source[int(index)]
-    h, w = classes.shape
-    if h > canvas_size[0] or w > canvas_size[1]:
-      raise DataError(
-        f"{source.describe(int(index))} is {h}x{w}, larger than the canvas {canvas_size}. Restore the file."
-      )
-    image[:h, :w], label[:h, :w] = pixels, classes
-  return dict(image=image, label=label, size=np.array([h, w], np.int32), id=np.array(index, np.int32))
+  h, w = classes.shape
+  if h > canvas_size[0] or w > canvas_size[1]:
+    raise DataError(
+      f"{source.describe(int(index))} is {h}x{w}, larger than the canvas {canvas_size}. Restore the file."
+    )
+  example = dict(image=pixels, label=classes, size=np.array([h, w], np.int32), id=np.array(index, np.int32))
+  if border:
+    example["border"] = np.zeros((0, 0), np.float16) if index == order.PADDING else source.border(int(index))
+  return example
 
 
-def _batches(source, canvas_size, data, ids, rows, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+def _batches(
+  source, canvas_size, data, ids, rows, start: int, stop: int, border: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
   """Batches of the steps [start, stop); `ids(step)` gives the global batch, `rows` this host's part of it."""
   ids = functools.lru_cache(maxsize=64)(ids)
 
   def load(position: int) -> dict[str, np.ndarray]:
     step, row = divmod(int(position), len(rows))
-    return load_example(source, canvas_size, ids(step)[rows[row]])
+    return load_example(source, canvas_size, ids(step)[rows[row]], border)
 
   loader = importlib.import_module(_LOADERS[data.loader])
-  return loader.batches(range(start * len(rows), stop * len(rows)), load, len(rows), data.workers)
+  positions = range(start * len(rows), stop * len(rows))
+  return loader.batches(positions, load, canvas_size, len(rows), data.workers)
 
 
-def train_batches(source, data, *, seed, batch_size, rows, start_step, num_steps) -> Iterator[dict[str, np.ndarray]]:
+def train_batches(
+  source, data, *, seed, batch_size, rows, start_step, num_steps, border=False
+) -> Iterator[dict[str, np.ndarray]]:
   """Training batches of steps start_step .. num_steps - 1, the same whatever the loader and the number of hosts.
 
   Args:
     data: `config.data`.
     batch_size: of the global batch.
     rows: the rows of the global batch that this host loads.
+    border: whether batches have `border`, for loss.border_weight.
+
+  Raises:
+    DataError: the source cannot tell borders.
   """
+  if border:
+    source.border_files  # noqa: B018 - says what is missing before training begins.
 
   def ids(step):
     return order.train_ids(seed, step, batch_size, len(source))
 
-  return _batches(source, canvas_of(source, data), data, ids, rows, start_step, num_steps)
+  return _batches(source, canvas_of(source, data), data, ids, rows, start_step, num_steps, border)
 
 
 def eval_batches(source, data, *, batch_size, rows) -> Iterator[dict[str, np.ndarray]]:

@@ -4,17 +4,74 @@ import functools
 import pathlib
 
 import numpy as np
+from scipy import ndimage
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline import borders, datasets
 from segjax.input_pipeline import images as images_lib
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.order import mix
+from segjax.input_pipeline.source import Files, Source
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm")
 
 
-class FolderSource:
+class MaskMeaning:
+  """What the numbers or colours in the masks of somebody's own data set mean.
+
+  Args:
+    classes, colors, void_colors, label_map: fields of config.data.
+
+  Raises:
+    DataError: fields that contradict each other.
+  """
+
+  def __init__(self, classes: tuple, colors: tuple, void_colors: tuple, label_map: str):
+    self.classes = classes
+    if not 2 <= len(classes) < IGNORE_LABEL or len(set(classes)) < len(classes):
+      raise DataError(f"data.classes = {classes}: needs 2 to 254 different names, background included.")
+    self._label_map = images_lib.parse_label_map(label_map)
+    for value, target in self._label_map.items():
+      if target >= len(classes) and target != IGNORE_LABEL:
+        raise DataError(f"data.label_map sends {value} to {target}, but there are only {len(classes)} classes.")
+    try:
+      self.palette = datasets.parse_colors(colors) if colors else datasets.palette(len(classes))
+      void = images_lib.encode_colors(datasets.parse_colors(void_colors)).tolist()
+    except ValueError as error:
+      raise DataError(f"data.colors or data.void_colors: {error}") from error
+    if len(self.palette) != len(classes):
+      raise DataError(f"data.colors names {len(self.palette)} colours for {len(classes)} classes; give one each.")
+    codes = images_lib.encode_colors(self.palette).tolist() if colors else []
+    self._color_table = dict.fromkeys(void, IGNORE_LABEL) | {code: i for i, code in enumerate(codes)}
+
+  def to_label(self, path: str, mask: np.ndarray) -> np.ndarray:
+    """A mask as stored to [H, W] uint8 class ids.
+
+    Raises:
+      DataError: other label values or colours.
+    """
+    if mask.ndim == 2:
+      return images_lib.map_labels(path, mask, self._label_map, len(self.classes))
+    ids = images_lib.map_colors(path, mask, self._color_table)
+    return images_lib.map_labels(path, ids, {}, len(self.classes))  # Colours name their class already.
+
+
+def held_out(names: list[str], *, holdout: float, folds: int, fold: int, seed: int) -> set[str]:
+  """The names that are "val" where all images share a folder; the others are "train".
+
+  Args:
+    holdout: share of all. By a hash of each name, so that adding images moves no other image to the other side.
+    folds, fold: with folds > 0, instead: part `fold` of as many parts, whose sizes differ by one at most and which
+      together are all names.
+    seed: another one makes another choice.
+  """
+  hashes = {name: int(mix(*((seed,) if seed else ()), *name.encode())) for name in names}
+  if folds:
+    return set(sorted(names, key=hashes.__getitem__)[fold::folds])
+  return {name for name in names if hashes[name] / 2**64 < holdout}
+
+
+class FolderSource(Source):
   """Random access to image and mask files.
 
   All files are paired at construction, and `canvas_size` compares their headers, so that what is missing or of another
@@ -23,13 +80,15 @@ class FolderSource:
   Args:
     dir: root folder.
     split: fills in "{split}" in the patterns below. Where none of them has it, "train" and "val" share all images:
-      a `holdout` part, chosen by a hash of the name, is "val".
+      what `held_out` chooses is "val".
     images, masks: folders under `dir`, searched with their subfolders. A mask has its image's name and `mask_suffix`.
     list: list file under `dir`; a line is a name, or the paths of an image and its mask (SegNet's CamVid lists).
     classes: names in the order of ids; empty: the lines of `dir`/classes.txt.
     colors: RRGGBB per class; empty: the VOC palette, and RGB masks are refused.
     void_colors: RRGGBB that mean void in RGB masks.
     label_map: "VALUE:CLASS,..."; 255 is void.
+    instances: folder of masks with a number per instance, or "components"; what `border` needs. Empty: none.
+    border_sigma: pixels, of `border`.
 
   Raises:
     DataError: missing folder, list, image or mask, an empty split, or options that contradict each other; each with the
@@ -37,74 +96,67 @@ class FolderSource:
   """
 
   def __init__(self, *, dir: str, split: str, images: str, masks: str, mask_suffix: str, list: str, holdout: float,
-               classes: tuple, colors: tuple, void_colors: tuple, label_map: str):  # fmt: skip
+               folds: int, fold: int, split_seed: int, classes: tuple, colors: tuple, void_colors: tuple, label_map: str,
+               instances: str, border_sigma: float):  # fmt: skip
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")
-    self.classes = tuple(classes) or self._read_classes()
-    if not 2 <= len(self.classes) < IGNORE_LABEL or len(set(self.classes)) < len(self.classes):
-      raise DataError(f"data.classes = {self.classes}: needs 2 to 254 different names, background included.")
-    self._label_map = images_lib.parse_label_map(label_map)
-    for value, target in self._label_map.items():
-      if target >= len(self.classes) and target != IGNORE_LABEL:
-        raise DataError(f"data.label_map sends {value} to {target}, but there are only {len(self.classes)} classes.")
-    try:
-      self.palette = datasets.parse_colors(colors) if colors else datasets.palette(len(self.classes))
-      void = images_lib.encode_colors(datasets.parse_colors(void_colors)).tolist()
-    except ValueError as error:
-      raise DataError(f"data.colors or data.void_colors: {error}") from error
-    if len(self.palette) != len(self.classes):
-      raise DataError(f"data.colors names {len(self.palette)} colours for {len(self.classes)} classes; give one each.")
-    codes = images_lib.encode_colors(self.palette).tolist() if colors else []
-    self._color_table = dict.fromkeys(void, IGNORE_LABEL) | {code: i for i, code in enumerate(codes)}
-
-    self._pairs = self._find_pairs(split, images, masks, mask_suffix, list, holdout)
-
-  def __len__(self) -> int:
-    return len(self._pairs)
+    meaning = MaskMeaning(tuple(classes) or self._read_classes(), colors, void_colors, label_map)
+    held = functools.partial(held_out, holdout=holdout, folds=folds, fold=fold, seed=split_seed)
+    pairs = self._find_pairs(split, images, masks, mask_suffix, list, held)
+    self._images, self._pairs = self._root / images.format(split=split), pairs
+    self._meaning = f"{meaning.classes} {colors} {void_colors} {label_map}"
+    self._instances, self._border_sigma = instances.format(split=split), border_sigma
+    names = [image.relative_to(self._root).with_suffix("").as_posix() for image, _ in pairs]
+    super().__init__(Files(names, pairs), meaning.classes, meaning.palette, meaning.to_label)
 
   @functools.cached_property
-  def canvas_size(self) -> tuple[int, int]:
-    """(H, W) that holds every image of the split; reads all headers.
+  def border_files(self) -> list[pathlib.Path]:
+    """For each example, the file that its instances come from.
 
     Raises:
-      DataError: every unreadable header, and every mask of another size than its image.
+      DataError: no instances are configured, or masks of them are missing.
     """
-    sizes, problems = [], []
-    for image_path, mask_path in self._pairs:
-      try:
-        image_size, mask_size = images_lib.read_size(image_path), images_lib.read_size(mask_path)
-        if image_size != mask_size:
-          raise DataError(_size_problem(image_path, image_size, mask_path, mask_size))
-        sizes.append(image_size)
-      except DataError as error:
-        problems.append(str(error))
-    if problems:
-      shown = "\n  ".join(problems[:20])
-      raise DataError(f"{len(problems)} of {len(self._pairs)} examples cannot be used:\n  {shown}")
-    return max(h for h, _ in sizes), max(w for _, w in sizes)
+    if not self._instances:
+      raise DataError(
+        "A weight map needs to know where instances touch: set data.instances to the folder of their masks, or to"
+        ' "components"; or set loss.border_weight = 0.'
+      )
+    if self._instances == "components":
+      return [mask for _, mask in self._pairs]
+    found = self._files(self._instances, "data.instances")
+    names = []
+    for image, _ in self._pairs:
+      inside = image.is_relative_to(self._images)
+      names.append((image.relative_to(self._images) if inside else pathlib.Path(image.name)).with_suffix("").as_posix())
+    missing = [name for name in names if name not in found]
+    if missing:
+      raise DataError(
+        f"{self._root / self._instances}: {len(missing)} masks of instances are missing:"
+        f" {images_lib.listed(missing)}. Add them, or set loss.border_weight = 0."
+      )
+    return [found[name] for name in names]
 
-  def describe(self, index: int) -> str:
-    """The image's path under the root, without its extension."""
-    path = self._pairs[index][0]
-    return path.relative_to(self._root).with_suffix("").as_posix()
-
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """image [H, W, 3] uint8, label [H, W] uint8, ids in [0, len(classes)) or 255.
+  def border(self, index: int) -> np.ndarray:
+    """[H, W] float16 in [0, 1], how much the ground between two instances weighs; see `borders.border_map`.
 
     Raises:
-      DataError: damaged files, other label values or colours, an image and a mask of different sizes.
+      DataError: what `border_files` raises, a damaged file, or one that is no mask of instances.
     """
-    image_path, mask_path = self._pairs[index]
-    image, mask = images_lib.read_image(image_path), images_lib.read_mask(mask_path)
-    if mask.ndim == 3:
-      mask = images_lib.map_colors(mask_path, mask, self._color_table)
-      label = images_lib.map_labels(mask_path, mask, {}, len(self.classes))  # Colours name their class already.
-    else:
-      label = images_lib.map_labels(mask_path, mask, self._label_map, len(self.classes))
-    if image.shape[:2] != label.shape:
-      raise DataError(_size_problem(image_path, image.shape[:2], mask_path, label.shape))
-    return image, label
+    path = self.border_files[index]
+
+    def components():
+      label = self[index][1]
+      return ndimage.label((label != 0) & (label != IGNORE_LABEL))[0]
+
+    def numbers():
+      mask = images_lib.read_mask(path)
+      if mask.ndim != 2 or mask.min() < 0:
+        raise DataError(f"{path}: no mask of instances. Store one number per instance, and 0 where there is none.")
+      return np.unique(mask, return_inverse=True)[1].reshape(mask.shape) + (mask.min() > 0)
+
+    read = components if self._instances == "components" else numbers
+    return borders.cached_border_map(path, f"{self._instances} {self._meaning}", read, self._border_sigma)
 
   def _read_classes(self) -> tuple[str, ...]:
     path = self._root / "classes.txt"
@@ -115,12 +167,12 @@ class FolderSource:
       )
     return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
 
-  def _find_pairs(self, split, images, masks, mask_suffix, list_file, holdout):
+  def _find_pairs(self, split, images, masks, mask_suffix, list_file, held_out):
     fixed = not any("{split}" in pattern for pattern in (images, masks, list_file))
     if fixed and split not in ("train", "val"):
       raise DataError(
         f"split {split!r}: data.images, data.masks and data.list name no {{split}}, so there are only train and val"
-        f" (a share of {holdout} of all images). Use {{split}} in one of the three."
+        " (data.holdout or data.folds of all images). Use {split} in one of the three."
       )
     if list_file:
       path = self._root / list_file.format(split=split)
@@ -136,8 +188,7 @@ class FolderSource:
       found_masks = self._files(masks.format(split=split), "data.masks")
       names = sorted(found) if entries is None else [self._name(path, entry) for entry in entries]
       if fixed and entries is None:
-        # By name, so that adding images moves no other image to the other side.
-        held = {name for name in names if int(mix(*name.encode())) / 2**64 < holdout}
+        held = held_out(names)
         names = [name for name in names if (name in held) == (split == "val")]
       missing = [f"image {name}" for name in names if name not in found]
       missing += [
@@ -145,7 +196,7 @@ class FolderSource:
       ]
       if missing:
         raise DataError(
-          f"split {split!r} of {self._root}: {len(missing)} files are missing: {_listed(missing)}. Masks carry their"
+          f"split {split!r} of {self._root}: {len(missing)} files are missing: {images_lib.listed(missing)}. Masks carry their"
           f" image's name plus data.mask_suffix ({mask_suffix!r}). Add the files, or remove the names or images."
         )
       pairs = [(found[name], found_masks[name + mask_suffix]) for name in names]
@@ -161,7 +212,9 @@ class FolderSource:
     root = self._root / folder
     if not root.is_dir():
       present = sorted(p.name for p in self._root.iterdir())
-      raise DataError(f"{root}: no such folder. {self._root} holds {_listed(present)}; set {field} to the right one.")
+      raise DataError(
+        f"{root}: no such folder. {self._root} holds {images_lib.listed(present)}; set {field} to the right one."
+      )
     files = {}
     for path in sorted(root.rglob("*")):
       if path.suffix.lower() in EXTENSIONS:
@@ -186,15 +239,3 @@ class FolderSource:
       if candidate.is_file():
         return candidate
     raise DataError(f"{list_path} names {text}, which is not under {self._root}. Add the file, or remove the line.")
-
-
-def _size_problem(image_path, image_size, mask_path, mask_size) -> str:
-  return (
-    f"{mask_path} is {mask_size[0]}x{mask_size[1]}, but {image_path} is {image_size[0]}x{image_size[1]} (height x width)."
-    " Export the mask at its image's size (never resize it with interpolation)."
-  )
-
-
-def _listed(names) -> str:
-  names = list(names)
-  return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

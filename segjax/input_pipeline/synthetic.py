@@ -57,6 +57,7 @@ class SyntheticSource:
     self.classes = CLASSES
     self.palette = datasets.palette(len(CLASSES))
     self.canvas_size = tuple(image_size)
+    self.labelled, self.notes, self.submission = True, (), datasets.PLAIN_SUBMISSION
     self._length = num_train if split == "train" else num_val
     self._seed = int.from_bytes(split.encode()[:7], "little")
 

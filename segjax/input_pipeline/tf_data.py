@@ -5,12 +5,12 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import tensorflow as tf
+
+from segjax.input_pipeline.canvas import pad_batch
 
 tf.config.set_visible_devices([], "GPU")  # It would reserve the memory that JAX needs.
 
-_SPEC = dict(image=tf.uint8, label=tf.uint8, size=tf.int32, id=tf.int32)
 _started = weakref.WeakSet()
 
 
@@ -23,8 +23,9 @@ def _close_all():
     iterator.close()
 
 
-def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_workers: int) -> Iterator[dict]:
-  """`load(position)` of consecutive positions, stacked `batch_size` at a time.
+def batches(positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int,
+            num_workers: int) -> Iterator[dict]:  # fmt: skip
+  """`load(position)` of consecutive positions, padded to the canvas, `batch_size` at a time.
 
   Args:
     num_workers: threads; 0 for one per core.
@@ -32,38 +33,34 @@ def batches(positions: range, load: Callable[[int], dict], batch_size: int, num_
   Raises:
     Whatever `load` raises, unchanged, when the batch that needs it is due.
   """
-  iterator = _iterate(positions, load, batch_size, num_workers)
+  iterator = _iterate(positions, load, canvas_size, batch_size, num_workers)
   _started.add(iterator)
   return iterator
 
 
-def _iterate(positions, load, batch_size, num_workers):
-  failures = []
-
-  def load_flat(position):
-    try:
-      example = load(int(position))
-    except Exception as error:  # TensorFlow would turn it into an opaque UnknownError: keep it for the consumer.
-      failures.append(error)
-      raise
-    return [example[name] for name in _SPEC]
+def _iterate(positions, load, canvas_size, batch_size, num_workers):
+  loaded = {}  # Pixels stay NumPy's: through TensorFlow go positions alone, which spares two copies of every image.
 
   def read(position):
-    flat = tf.numpy_function(load_flat, [position], list(_SPEC.values()))
-    for tensor, rank in zip(flat, (3, 2, 1, 0)):
-      tensor.set_shape([None] * rank)
-    return dict(zip(_SPEC, flat))
+    try:
+      loaded[int(position)] = load(int(position))
+    except Exception as error:  # For the consumer, when its batch is due; TensorFlow would make it an UnknownError.
+      loaded[int(position)] = error
+    return position
 
   workers = num_workers or os.cpu_count()
   dataset = tf.data.Dataset.range(positions.start, positions.stop)
-  dataset = dataset.map(read, num_parallel_calls=workers, deterministic=True)
+  dataset = dataset.map(
+    lambda position: tf.ensure_shape(tf.numpy_function(read, [position], tf.int64), ()),
+    num_parallel_calls=workers,
+    deterministic=True,
+  )
   dataset = dataset.batch(batch_size, drop_remainder=True).prefetch(2)
   options = tf.data.Options()
   options.threading.private_threadpool_size = workers
-  try:
-    for batch in dataset.with_options(options):
-      yield {name: np.asarray(memoryview(tensor.numpy())) for name, tensor in batch.items()}
-  except tf.errors.OpError as error:
-    if failures:
-      raise failures[0] from error
-    raise
+  for batch in dataset.with_options(options):
+    examples = [loaded.pop(int(position)) for position in batch.numpy()]
+    for example in examples:
+      if isinstance(example, Exception):
+        raise example
+    yield pad_batch(examples, canvas_size)

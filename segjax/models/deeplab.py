@@ -80,6 +80,8 @@ class DeepLabV3Plus(nnx.Module):
     ValueError: an option out of range, with the values that are in it.
   """
 
+  border = 0
+
   def __init__(self, *, num_classes, backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True,
                image_pooling=True, decoder=True, multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997,
                frozen_bn=False, auxiliary=False, details: Mapping = DETAILS, dtype=jnp.float32,

@@ -51,6 +51,8 @@ class DilatedFCN(nnx.Module):
     ValueError: an option out of range, with the values that are in it.
   """
 
+  border = 0
+
   def __init__(self, *, num_classes, backbone="resnet_50", output_stride=8, dropout=0.1, bn_momentum=0.9,
                frozen_bn=False, auxiliary=False, align_corners=True, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     if not 0 <= dropout < 1:

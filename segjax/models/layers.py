@@ -112,6 +112,64 @@ class ConvTranspose2x2(nnx.Module):
     return x.reshape(b, 2 * h, 2 * w, kernel.shape[-1]) + per_channel(self.bias).astype(self.dtype)
 
 
+def bilinear_filter(stride: int) -> np.ndarray:
+  """[2 stride] float64: how a transposed convolution interpolates linearly (Shelhamer et al. 2017, section 3.3)."""
+  return 1 - np.abs(np.arange(2 * stride) - (stride - 0.5)) / stride
+
+
+class ConvTranspose(nnx.Module):
+  """Transposed convolution without bias whose kernel is twice its stride, as FCNs upsample their scores.
+
+  Each output pixel sees 2x2 input pixels, so it is one matrix product over four shifted copies of x and a
+  depth-to-space. The same numbers as `lax.conv_transpose`, whose gradient is 3-12x slower on XLA:CPU
+  (benchmarks/transposed_convolution.py).
+
+  Args:
+    stride: the factor of upsampling.
+    kernel_init: None: bilinear interpolation of each channel, which needs as many channels out as in.
+
+  The kernel is [2 stride, 2 stride, in, out]: the output pixels stride * i + a take x[i] @ kernel[a].
+  """
+
+  def __init__(self, in_features, out_features, stride, *, kernel_init=None, dtype=jnp.float32, rngs: nnx.Rngs):
+    shape = (2 * stride, 2 * stride, in_features, out_features)
+    if kernel_init is None:
+      line = jnp.asarray(bilinear_filter(stride), param_dtype(dtype))
+      plane = (line.reshape(-1, 1) * line.reshape(1, -1)).reshape(*shape[:2], 1, 1)
+      self.kernel = nnx.Param(plane * jnp.eye(in_features, dtype=plane.dtype).reshape(1, 1, *shape[2:]))
+    else:
+      self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype(dtype)))
+    self.stride, self.dtype = stride, dtype
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, in] -> [B, (H + 1) stride, (W + 1) stride, out]."""
+    b, h, w, c = x.shape
+    s, out = self.stride, self.kernel.shape[-1]
+    x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x = jnp.concatenate([x[:, i : i + h + 1, j : j + w + 1] for i in (0, 1) for j in (0, 1)], axis=-1)
+    # Output pixel s * i + a sees x[i - 1] through the kernel's second half and x[i] through its first.
+    taps = self.kernel[...].astype(self.dtype).reshape(2, s, 2, s, c, out)[::-1, :, ::-1]
+    taps = taps.transpose(0, 2, 4, 1, 3, 5).reshape(4 * c, s * s * out)
+    x = jnp.einsum("bhwi,io->bhwo", x, taps).reshape(b, h + 1, w + 1, s, s, out)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h + 1) * s, (w + 1) * s, out)
+
+
+def upsample_bilinear(x: jax.Array, stride: int) -> jax.Array:
+  """What a `ConvTranspose` gives that keeps its initial kernel: [B, H, W, C] -> [B, (H + 1) stride, (W + 1) stride, C].
+
+  Pixels have their values at their centres, and there are zeros around x.
+  """
+  line = bilinear_filter(stride)
+  for axis, spec in ((1, "oh,bhwc->bowc"), (2, "ow,bhwc->bhoc")):
+    n = x.shape[axis]
+    matrix = np.zeros((n + 1, stride, n))
+    matrix[np.arange(n), :, np.arange(n)] = line[:stride]
+    matrix[np.arange(1, n + 1), :, np.arange(n)] = line[stride:]
+    matrix = jnp.asarray(matrix.reshape(-1, n), x.dtype)
+    x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
+  return x
+
+
 def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
   """[B, H, W, C] -> [B, H/2, W/2, C]. Where values tie, the gradient is shared.
 

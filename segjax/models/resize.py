@@ -1,4 +1,4 @@
-"""Bilinear resizing with align_corners=True, the convention of segjax (official DeepLab, core/utils.py).
+"""Bilinear resizing with align_corners=True, the convention of segjax (official DeepLab, core/utils.py); mirroring.
 
 Output pixel i looks at input position i * (in - 1) / (out - 1): corners map to corners, so a 4k+1 grid resizes
 exactly onto its 2k+1 grid. jax.image.resize has half-pixel centres and would move every logit. Those, position
@@ -53,3 +53,23 @@ def resize_nearest(label: jax.Array, size: tuple[int, int]) -> jax.Array:
     index = np.floor(np.arange(size_out, dtype=np.float32) * step + np.float32(0.5)).astype(int)
     label = jnp.take(label, np.minimum(index, size_in - 1), axis=axis)
   return label
+
+
+def mirror_index(index, length):
+  """Folds positions beyond [0, length - 1] back at the first and the last pixel: -1 -> 1, length -> length - 2.
+
+  Args:
+    index: whole or fractional positions, of NumPy or JAX.
+    length: pixels along the axis, from 1 on; may be traced.
+  """
+  xp = np if isinstance(index, np.ndarray) and isinstance(length, int) else jnp
+  last = length - 1
+  folded = abs(index) % xp.maximum(2 * last, 1)
+  return xp.clip(last - abs(folded - last), 0, last)
+
+
+def mirror(image: jax.Array, before: int, size: tuple[int, int]) -> jax.Array:
+  """[B, H, W, C] -> [B, *size, C]: the image from pixel (before, before) on, mirrored at its border pixels around it."""
+  for axis, length in ((1, size[0]), (2, size[1])):
+    image = jnp.take(image, mirror_index(np.arange(length) - before, image.shape[axis]), axis=axis)
+  return image

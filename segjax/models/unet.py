@@ -1,4 +1,4 @@
-"""U-Net (Ronneberger, Fischer & Brox 2015, arXiv 1505.04597), in the padded, batch-normed form in common use."""
+"""U-Net (Ronneberger, Fischer & Brox 2015, arXiv 1505.04597), as published and in the padded, batch-normed form in use."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,20 @@ from segjax.models import layers, resize
 
 
 class DoubleConv(nnx.Module):
-  """Twice 3x3 convolution, batch norm, ReLU: a level of the U-Net (figure 1)."""
+  """Twice 3x3 convolution, batch norm unless it is off, ReLU: a level of the U-Net (figure 1)."""
 
-  def __init__(self, in_features, mid_features, out_features, *, bn_momentum, dtype, rngs):
-    self.conv1 = layers.Conv(in_features, mid_features, dtype=dtype, rngs=rngs)
-    self.norm1 = layers.BatchNorm(mid_features, momentum=bn_momentum, dtype=dtype)
-    self.conv2 = layers.Conv(mid_features, out_features, dtype=dtype, rngs=rngs)
-    self.norm2 = layers.BatchNorm(out_features, momentum=bn_momentum, dtype=dtype)
+  def __init__(self, in_features, mid_features, out_features, *, padding, batch_norm, bn_momentum, dtype, rngs):
+    options = dict(padding=padding, use_bias=not batch_norm, dtype=dtype, rngs=rngs)
+    self.conv1 = layers.Conv(in_features, mid_features, **options)
+    self.norm1 = layers.BatchNorm(mid_features, momentum=bn_momentum, dtype=dtype) if batch_norm else None
+    self.conv2 = layers.Conv(mid_features, out_features, **options)
+    self.norm2 = layers.BatchNorm(out_features, momentum=bn_momentum, dtype=dtype) if batch_norm else None
 
   def __call__(self, x, train):
-    x = jax.nn.relu(self.norm1(self.conv1(x), train))
-    return jax.nn.relu(self.norm2(self.conv2(x), train))
+    for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+      x = conv(x)
+      x = jax.nn.relu(x if norm is None else norm(x, train))
+    return x
 
 
 class UNet(nnx.Module):
@@ -30,10 +33,16 @@ class UNet(nnx.Module):
     depth: number of 2x2 poolings (the paper: 4).
     up: "transposed" convolution, as in the paper, or "bilinear" resizing, whose bottleneck is half as wide.
     dropout: rate at the end of the contracting path (section 3.1; its code uses 0.5).
+    padding: "same": zeros around each convolution. "valid", as in the paper: none, so that a logit depends on real
+      pixels only; skips are cropped, and `border` pixels around the image are needed (section 2, figure 2).
+    batch_norm: before each ReLU; the paper has none.
     bn_momentum: of the running statistics.
     dtype: of the computation.
 
-  Differs from the paper: "same" padding instead of unpadded convolutions, and batch norm before each ReLU.
+  As published: padding="valid", batch_norm=False, dropout=0.5.
+
+  Attributes:
+    border: pixels that `padding` "valid" takes off each side; 92 for depth 4 (572 -> 388). 0 for "same".
 
   Raises:
     ValueError: an option out of range, with the values that are in it.
@@ -42,10 +51,17 @@ class UNet(nnx.Module):
   mean = layers.IMAGENET_MEAN  # The raw pixel that pads crops; `preprocess` maps it to 0.
   align_corners = True
 
-  def __init__(self, *, num_classes, width=64, depth=4, up="transposed", dropout=0.0, bn_momentum=0.9,
-               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+  def __init__(self, *, num_classes, width=64, depth=4, up="transposed", dropout=0.0, padding="same",
+               batch_norm=True, bn_momentum=0.9, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     if up not in ("transposed", "bilinear"):
       raise ValueError(f"model.up = {up!r}: choose transposed or bilinear.")
+    if padding not in ("same", "valid"):
+      raise ValueError(f"model.padding = {padding!r}: choose same or valid.")
+    if padding == "valid" and up != "transposed":
+      raise ValueError(
+        f"model.up = {up!r}: resizing depends on the size of the map, so unpadded tiles would not fit together; set it"
+        " to transposed, or model.padding to same."
+      )
     if depth < 1 or width < 1:
       raise ValueError(f"model.depth = {depth} and model.width = {width} must be at least 1.")
     if not 0 <= dropout < 1:
@@ -54,7 +70,8 @@ class UNet(nnx.Module):
       raise ValueError(f"model.bn_momentum = {bn_momentum} must lie in [0, 1).")
     self.depth, self.up, self.dropout, self.dtype = depth, up, dropout, dtype
     self.stride = 2**depth
-    options = dict(bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
+    self.padding, self.border = padding, 6 * 2**depth - 4 if padding == "valid" else 0
+    options = dict(padding=padding, batch_norm=batch_norm, bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
     features = [width * 2**level for level in range(depth + 1)]
     if up == "bilinear":
       features[-1] //= 2  # Resizing keeps the channels, so that what is concatenated has the same width in both forms.
@@ -77,22 +94,29 @@ class UNet(nnx.Module):
     """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet."""
     return layers.standardize(image, self.mean, layers.IMAGENET_STD)
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *,
-               upsample: bool = True, endpoints: dict | None = None) -> jax.Array:  # fmt: skip
+  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,
+               context: bool = False, endpoints: dict | None = None) -> jax.Array:  # fmt: skip
     """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
 
-    Sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped back, so that
-    skips always meet features of their own size.
+    Under "same", sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped
+    back, so that skips always meet features of their own size. Under "valid" the image is mirrored around its border.
 
     Args:
       train: batch statistics instead of running ones, and dropout.
       key: for dropout; without it there is none.
       upsample: as all models have it; a U-Net's own logits have the image's size already.
+      context: `image` has `border` pixels more on each side than the logits shall have.
       endpoints: filled with "down0", "down1", ... and "up0", ....
     """
     endpoints = {} if endpoints is None else endpoints
-    h, w = image.shape[1:3]
-    x = endpoints["down0"] = self.down0(layers.pad_to_multiple(image.astype(self.dtype), 2**self.depth), train)
+    h, w = (n - 2 * self.border if context else n for n in image.shape[1:3])
+    image = image.astype(self.dtype)
+    if self.padding == "same":
+      x = layers.pad_to_multiple(image, 2**self.depth)
+    else:
+      before = 0 if context else self.border
+      x = resize.mirror(image, before, tuple(self.unpadded_size(n) for n in (h, w)))
+    x = endpoints["down0"] = self.down0(x, train)
     skips = []
     for level in range(1, self.depth + 1):
       skips.append(x)
@@ -105,6 +129,12 @@ class UNet(nnx.Module):
         x = getattr(self, f"upconv{level}")(x)
       else:
         x = resize.resize_bilinear(x, skip.shape[1:3])
+      cut = [(n - m) // 2 for n, m in zip(skip.shape[1:3], x.shape[1:3])]  # 0 under "same".
+      skip = skip[:, cut[0] : cut[0] + x.shape[1], cut[1] : cut[1] + x.shape[2]]
       x = getattr(self, f"up{level}")(jnp.concatenate([skip, x], axis=-1), train)  # [B, H/2^level, ...]
       endpoints[f"up{level}"] = x
     return self.logits(x)[:, :h, :w].astype(layers.param_dtype(self.dtype))
+
+  def unpadded_size(self, size: int) -> int:
+    """Input pixels along one axis for at least `size` logits under "valid", such that every pooling sees an even size."""
+    return -(-max(size - 4, 0) // self.stride) * self.stride + 4 + 2 * self.border

@@ -14,21 +14,21 @@ STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
 
 
 class VGG16(nnx.Module):
-  """conv1_1 ... conv5_3, fc6, fc7, and the classifier `logits` if asked for; a ReLU after each but the last.
+  """conv1_1 ... conv5_3, fc6 and fc7, without the classifier; a ReLU after each.
 
   Args:
-    num_classes: of the classifier, a 1x1 convolution. 0: none, the result is fc7.
     width: channels of conv1_1 (the paper: 64); all others keep their ratio to it, fc6 and fc7 64 times as many.
     dropout: rate after fc6 and after fc7.
     fc6_padding: "same": one result per pixel of pool5, the one in the middle of 7x7 pixels being the fully connected
       layer's. "valid": only where all 7x7 pixels are there (Caffe's FCN).
 
-  `features` is the number of channels of fc7.
+  `features` is the number of channels of fc7, and `pool_features` those of pool1 ... pool5 by name.
   """
 
-  def __init__(self, *, num_classes=0, width=64, dropout=0.5, fc6_padding="same", dtype=jnp.float32, rngs: nnx.Rngs):
+  def __init__(self, *, width=64, dropout=0.5, fc6_padding="same", dtype=jnp.float32, rngs: nnx.Rngs):
     options = dict(use_bias=True, dtype=dtype, rngs=rngs)
     self.dropout, self.dtype, self.features = dropout, dtype, 64 * width
+    self.pool_features = {f"pool{stage}": factor * width for stage, (_, factor) in enumerate(STAGES, start=1)}
     self.stages = tuple(
       tuple(f"conv{stage}_{n}" for n in range(1, count + 1)) for stage, (count, _) in enumerate(STAGES, start=1)
     )
@@ -39,11 +39,10 @@ class VGG16(nnx.Module):
         below = factor * width
     self.fc6 = layers.Conv(below, self.features, 7, padding=fc6_padding, **options)
     self.fc7 = layers.Conv(self.features, self.features, 1, **options)
-    self.logits = layers.Conv(self.features, num_classes, 1, **options) if num_classes else None
 
   def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None,
                endpoints: dict | None = None) -> jax.Array:  # fmt: skip
-    """Preprocessed image [B, H, W, 3] -> fc7 [B, h, w, 64 width], or logits [B, h, w, num_classes].
+    """Preprocessed image [B, H, W, 3] -> fc7 [B, h, w, 64 width].
 
     h and w are H / 32 and W / 32, rounded up at each pooling; 6 less with fc6_padding "valid".
 
@@ -60,5 +59,4 @@ class VGG16(nnx.Module):
       x = endpoints[f"pool{stage}"] = layers.max_pool_2x2(x, ceil_mode=True)
     x = endpoints["fc6"] = jax.nn.relu(self.fc6(x))
     x = endpoints["fc7"] = jax.nn.relu(self.fc7(layers.dropout(x, self.dropout, fc6_key)))
-    x = layers.dropout(x, self.dropout, fc7_key)
-    return x if self.logits is None else self.logits(x)
+    return layers.dropout(x, self.dropout, fc7_key)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from segjax.config import ConfigError
-from segjax.pretrained import smp, tf_deeplab, timm, torchvision, vainf
+from segjax.pretrained import smp, tf_deeplab, timm, torchvision, vainf, wkentaro
 from segjax.pretrained.peers import PEERS, build
 
 __all__ = ["PEERS", "SCHEMES", "assign", "build", "merge_variables"]
@@ -23,6 +23,7 @@ SCHEMES = {
   "timm": timm.convert,
   "vainf": vainf.convert,
   "smp": smp.convert,
+  "wkentaro": wkentaro.convert,
 }
 
 
@@ -86,10 +87,10 @@ def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], o
   useless = [
     e
     for e in exclude
-    if not any(excluded(n) and (n.partition("/")[2] + "/").startswith(e.rstrip("/") + "/") for n in ours)
+    if not any(excluded(n) and (n.partition("/")[2] + "/").startswith(e.rstrip("/") + "/") for n in (*ours, *theirs))
   ]
   wanted, given = ({n for n in side if not excluded(n)} for side in (ours, theirs))
-  problems = [f"no parameter of the model begins with {e!r}" for e in useless]
+  problems = [f"no parameter of the model begins with {e!r}, nor of {origin}" for e in useless]
   problems += [f"only in the model: {n}" for n in sorted(wanted - given)]
   problems += [f"only in {origin}: {n}" for n in sorted(given - wanted)]
   problems += [
@@ -103,4 +104,6 @@ def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], o
       + "\n  ".join(problems[:40])
     )
   merged = {n: theirs[n] if n in wanted else ours[n] for n in ours}
-  return traverse_util.unflatten_dict(merged, sep="/"), len(wanted), len(ours)
+  # A model without batch norm has no batch_stats, which flattening forgets.
+  empty = {name: {} for name in variables}
+  return empty | traverse_util.unflatten_dict(merged, sep="/"), len(wanted), len(ours)

@@ -1,0 +1,23 @@
+"""U-Net on PASCAL VOC 2012 (trainaug), from scratch.
+
+python -m segjax.main --config=configs/unet_voc.py --config.data.dir=VOCdevkit/VOC2012 --workdir=runs/unet_voc
+
+Data:      VOC2012 with trainaug: python -m segjax.prepare voc --archives=DIR. 10582 train, 1449 val images, 21 classes.
+Paper:     Ronneberger et al. 2015 (arXiv 1505.04597) for the network; it has no VOC result. Recipe: unet_cityscapes.py.
+Hardware:  4 GPUs of 40 GB or more. Hours: not measured; 1.2 EFLOP in all, so 7 GPU hours at a sustained 50
+           TFLOP/s.
+Published: no citable U-Net score on VOC val from scratch. Ours: not run. Without pretraining, expect far less than what
+           networks with ImageNet weights reach (configs/deeplab_voc.py).
+"""
+
+from configs import unet_cityscapes
+from segjax.input_pipeline import datasets
+
+
+def get_config():
+  config = unet_cityscapes.recipe("voc")
+  config.data.train_split = "trainaug"
+  config.data.canvas_size = datasets.VOC_CANVAS
+  config.num_steps = 80_000  # About 120 epochs; from scratch, so longer than the 30000 of a pretrained DeepLab.
+  config.crop_size = (512, 512)
+  return config

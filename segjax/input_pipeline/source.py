@@ -1,0 +1,111 @@
+"""What all sources of images and label files share: examples from a store, checked and turned into class ids.
+
+A store holds one split's raw images and label masks: `Files` on a file system, `tfds.Records` in TFDS's shards. A source
+adds what the numbers in the masks mean.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from segjax.config import IGNORE_LABEL
+from segjax.input_pipeline import datasets, images
+from segjax.input_pipeline.images import DataError
+
+
+class Files:
+  """A store of image and mask files.
+
+  Args:
+    names: of the examples, for messages and pictures.
+    pairs: (image, mask) paths; mask None where the split has no labels.
+  """
+
+  def __init__(self, names: Sequence[str], pairs: Sequence[tuple[pathlib.Path, pathlib.Path | None]]):
+    self.names = list(names)
+    self._pairs = list(pairs)
+
+  @functools.cached_property
+  def canvas_size(self) -> tuple[int, int]:
+    """(H, W) that holds every image; reads all headers.
+
+    Raises:
+      DataError: every unreadable header, and every mask of another size than its image.
+    """
+    sizes, problems = [], []
+    for image_path, mask_path in self._pairs:
+      try:
+        size = images.read_size(image_path)
+        mask_size = images.read_size(mask_path) if mask_path else size
+        if size != mask_size:
+          raise DataError(images.size_problem(image_path, size, mask_path, mask_size))
+        sizes.append(size)
+      except DataError as error:
+        problems.append(str(error))
+    if problems:
+      shown = "\n  ".join(problems[:20])
+      raise DataError(f"{len(problems)} of {len(self._pairs)} examples cannot be used:\n  {shown}")
+    return max(h for h, _ in sizes), max(w for _, w in sizes)
+
+  def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray | None]:
+    """Image's path and pixels [H, W, 3] uint8, mask's path and stored numbers [H, W] (RGB: [H, W, 3]) or None."""
+    image_path, mask_path = self._pairs[index]
+    mask = images.read_mask(mask_path) if mask_path else None
+    return str(image_path), images.read_image(image_path), str(mask_path), mask
+
+
+class Source:
+  """Random access to the examples of a store.
+
+  Args:
+    store: `Files` or `tfds.Records`.
+    classes: names in the order of ids.
+    palette: [K, 3] uint8.
+    to_label: (mask's path, stored numbers) -> [H, W] uint8 class ids, 255 = void; raises DataError for others.
+    labelled: False where the split has no public labels; they then read as void everywhere.
+    notes: what a user should know about this split, e.g. that it is not complete.
+    submission: how predictions are written.
+  """
+
+  def __init__(self, store, classes: Sequence[str], palette: np.ndarray, to_label: Callable, *, labelled: bool = True,
+               notes: Sequence[str] = (), submission: datasets.Submission = datasets.PLAIN_SUBMISSION):  # fmt: skip
+    self._store, self._to_label = store, to_label
+    self.classes, self.palette = tuple(classes), palette
+    self.labelled, self.notes, self.submission = labelled, tuple(notes), submission
+
+  def __len__(self) -> int:
+    return len(self._store.names)
+
+  @property
+  def canvas_size(self) -> tuple[int, int]:
+    """(H, W) that holds every image of the split.
+
+    Raises:
+      DataError: every image that cannot be used, and every mask of another size than its image.
+    """
+    return self._store.canvas_size
+
+  def describe(self, index: int) -> str:
+    """The example's name."""
+    return self._store.names[index]
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """image [H, W, 3] uint8, label [H, W] uint8, ids in [0, len(classes)) or 255.
+
+    Raises:
+      DataError: damaged files, other label values or colours, an image and a mask of different sizes.
+    """
+    image_path, image, mask_path, mask = self._store.read(index)
+    if mask is None or not self.labelled:
+      return image, np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
+    label = self._to_label(mask_path, mask)
+    if image.shape[:2] != label.shape:
+      raise DataError(images.size_problem(image_path, image.shape[:2], mask_path, label.shape))
+    return image, label
+
+
+def count_note(split: str, count: int, official: int) -> list[str]:
+  """A note where a benchmark's split is not the official one, whose scores would not compare."""
+  return [] if count == official else [f"split {split!r} has {count} images, the official one {official}"]

@@ -1,0 +1,160 @@
+"""Examples stored by TensorFlow Datasets as ArrayRecord shards, read at random without TensorFlow.
+
+TFDS parses the records; images stay encoded until `images` decodes them, as it does for files, so that the pixels do
+not depend on the format.
+"""
+
+import functools
+import io
+import json
+import os
+import pathlib
+import urllib.parse
+
+import numpy as np
+import tqdm
+
+from segjax.input_pipeline import images
+from segjax.input_pipeline.images import DataError
+
+
+class Records:
+  """A store of image and mask features of a TFDS data set.
+
+  The first use of a split reads all its records once, for their names and sizes, and keeps these in an index file
+  beside the shards (in memory where that folder cannot be written).
+
+  Args:
+    dir: TFDS's data directory.
+    dataset: "name" or "name/config", in its highest version there.
+    splits: whose examples to join.
+    image, mask: names of the features.
+    id: feature to name and order examples by; empty: the order of the records.
+
+  Raises:
+    DataError: no such data set, split or feature, another file format than ArrayRecord, or TFDS not installed.
+  """
+
+  def __init__(self, dir: str, dataset: str, splits: tuple[str, ...], *, image: str, mask: str, id: str):
+    self._dataset, self._features = dataset, (image, mask)
+    folder = _find_version(pathlib.Path(dir).expanduser(), dataset)
+    builder = _open_builder(folder)
+    for feature in filter(None, (image, mask, id)):
+      if feature not in builder.info.features:
+        raise DataError(
+          f"{folder}: no feature {feature!r}; it has {', '.join(sorted(builder.info.features))}. Correct the name."
+        )
+    self._parts = [_open_split(builder, folder, split) for split in splits]
+    indices = [_index(folder, split, part, image, mask, id) for split, part in zip(splits, self._parts)]
+    rows = [(name, part, i) for part, index in enumerate(indices) for i, name in enumerate(index["names"])]
+    if id:
+      rows.sort()
+    if not rows:
+      raise DataError(f"{folder}: the split {'+'.join(splits)} is empty. Build the data set again.")
+    self.names = [name for name, _, _ in rows]
+    self._places = [(part, i) for _, part, i in rows]
+    self._sizes = [indices[part]["sizes"][i] for part, i in self._places]
+
+  @functools.cached_property
+  def canvas_size(self) -> tuple[int, int]:
+    """(H, W) that holds every image."""
+    return max(h for h, _ in self._sizes), max(w for _, w in self._sizes)
+
+  def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray]:
+    """As of `source.Files`."""
+    part, place = self._places[index]
+    record = _record(self._parts[part], place, self._dataset, self._features)
+    image, mask = (io.BytesIO(record[feature]) for feature in self._features)
+    where = [f"{self._dataset}: {feature} of {self.names[index]}" for feature in self._features]
+    return where[0], images.read_image(where[0], image), where[1], images.read_mask(where[1], mask)
+
+
+def _find_version(root: pathlib.Path, dataset: str) -> pathlib.Path:
+  folders = [path.parent for path in (root / dataset).glob("*/dataset_info.json")]
+  if not folders:
+    raise DataError(
+      f"{root / dataset}/VERSION/dataset_info.json: no such file, so TFDS's {dataset!r} is not in data.dir = {root}."
+      " Build it there with file_format=array_record, e.g. with python -m segjax.prepare ... --tfds="
+      f"{root}, or correct data.dir."
+    )
+  return max(folders, key=lambda path: [int(n) if n.isdecimal() else -1 for n in path.name.split(".")])
+
+
+def _open_builder(folder: pathlib.Path):
+  try:
+    import tensorflow_datasets as tfds  # Optional, and not needed by anybody else.
+  except ImportError as error:
+    raise DataError(f"Reading {folder} needs TFDS ({error}). Install it: pip install 'segjax[tfds]'.") from error
+  try:
+    return tfds.builder_from_directory(str(folder))
+  except (ValueError, OSError, KeyError) as error:
+    raise DataError(f"{folder}: not a TFDS data set that can be read ({error}). Build it again.") from error
+
+
+def _open_split(builder, folder: pathlib.Path, split: str):
+  import tensorflow_datasets as tfds
+
+  features = builder.info.features
+  encoded = {name: tfds.decode.SkipDecoding() for name in features if isinstance(features[name], tfds.features.Image)}
+  try:
+    return builder.as_data_source(split, decoders=encoded)
+  except NotImplementedError as error:
+    raise DataError(
+      f"{folder} is stored as {builder.info.file_format.value}, which has no random access. Build it again with"
+      " file_format=array_record."
+    ) from error
+  except (ValueError, KeyError) as error:
+    known = ", ".join(builder.info.splits)
+    raise DataError(f"{folder}: no split {split!r}; it has {known}. Correct the split.") from error
+
+
+def _record(part, place: int, where: str, features) -> dict[str, bytes]:
+  """The record at a place, its images encoded.
+
+  Raises:
+    DataError: it cannot be read, or lacks a feature.
+  """
+  try:
+    record = part[place]
+  except Exception as error:  # ArrayRecord and TFDS name no classes of their own.
+    raise DataError(f"{where}: record {place} is damaged ({error}). Build the data set again.") from error
+  if lost := [feature for feature in features if not record[feature]]:
+    raise DataError(f"{where}: record {place} is damaged, without {', '.join(lost)}. Build the data set again.")
+  return record
+
+
+def _index(folder: pathlib.Path, split: str, part, image: str, mask: str, id: str) -> dict[str, list]:
+  """{"names": [...], "sizes": [[h, w], ...]} of the records of a split, from its file or by reading them all.
+
+  Raises:
+    DataError: every image that cannot be read, and every mask of another size.
+  """
+  path = folder / f"segjax_index_{urllib.parse.quote('-'.join(filter(None, (split, image, mask, id))), safe='-')}.json"
+  if path.is_file():
+    index = json.loads(path.read_text())
+    if len(index["names"]) == len(part):
+      return index
+  names, sizes, problems = [], [], []
+  for i in tqdm.tqdm(range(len(part)), f"indexing {folder.parent.name} {split}", disable=len(part) < 100):
+    record = _record(part, i, f"{folder} {split}", [f for f in (image, mask, id) if f])
+    name = record[id].decode() if id else f"{split}_{i:06d}"
+    try:
+      size = images.read_size(f"{folder}: {image} of {name}", io.BytesIO(record[image]))
+      mask_size = images.read_size(f"{folder}: {mask} of {name}", io.BytesIO(record[mask]))
+      if size != mask_size:
+        raise DataError(images.size_problem(f"{image} of {name}", size, f"{folder}: {mask} of {name}", mask_size))
+    except DataError as error:
+      problems.append(str(error))
+    else:
+      names.append(name)
+      sizes.append(size)
+  if problems:
+    raise DataError(f"{len(problems)} of {len(part)} examples cannot be used:\n  " + "\n  ".join(problems[:20]))
+  index = dict(names=names, sizes=sizes)
+  try:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(index))
+    temporary.replace(path)
+  except OSError:
+    pass  # A read-only store: the next start reads the records again.
+  return index

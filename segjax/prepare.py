@@ -1,0 +1,318 @@
+"""From the official archives to a tree that can be trained on.
+
+  python -m segjax.prepare voc --archives=DIR --out=DIR            VOC's tar and SBD's tgz, as downloaded
+  python -m segjax.prepare voc --devkit=VOCdevkit/VOC2012 --sbd=benchmark_RELEASE/dataset    already unpacked
+  python -m segjax.prepare cityscapes --archives=DIR --out=DIR     the zips of cityscapes-dataset.com
+
+With --tfds=DIR, the data set is also stored there as TFDS's ArrayRecord shards. Every file is written under a temporary
+name and renamed, and none that is there already is written again: after an interruption, run the same command.
+"""
+
+import contextlib
+import importlib
+import io
+import pathlib
+import shutil
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
+
+import numpy as np
+import tqdm
+from absl import app, flags
+from PIL import Image
+
+from segjax import commandline
+from segjax.input_pipeline import DataError, cityscapes, datasets, voc
+
+_ARCHIVES = flags.DEFINE_string("archives", None, "Folder of the archives as downloaded.")
+_OUT = flags.DEFINE_string("out", None, "Folder to unpack to; default: that of the archives.")
+_DEVKIT = flags.DEFINE_string("devkit", None, "voc: the folder VOC2012, already unpacked.")
+_SBD = flags.DEFINE_string("sbd", None, "voc: SBD's folder `dataset`, already unpacked, or its benchmark.tgz.")
+_TFDS = flags.DEFINE_string("tfds", None, "TFDS's data directory, to store the data set there as well.")
+_PARTIAL = flags.DEFINE_bool(
+  "allow_partial", False, "Accept other numbers of images than the official ones, and say which."
+)
+
+VOC_TAR, VOC_TEST_TAR, SBD_TGZ = "VOCtrainval_11-May-2012.tar", "VOC2012test.tar", "benchmark.tgz"
+CITYSCAPES_ZIPS = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")
+SBD_MASKS = "dataset/cls/"  # In SBD's archive.
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)  # What damaged archives raise.
+
+
+def prepare_voc(root: pathlib.Path, sbd: pathlib.Path, allow_partial: bool = False) -> None:
+  """Adds SBD's labels and the list `trainaug` to a VOC2012 folder: VOC's train and SBD's images, without VOC's val.
+
+  Images that VOC labels keep VOC's mask with its void; the others get SBD's, whose boundaries are drawn without void, as
+  an indexed PNG in SegmentationClassAug.
+
+  Args:
+    root: VOC2012.
+    sbd: SBD's folder `dataset`, or benchmark.tgz.
+    allow_partial: whether other numbers of images than the official ones are a note instead of an error.
+
+  Raises:
+    DataError: missing or damaged files, wrong counts, or a folder that cannot be written.
+  """
+  train, val = voc.read_list(root, "train"), voc.read_list(root, "val")
+  official = datasets.VOC_COUNTS
+  counts = {"VOC train": (len(train), official["train"]), "VOC val": (len(val), official["val"])}
+  _check_counts(counts, allow_partial)
+  skip = {*train, *val}
+  folder = root / voc.AUG_FOLDER
+  present = {path.stem for path in folder.glob("*.png")}
+  names = []
+  with _writing(folder):
+    folder.mkdir(exist_ok=True)
+    for name, read in tqdm.tqdm(_sbd_masks(sbd), "SBD masks", unit=" files"):
+      names.append(name)
+      if name not in skip and name not in present:
+        mask = Image.fromarray(_sbd_labels(name, read), mode="P")
+        mask.putpalette(datasets.palette(256).reshape(-1).tolist())
+        write_file(folder / f"{name}.png", lambda file, mask=mask: mask.save(file, "PNG"))
+  trainaug = sorted(set(train) | (set(names) - set(val)))
+  counts = {"SBD": (len(set(names)), datasets.SBD_COUNT), "trainaug": (len(trainaug), official["trainaug"])}
+  _check_counts(counts, allow_partial)
+  path, text = voc.list_file(root, "trainaug"), "".join(name + "\n" for name in trainaug).encode()
+  if not path.is_file() or path.read_bytes() != text:
+    with _writing(path):
+      write_file(path, lambda file: file.write(text))
+  voc.find_pairs(root, "trainaug")  # Names every image that SBD labels and VOC's folder lacks.
+  print(
+    f"{voc.list_file(root, 'trainaug')}: {len(trainaug)} images, {len(set(trainaug) - set(train))} with SBD's masks"
+  )
+
+
+def _sbd_masks(sbd: pathlib.Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
+  """(name, function that opens the .mat file) of all class masks of SBD, from its folder or its archive."""
+  if sbd.is_dir():
+    paths = sorted((sbd / "cls").glob("*.mat"))
+    if not paths:
+      raise DataError(f"{sbd / 'cls'} holds no .mat files. Name SBD's folder `dataset`, which has cls, img and inst.")
+    for path in paths:
+      yield path.stem, lambda path=path: path.open("rb")
+    return
+  found = False
+  for member, archive in _members(sbd, "r|gz"):
+    if SBD_MASKS in member.name and member.name.endswith(".mat"):
+      found = True
+      yield pathlib.PurePosixPath(member.name).stem, lambda member=member, archive=archive: archive.extractfile(member)
+  if not found:
+    raise DataError(f"{sbd} holds no {SBD_MASKS}*.mat, so it is not SBD's benchmark.tgz. Download it again.")
+
+
+def _sbd_labels(name: str, read: Callable[[], BinaryIO]) -> np.ndarray:
+  """GTcls.Segmentation of a .mat file, [H, W] uint8."""
+  import scipy.io  # JAX depends on it. Imported here, as training needs none of it.
+
+  try:
+    with read() as file:
+      label = scipy.io.loadmat(io.BytesIO(file.read()), struct_as_record=False, squeeze_me=True)["GTcls"].Segmentation
+  except (OSError, ValueError, KeyError, AttributeError, TypeError, *_DAMAGE) as error:
+    raise DataError(
+      f"SBD's cls/{name}.mat: no class mask can be read ({error}). Unpack or download SBD again."
+    ) from error
+  return voc.to_label(f"SBD's cls/{name}.mat", np.asarray(label))
+
+
+def unpack_voc(archives: pathlib.Path, out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """Unpacks VOC's tar, and the test tar where it is there, below `out`.
+
+  Returns:
+    The folder VOC2012, and SBD's archive, which is read without unpacking it.
+
+  Raises:
+    DataError: an archive that is missing or damaged, or `out` cannot be written.
+  """
+  for name, origin in (
+    (VOC_TAR, "host.robots.ox.ac.uk/pascal/VOC/voc2012"),
+    (SBD_TGZ, "www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"),
+  ):
+    if not (archives / name).is_file():
+      raise DataError(f"{archives / name}: no such file. Download it from {origin}")
+  for name in (VOC_TAR, VOC_TEST_TAR):
+    if not (archives / name).is_file():
+      print(f"{archives / name} is not there: no split `test`, which only submissions need")
+      continue
+    files = (
+      (member.name, member.size, lambda member=member, archive=archive: archive.extractfile(member))
+      for member, archive in _members(archives / name, "r")
+      if member.isfile()
+    )
+    _extract(archives / name, files, out)
+  return voc.find_root(str(out)), archives / SBD_TGZ
+
+
+def _members(path: pathlib.Path, mode: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+  try:
+    with tarfile.open(path, mode) as archive:
+      for member in archive:
+        yield member, archive
+  except (*_DAMAGE, OSError) as error:
+    raise DataError(f"{path}: damaged or not complete ({error}). Download it again.") from error
+
+
+def unpack_cityscapes(archives: pathlib.Path, out: pathlib.Path) -> None:
+  """Unzips the archives of Cityscapes that are there; the images and gtFine must be.
+
+  Raises:
+    DataError: an archive that is missing or damaged, or `out` cannot be written.
+  """
+  for name in CITYSCAPES_ZIPS:
+    if not (archives / name).is_file():
+      raise DataError(
+        f"{archives / name}: no such file. Download it from www.cityscapes-dataset.com (needs an account)."
+      )
+  for name in (*CITYSCAPES_ZIPS, "leftImg8bit_trainextra.zip", "gtCoarse.zip"):
+    if not (archives / name).is_file():
+      continue
+    try:
+      with zipfile.ZipFile(archives / name) as archive:
+        members = [info for info in archive.infolist() if not info.is_dir()]
+        files = (
+          (info.filename, info.file_size, lambda info=info, archive=archive: archive.open(info)) for info in members
+        )
+        _extract(archives / name, files, out, len(members))
+    except _DAMAGE as error:
+      raise DataError(f"{archives / name}: damaged or not complete ({error}). Download it again.") from error
+
+
+def check_cityscapes(root: pathlib.Path, allow_partial: bool = False) -> None:
+  """Pairs all images with their labels and compares their numbers with the official ones.
+
+  Raises:
+    DataError: missing files, or, without `allow_partial`, other numbers.
+  """
+  counts = {}
+  for split in ("train", "val", "test"):
+    counts[f"Cityscapes {split}"] = (
+      len(cityscapes.find_pairs(root, split, "gtFine")[0]),
+      datasets.CITYSCAPES_COUNTS[split],
+    )
+  _check_counts(counts, allow_partial)
+  print(f"{root}: " + ", ".join(f"{name} {count}" for name, (count, _) in counts.items()))
+
+
+def _check_counts(counts: dict[str, tuple[int, int]], allow_partial: bool) -> None:
+  wrong = [
+    f"{name} has {count} images, not {official}" for name, (count, official) in counts.items() if count != official
+  ]
+  if not wrong:
+    return
+  if not allow_partial:
+    raise DataError(
+      "Not the official data set: " + "; ".join(wrong) + ". Unpack or download it again; or pass --allow_partial, but"
+      " scores will not compare with published ones."
+    )
+  print("note (--allow_partial): " + "; ".join(wrong))
+
+
+def _extract(archive: pathlib.Path, files: Iterable[tuple[str, int, Callable[[], BinaryIO]]], out: pathlib.Path,
+             total: int | None = None) -> None:  # fmt: skip
+  """Writes (name, size, function that opens it) below `out`; a file of that size that is there already stays."""
+  with _writing(out):
+    for name, size, read in tqdm.tqdm(files, archive.name, total=total, unit=" files"):
+      path = out / name
+      if not path.resolve().is_relative_to(out.resolve()):
+        raise DataError(f"{archive} holds {name!r}, which points outside of {out}. Download it again.")
+      if path.is_file() and path.stat().st_size == size:
+        continue
+      path.parent.mkdir(parents=True, exist_ok=True)
+      try:
+        with read() as content:
+          write_file(path, lambda file, content=content: shutil.copyfileobj(content, file))
+      except _DAMAGE as error:
+        raise DataError(f"{archive}: {name} is damaged ({error}). Download the archive again.") from error
+
+
+def write_file(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
+  """Writes a file whole or not at all: under a temporary name, then renamed."""
+  temporary = path.with_name(path.name + ".tmp")
+  try:
+    with temporary.open("wb") as file:
+      write(file)
+    temporary.replace(path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path):
+  """Turns the system's errors while writing below `folder` into a DataError."""
+  try:
+    yield
+  except OSError as error:
+    raise DataError(f"{folder} cannot be written ({error}). Make it writable, or give another folder.") from error
+
+
+def store_voc(root: pathlib.Path, data_dir: str) -> None:
+  """Stores a prepared VOC2012 folder as the TFDS data set `voc_segmentation` under `data_dir`."""
+  builder = _tfds_module("segjax.input_pipeline.voc_segmentation").VocSegmentation(
+    data_dir=data_dir, file_format="array_record"
+  )
+  _download_and_prepare(builder, root)
+
+
+def store_cityscapes(archives: pathlib.Path, data_dir: str) -> None:
+  """Stores the zips of Cityscapes as TFDS's `cityscapes/semantic_segmentation` under `data_dir`."""
+  tfds = _tfds_module("tensorflow_datasets")
+  builder = tfds.builder("cityscapes/semantic_segmentation", data_dir=data_dir, file_format="array_record")
+  _download_and_prepare(builder, archives)
+
+
+def _tfds_module(name: str):
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise DataError(f"--tfds needs TFDS ({error}). Install it: pip install 'segjax[tfds]'.") from error
+
+
+def _download_and_prepare(builder, manual_dir: pathlib.Path) -> None:
+  tfds = _tfds_module("tensorflow_datasets")
+  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
+  print(
+    f"{builder.data_path}: " + ", ".join(f"{name} {info.num_examples}" for name, info in builder.info.splits.items())
+  )
+
+
+def main(argv: list[str]) -> None:
+  """The command line."""
+  with commandline.readable_errors():
+    names = dict(voc=_main_voc, cityscapes=_main_cityscapes)
+    if len(argv) != 2 or argv[1] not in names:
+      raise app.UsageError(f"Name one data set: {' or '.join(names)}.")
+    names[argv[1]]()
+
+
+def _main_voc() -> None:
+  if bool(_ARCHIVES.value) == bool(_DEVKIT.value and _SBD.value):
+    raise app.UsageError("Give --archives=DIR, or --devkit=VOC2012 and --sbd=dataset.")
+  if _ARCHIVES.value:
+    archives = pathlib.Path(_ARCHIVES.value).expanduser()
+    root, sbd = unpack_voc(archives, pathlib.Path(_OUT.value or archives).expanduser())
+  else:
+    root, sbd = voc.find_root(_DEVKIT.value), pathlib.Path(_SBD.value).expanduser()
+  prepare_voc(root, sbd, _PARTIAL.value)
+  if _TFDS.value:
+    store_voc(root, _TFDS.value)
+  print(f"train on it: --config.data.dir={root}")
+
+
+def _main_cityscapes() -> None:
+  if not _ARCHIVES.value:
+    raise app.UsageError("Give --archives=DIR, the folder of the zips; an unzipped tree needs no preparation.")
+  archives = pathlib.Path(_ARCHIVES.value).expanduser()
+  root = pathlib.Path(_OUT.value or archives).expanduser()
+  unpack_cityscapes(archives, root)
+  check_cityscapes(root, _PARTIAL.value)
+  if _TFDS.value:
+    store_cityscapes(archives, _TFDS.value)
+  print(f"train on it: --config.data.dir={root}")
+
+
+if __name__ == "__main__":
+  sys.exit(app.run(main))
