@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -168,14 +169,26 @@ class Checkpoints:
       raise ConfigError(f"{self.folder}: step {step} does not hold the state of this config: {error}") from error
     return TrainState(**restored)
 
+  def restore_on_host(self, step: int) -> dict:
+    """The whole state as NumPy arrays, {"step", "params", ...}, whatever its model and the devices that saved it.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    self._check(step)
+    # Not `self._manager`: without a target it wants the very devices that saved.
+    folder = self.folder / f"step_{step}" / "default"
+    with ocp.StandardCheckpointer() as checkpointer:
+      stored = checkpointer.metadata(folder).item_metadata.tree
+      return checkpointer.restore(folder, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored))
+
   def restore_variables(self, step: int) -> dict:
     """{"params", "batch_stats"} of any checkpoint, whatever its model, on the host; the averages where there are any.
 
     Raises:
       ConfigError: it is damaged.
     """
-    self._check(step)
-    restored = self._manager.restore(step, args=ocp.args.StandardRestore())
+    restored = self.restore_on_host(step)
     return restored["ema"] or {name: restored[name] for name in ("params", "batch_stats")}
 
   def wait(self) -> None:

@@ -200,4 +200,7 @@ def test_two_processes_train_as_one_does(tiny_config, tmp_path, launcher):
     np.testing.assert_allclose([first[n] for n in names], [second[n] for n in names], rtol=2e-4)
   statistics = json.loads((workdir / "label_statistics.json").read_text())
   assert statistics == json.loads((tmp_path / "one" / "label_statistics.json").read_text())
+  # Its checkpoint starts another run, on other devices.
+  tiny_config.init.path, tiny_config.num_steps = str(workdir), 1
+  train_lib.train(tiny_config, tmp_path / "three")
   assert not (workdir / "run.lock").exists() and len(list(workdir.glob("events.out.tfevents*"))) == 1
