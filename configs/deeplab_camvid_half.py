@@ -2,7 +2,8 @@
 
 python -m segjax.main --config=configs/deeplab_camvid_half.py --config.data.dir=CAMVID --workdir=runs/deeplab_camvid_half
 
-From scratch; scored like the U-Net, against the labels at their full 360x480.
+From scratch; scored like the U-Net, against the labels at their full 360x480. Ours: val mean IoU 0.533 after 1600 steps
+(101 images, seed 0, one run; the U-Net of the same budget 0.558), in 39 minutes on two cores that others used too.
 """
 
 from configs import unet_camvid_half

@@ -171,7 +171,7 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       momentum=0.9,  # SGD momentum, or AdamW's b1.
       nesterov=False,  # SGD only.
       weight_decay=1e-4,  # On dense kernels only: no bias, no batch norm, no depthwise kernel.
-      # Gradient multipliers (official DeepLab, last_layer_gradient_multiplier): of aspp, decoder and logits, and of the
+      # Gradient multipliers (official DeepLab, last_layer_gradient_multiplier): of all that is not backbone, and of the
       # biases of convolutions, which official DeepLab doubles.
       head_multiplier=1.0,
       bias_multiplier=1.0,

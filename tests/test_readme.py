@@ -22,8 +22,10 @@ def test_command_of_the_readme_is_understood(command, monkeypatch):
   names = [word.lstrip("-").partition("=")[0] for word in words[3:]]
   assert all(name in ("config", "workdir", "mode") or name.startswith("config.") for name in names)
   argv = words[2:]
-  if "config" not in names:  # It continues a run of the quickstart.
-    argv = [argv[0], "--config=configs/quickstart.py", *argv[1:]]
+  if "config" not in names:  # It continues the run of another command.
+    workdir = next(word for word in words if word.startswith("--workdir="))
+    origin = next(c for c in COMMANDS if workdir in c.split() and "--config=" in c)
+    argv = [argv[0], next(word for word in origin.split() if word.startswith("--config=")), *argv[1:]]
   commandline._check_config_names(argv)  # Exits on an unknown file or field.
 
 
