@@ -1,28 +1,121 @@
-"""Checkpoints: Orbax, written in the background, the last k and the best one."""
+"""Checkpoints: Orbax, written in the background, the last k and the best one, each with its checksums."""
 
+import asyncio
 import dataclasses
+import hashlib
 import pathlib
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from segjax.config import ConfigError
 from segjax.state import TrainState
 
+CHECKSUMS = "SHA256SUMS"  # In each checkpoint; `sha256sum -c SHA256SUMS` reads it as well.
+DAMAGED = "damaged_checkpoints"  # In the workdir.
+
+
+class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """A checkpoint gets its checksums before the name that makes it complete, so none is ever without."""
+
+  async def finalize(self) -> None:
+    if self.get_final().name.startswith("step_"):  # Not one of its parts, which are finalised alike.
+      await asyncio.to_thread(_write_checksums, pathlib.Path(self.get()))
+    await super().finalize()
+
+
+def _write_checksums(folder: pathlib.Path) -> None:
+  # The files at the top are Orbax's notes about the save, which it still completes; nothing is restored from them.
+  files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+  (folder / CHECKSUMS).write_text("".join(f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in files))
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: pathlib.Path) -> list[str]:
+  """What is wrong with a checkpoint, one line for each file; [] where every file is as it was written."""
+  try:
+    lines = (folder / CHECKSUMS).read_text().splitlines()
+  except OSError as error:
+    return [f"{folder / CHECKSUMS} cannot be read ({error.strerror})"]
+  except UnicodeDecodeError:
+    return [f"{folder / CHECKSUMS} is no text"]
+  found = [] if lines else [f"{folder / CHECKSUMS} is empty"]
+  for line in lines:
+    digest, _, name = line.partition("  ")
+    try:
+      if _sha256(folder / name) != digest:
+        found.append(f"{folder / name} is not as it was written")
+    except (OSError, ValueError) as error:
+      found.append(f"{folder / name} cannot be read ({error})")
+  return found
+
+
+def set_aside_damaged(workdir) -> list[str]:
+  """Moves damaged checkpoints that are newer than the newest sound one out of the way, deleting nothing.
+
+  To be called by one process, before any opens `Checkpoints` to go on with the run.
+
+  Returns:
+    A line for each, naming file and new place; [] where the newest is sound, or there is none.
+
+  Raises:
+    ConfigError: none is sound; all stay where they are.
+  """
+  workdir = pathlib.Path(workdir)
+  bad = []
+  for step in sorted(_steps(workdir / "checkpoints"), reverse=True):
+    folder = workdir / "checkpoints" / f"step_{step}"
+    found = damage(folder)
+    if not found:
+      break
+    bad.append((folder, found))
+  else:
+    if bad:
+      raise ConfigError(
+        "Every checkpoint is damaged:\n  "
+        + "\n  ".join(line for _, found in bad for line in found)
+        + f"\nNothing was deleted. Restore one of them, or start anew with another --workdir (init.path={workdir} cannot"
+        " help, it reads the same files)."
+      )
+  notes = []
+  for folder, found in bad:
+    (workdir / DAMAGED).mkdir(exist_ok=True)
+    target, number = workdir / DAMAGED / folder.name, 1
+    while target.exists():
+      target, number = workdir / DAMAGED / f"{folder.name}-{number}", number + 1
+    folder.rename(target)
+    notes.append(f"DAMAGED CHECKPOINT {folder.name}, set aside as {target}: {'; '.join(found)}")
+  return notes
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+  names = [path.name.removeprefix("step_") for path in folder.glob("step_*")]
+  return [int(name) for name in names if name.isdecimal()]  # Others are being written.
+
 
 class Checkpoints:
   """The checkpoints of a workdir.
 
   A checkpoint is the state alone: data order and random keys follow from its step and the seed, so nothing else is
-  needed to continue bit for bit. Each is written under a temporary name and renamed when complete.
+  needed to continue bit for bit. Each is written under a temporary name and renamed when complete. To be used in a
+  `with` block, which waits at its end until everything is on disk, and ends Orbax's threads.
 
   Args:
     workdir: its folder `checkpoints` is used.
     keep: how many of the last ones stay, beside the best.
+    read_only: nothing is written; what is restored is checked first (a run that goes on has had `set_aside_damaged` do
+      so).
   """
 
   def __init__(self, workdir, keep: int = 1, read_only: bool = False):
     self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
+    self._read_only = read_only
     policies = [
       checkpoint_managers.LatestN(keep),
       checkpoint_managers.BestN(
@@ -34,6 +127,7 @@ class Checkpoints:
       best_fn=lambda metrics: metrics["score"],
       step_prefix="step",
       read_only=read_only,
+      temporary_path_class=_Checksummed,
     )
     self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -66,17 +160,35 @@ class Checkpoints:
     """Reads a checkpoint into the shapes and shardings of `abstract`, on any number of devices.
 
     Raises:
-      ConfigError: it holds another model or optimiser.
+      ConfigError: it holds another model or optimiser, or is damaged.
     """
+    self._check(step)
     try:
       restored = self._manager.restore(step, args=ocp.args.StandardRestore(_as_dict(abstract)))
     except (ValueError, KeyError, TypeError) as error:
       raise ConfigError(f"{self.folder}: step {step} does not hold the state of this config: {error}") from error
     return TrainState(**restored)
 
+  def restore_on_host(self, step: int) -> dict:
+    """The whole state as NumPy arrays, {"step", "params", ...}, whatever its model and the devices that saved it.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    self._check(step)
+    # Not `self._manager`: without a target it wants the very devices that saved.
+    folder = self.folder / f"step_{step}" / "default"
+    with ocp.StandardCheckpointer() as checkpointer:
+      stored = checkpointer.metadata(folder).item_metadata.tree
+      return checkpointer.restore(folder, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored))
+
   def restore_variables(self, step: int) -> dict:
-    """{"params", "batch_stats"} of any checkpoint, whatever its model, on the host; the averages where there are any."""
-    restored = self._manager.restore(step, args=ocp.args.StandardRestore())
+    """{"params", "batch_stats"} of any checkpoint, whatever its model, on the host; the averages where there are any.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    restored = self.restore_on_host(step)
     return restored["ema"] or {name: restored[name] for name in ("params", "batch_stats")}
 
   def wait(self) -> None:
@@ -87,6 +199,23 @@ class Checkpoints:
     """Waits until everything is on disk, and ends Orbax's threads."""
     self.wait()
     self._manager.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    # After a failure among several processes the others may be gone, and Orbax would wait for them.
+    if jax.process_count() == 1 or error is None or isinstance(error, SystemExit):
+      self.close()
+
+  def _check(self, step: int) -> None:
+    found = damage(self.folder / f"step_{step}") if self._read_only else []
+    if found:
+      raise ConfigError(
+        "; ".join(found)
+        + ". Use another checkpoint (--config.eval.checkpoint=last or best), or continue the run, which"
+        " sets a damaged last one aside and goes on from the one before."
+      )
 
 
 def _as_dict(state: TrainState) -> dict:

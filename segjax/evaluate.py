@@ -1,6 +1,5 @@
 """Scoring: whole images against their own labels, one confusion matrix over the split."""
 
-import contextlib
 import dataclasses
 import pathlib
 
@@ -167,7 +166,7 @@ def trained_variables(config, workdir: pathlib.Path, loaded, init, mesh) -> tupl
     # Strictly all: what init.exclude leaves random would only be scored as noise.
     variables, origin = warm_start.merge(abstract.variables(), loaded, ())
     return jax.device_put(variables, sharding.replicated(mesh)), 0, origin
-  with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+  with Checkpoints(workdir, read_only=True) as checkpoints:
     best, last = checkpoints.best_step(), checkpoints.latest_step()
     step = best if config.eval.checkpoint == "best" and best is not None else last
     if step is None:

@@ -3,11 +3,12 @@
 Only flags, process start and dispatch; the work is in functions of (config, workdir) that can be imported.
 """
 
+import os
 import sys
 
 from absl import app, flags
 
-from segjax import commandline
+from segjax import cluster, commandline
 
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -16,6 +17,12 @@ _MODE = flags.DEFINE_enum(
   "train, or score a checkpoint of the workdir, or write its predictions for a server.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, pictures.", required=True)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, 'host:port of process 0, where several processes run as one; "auto": JAX finds all (TPU pods).'
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; 1: one, whatever the environment.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -24,17 +31,23 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"Unknown argument {argv[1]!r}; options look like --config.num_steps=100.")
   with commandline.readable_errors():
     config = commandline.config()
+    processes = cluster.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
   # Not earlier: --help and config errors should not wait for these imports.
   import jax
 
+  from segjax import distributed
   from segjax.evaluate import evaluate
   from segjax.predict import predict
   from segjax.train import NonFiniteLoss, train
 
   if config.dtype == "float64":
     jax.config.update("jax_enable_x64", True)
-  with commandline.readable_errors(NonFiniteLoss):
+  with (
+    commandline.readable_errors(),
+    distributed.connected(processes, _START_TIMEOUT.value),
+    commandline.readable_errors(NonFiniteLoss),  # Before `connected` ends a process that fails among several.
+  ):
     {"train": train, "eval": evaluate, "predict": predict}[_MODE.value](config, _WORKDIR.value)
 
 

@@ -18,7 +18,7 @@ class Writer:
   """Scalars and pictures of a run, under its workdir.
 
   `metrics.jsonl` gets one JSON object a line: "step" and any number of names. The same goes to TensorBoard through clu,
-  where TensorFlow may be imported.
+  where TensorFlow may be imported. Of several processes the first writes, the others nothing.
 
   Args:
     workdir: created if missing.
@@ -29,14 +29,17 @@ class Writer:
 
   def __init__(self, workdir, *, tensorboard: bool, start_step: int | None = None):
     self._workdir = pathlib.Path(workdir)
-    self._workdir.mkdir(parents=True, exist_ok=True)
     self._path = self._workdir / "metrics.jsonl"
+    self._tensorboard = None
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      return
+    self._workdir.mkdir(parents=True, exist_ok=True)
     if start_step is not None and self._path.exists():
       lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
       temporary = self._path.with_suffix(".tmp")
       temporary.write_text("".join(line + "\n" for line in lines))
       temporary.replace(self._path)
-    self._tensorboard = None
     if tensorboard and importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
       from clu.metric_writers import summary_writer  # Imports TensorFlow.
 
@@ -44,6 +47,8 @@ class Writer:
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Appends a line; NaN (a class that does not occur) becomes null, as JSON has no NaN."""
+    if not self._writes:
+      return
     values = {name: float(value) for name, value in values.items()}
     clean = {name: value if np.isfinite(value) else None for name, value in values.items()}
     with self._path.open("a") as file:
@@ -55,6 +60,8 @@ class Writer:
   def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
     """Writes {name: [H, W, 3] uint8} as overlays/step_N/name.png; returns the folder."""
     folder = self._workdir / "overlays" / f"step_{step:06d}"
+    if not self._writes:
+      return folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
       Image.fromarray(picture).save(folder / f"{name.replace('/', '_')}.png")

@@ -1,6 +1,5 @@
 """Training, from a config to a scored checkpoint, top to bottom in the order things happen."""
 
-import contextlib
 import functools
 import json
 import pathlib
@@ -9,12 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax import check_data, evaluate, input_pipeline, losses, report, sharding, steps, warm_start
+from segjax import (
+  check_data,
+  checkpoint,
+  distributed,
+  evaluate,
+  input_pipeline,
+  losses,
+  report,
+  sharding,
+  steps,
+  warm_start,
+)
 from segjax import config as config_lib
 from segjax import optimizer as optimizer_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.input_pipeline import order
+from segjax.lock import LOCK_FILE, Lock
 from segjax.state import TrainState, build, materialize, with_sharding
 
 
@@ -66,10 +77,12 @@ def train(config, workdir) -> dict[str, float]:
   evaluator = evaluate.make_evaluator(config, eval_source, graphdef, mesh)
 
   # The workdir: new, or of a run with the same config. Nothing is written before this point.
-  claim_workdir(config, workdir, say)
-  class_weights = make_class_weights(config, train_source, workdir)
-
-  with contextlib.closing(Checkpoints(workdir, config.keep_checkpoints)) as checkpoints:
+  with (
+    claim_workdir(config, workdir, say) as lock,
+    open_checkpoints(workdir, config.keep_checkpoints, say) as checkpoints,
+    distributed.StopSignal() as stop,
+  ):
+    class_weights = make_class_weights(config, train_source, workdir)
     # Start: 1. resume from the workdir, else 2. from the weights of init.path, else 3. from scratch.
     start = checkpoints.latest_step() or 0
     if start >= config.num_steps:
@@ -137,6 +150,18 @@ def train(config, workdir) -> dict[str, float]:
     remember = jax.jit(remember, out_shardings=sharding.replicated(mesh))
     scores, recent = {}, []
     for step in range(start + 1, config.num_steps + 1):
+      if stop.requested(step):
+        # Here, not after a step, so that whatever is due at a step (evaluation) has been done when the run stops at it.
+        check_finite(config, state, schedule, len(train_source), checkpoints)
+        lock.check()
+        checkpoints.save(state)
+        checkpoints.wait()
+        say(
+          f"SIGTERM: stopped after step {step - 1} of {config.num_steps}, checkpoint saved. The same command goes on"
+          f" from there (exit code {distributed.PREEMPTED})",
+          flush=True,
+        )
+        raise distributed.Preempted
       state, step_metrics = train_step(state, progress.wait(batches))
       recent.append(step_metrics)  # Stays on the device: the host waits for it at log steps only.
       evaluation_due = step == config.num_steps or step % config.eval_every == 0
@@ -168,6 +193,7 @@ def train(config, workdir) -> dict[str, float]:
         say(f"{config.data.eval_split} at step {step}:\n{evaluation.table}", flush=True)
         state.policy = remember(state.policy, scores[f"{config.data.eval_split}/{p.metric}"])
       if checkpoint_due:
+        lock.check()
         checkpoints.save(state, scores[f"{config.data.eval_split}/{p.metric}"] if evaluation_due else None)
         progress.restart(step)
       if evaluation_due and stops_early(config, state):
@@ -213,12 +239,22 @@ def stops_early(config, state: TrainState) -> bool:
   return 0 < config.policy.early_stop <= int(state.policy["stale"])
 
 
-def claim_workdir(config, workdir: pathlib.Path, say) -> None:
-  """Makes `workdir` this run's: saves the config, or compares it with the one that is there.
+def claim_workdir(config, workdir: pathlib.Path, say) -> Lock:
+  """Makes `workdir` this run's: saves the config, or compares it with the one that is there, and locks it.
+
+  Returns:
+    The lock, for a `with` block; process 0 holds it for all.
 
   Raises:
-    ConfigError: fields that would change the run differ, or the folder holds something else, or cannot be written.
+    ConfigError: fields that would change the run differ, or the folder holds something else, or cannot be written, or
+      another run is writing there.
   """
+  lock = Lock(workdir)
+  distributed.on_first(lambda: _claim(config, workdir, lock, say))
+  return lock
+
+
+def _claim(config, workdir: pathlib.Path, lock: Lock, say) -> None:
   if (workdir / config_lib.CONFIG_FILE).exists():
     saved = config_lib.load(workdir)
     differences = config_lib.differences(config, saved)
@@ -232,17 +268,28 @@ def claim_workdir(config, workdir: pathlib.Path, say) -> None:
         f"note: num_steps {saved.num_steps} -> {config.num_steps} stretches the {config.optimizer.schedule} schedule,"
         " so the learning rate jumps where the run resumes"
       )
-  elif workdir.is_dir() and any(workdir.iterdir()):
+  elif workdir.is_dir() and any(path.name != LOCK_FILE for path in workdir.iterdir()):
     raise ConfigError(
       f"{workdir} is not empty and holds no {config_lib.CONFIG_FILE}, so it is not the workdir of a run. Give another"
       " --workdir."
     )
-  if jax.process_index() == 0:
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-      config_lib.save(config, workdir)
-    except OSError as error:
-      raise ConfigError(f"{workdir} cannot be written ({error}). Give another --workdir.") from error
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock.acquire(say)
+    config_lib.save(config, workdir)
+  except OSError as error:
+    raise ConfigError(f"{workdir} cannot be written ({error}). Give another --workdir.") from error
+
+
+def open_checkpoints(workdir: pathlib.Path, keep: int, say) -> Checkpoints:
+  """The checkpoints to go on from, the newest of which is sound; damaged newer ones are set aside, and said so.
+
+  Raises:
+    ConfigError: there are some, and none is sound.
+  """
+  for note in distributed.on_first(lambda: checkpoint.set_aside_damaged(workdir)):
+    say(note)
+  return Checkpoints(workdir, keep)
 
 
 def with_weights(state: TrainState, loaded, exclude: tuple[str, ...], mesh, say) -> TrainState:
@@ -276,19 +323,24 @@ def make_class_weights(config, source, workdir: pathlib.Path) -> np.ndarray | No
     if len(weights) != len(source.classes):
       raise ConfigError(f"loss.class_weights has {len(weights)} numbers for {len(source.classes)} classes.")
     return np.asarray(weights, np.float32)
-  cache = workdir / "label_statistics.json"
-  if cache.exists():
-    saved = json.loads(cache.read_text())
-    pixels, images_with_class = saved["pixels"], saved["images_with_class"]
-  else:
-    pixels, images_with_class = check_data.label_statistics(source)
-    temporary = cache.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dict(pixels=pixels.tolist(), images_with_class=images_with_class.tolist())))
-    temporary.replace(cache)
+  pixels, images_with_class = map(np.asarray, distributed.on_first(lambda: _label_statistics(source, workdir)))
   try:
     return losses.class_weights(weights[0], pixels, images_with_class)
   except ValueError as error:
     raise ConfigError(str(error)) from error
+
+
+def _label_statistics(source, workdir: pathlib.Path) -> tuple[list[int], list[int]]:
+  cache = workdir / "label_statistics.json"
+  if cache.exists():
+    saved = json.loads(cache.read_text())
+  else:
+    pixels, images_with_class = check_data.label_statistics(source)
+    saved = dict(pixels=pixels.tolist(), images_with_class=images_with_class.tolist())
+    temporary = cache.with_suffix(".tmp")
+    temporary.write_text(json.dumps(saved))
+    temporary.replace(cache)
+  return saved["pixels"], saved["images_with_class"]
 
 
 def check_finite(config, state: TrainState, schedule, num_examples: int, checkpoints: Checkpoints) -> None:

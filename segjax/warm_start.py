@@ -1,6 +1,5 @@
 """The weights that `config.init` names: another run's, or a file of another framework's."""
 
-import contextlib
 import pathlib
 
 import jax
@@ -30,7 +29,7 @@ def load(init) -> tuple[dict, str]:
         f" ({init.scheme!r}). Leave the scheme empty, or name a file: {files.FORMATS}."
       )
     config_lib.load(path)  # Says so where this is no workdir, before Orbax makes folders in it.
-    with contextlib.closing(Checkpoints(path, read_only=True)) as origin:
+    with Checkpoints(path, read_only=True) as origin:
       step = origin.best_step() or origin.latest_step()
       if step is None:
         raise ConfigError(f"init.path = {path}: no checkpoint in {origin.folder}. Name the workdir of a trained run.")

@@ -23,7 +23,7 @@ LAYERS = [
    "input_pipeline.voc", "input_pipeline.cityscapes",
    "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
-  {"state", "steps", "checkpoint", "report", "commandline"},
+  {"state", "steps", "checkpoint", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
   {"warm_start"},
   {"check_data", "evaluate", "predict", "train", "prepare", "benchmark"},
   {"main"},

@@ -27,10 +27,8 @@ def read_metrics(workdir):
 
 
 def checkpoint(workdir, step):
-  manager = Checkpoints(workdir, read_only=True)
-  restored = manager._manager.restore(step)
-  manager.close()
-  return restored
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    return checkpoints.restore_on_host(step)
 
 
 def assert_identical(first, second):

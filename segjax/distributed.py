@@ -1,0 +1,202 @@
+"""Several processes as one program: how they connect, act as one, and stop. A run on one process needs none of this."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from segjax import liveness
+from segjax.cluster import Processes
+from segjax.config import ConfigError
+
+# What a run that saved on SIGTERM ends with, for schedulers to start it again: EX_TEMPFAIL of sysexits.h. 143 would be
+# a process that SIGTERM killed before it could save.
+PREEMPTED = 75
+# Seconds without a sign of life after which the runtime takes a process for dead and stops the others.
+HEARTBEAT_TIMEOUT = 60
+
+
+class Preempted(SystemExit):
+  """The run was told to stop, saved, and can go on; ends the program with exit code `PREEMPTED`."""
+
+  def __init__(self):
+    super().__init__(PREEMPTED)
+
+
+@contextlib.contextmanager
+def connected(processes: Processes | None, timeout: float):
+  """Connects this process with the others, before any other use of JAX; nothing for one process.
+
+  In the `with` block, the end of any process ends all, with a message. A process that fails ends at once: leaving in
+  the ordinary way, it would first wait minutes for the others, and they for it.
+
+  Args:
+    timeout: seconds to wait for all of them. When they have passed, the program ends with exit code 2 and a message.
+
+  Raises:
+    ConfigError: the address cannot be used.
+  """
+  if processes is None:
+    yield
+    return
+  _connect(processes, timeout)
+  name = f"process {jax.process_index()} of {jax.process_count()}"
+  try:
+    with _watching_each_other(processes, name):
+      yield
+  except Preempted:
+    raise
+  except BaseException as error:
+    _fail(error, name)
+
+
+def _connect(processes: Processes, timeout: float) -> None:
+  if processes.coordinator == "auto":
+    missing = f"the processes that JAX's own detection found did not all come together within {timeout:.0f} s"
+  elif processes.process_id == 0:
+    missing = (
+      f"process 0 of {processes.num_processes} listened at {processes.coordinator} for {timeout:.0f} s, and not all"
+      " others came"
+    )
+  else:
+    missing = (
+      f"process {processes.process_id} of {processes.num_processes} could not reach the coordinator, process 0, at"
+      f" {processes.coordinator} within {timeout:.0f} s"
+    )
+
+  def give_up():
+    print(
+      f"segjax: {missing} (from {processes.origin}). Did every process start, with the same number of processes? Can"
+      " the hosts resolve and reach that address? Is its port free, and open in the firewall?",
+      file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(2)  # The main thread waits inside the runtime.
+
+  # The runtime would end the process by abort() with a C++ trace; a little before that, we do with a message.
+  watchdog = threading.Timer(timeout, give_up)
+  watchdog.daemon = True
+  watchdog.start()
+  known = {}
+  if processes.coordinator != "auto":
+    known = dict(
+      coordinator_address=processes.coordinator,
+      num_processes=processes.num_processes,
+      process_id=processes.process_id,
+      local_device_ids=processes.local_device_ids,
+      cluster_detection_method="deactivate",
+    )
+  try:
+    jax.distributed.initialize(
+      **known, initialization_timeout=int(timeout) + 30, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
+    )
+  except (RuntimeError, ValueError) as error:
+    raise ConfigError(
+      f"The processes cannot be connected at {processes.coordinator} (from {processes.origin}): {error}. Is the port"
+      " free, and is the address one of process 0's host?"
+    ) from error
+  finally:
+    watchdog.cancel()
+
+
+@contextlib.contextmanager
+def _watching_each_other(processes: Processes, name: str):
+  """Has every process notice at once when another ends, where the hosts can connect to each other's free ports."""
+  listener = liveness.Listener(jax.process_count() - 1) if jax.process_index() == 0 else None
+  host, port = on_first(lambda: (socket.gethostname(), listener.port))
+  if processes.coordinator != "auto":
+    host = processes.coordinator.rpartition(":")[0].strip("[]")  # Known to be reachable.
+  link = None
+  try:
+    if listener is None:
+      link = liveness.Watcher(host, port, f"{name} ({socket.gethostname()})")
+    else:
+      listener.accept()
+      link = listener
+  except OSError as error:
+    print(f"note: {name} may hear of the end of others only after {HEARTBEAT_TIMEOUT} s: {host}:{port}: {error}")
+  try:
+    yield
+  except Preempted:
+    if link:
+      link.close()
+    raise
+  if link:
+    link.close()
+
+
+def _fail(error: BaseException, name: str):
+  """Ends a process that failed among several, which then stop as well."""
+  try:
+    if not isinstance(error, SystemExit):  # Whose message has been printed.
+      traceback.print_exception(error)
+    advice = ""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      advice = (
+        " Where the lines above speak of a connection, a peer or a timeout, another process stopped first, and its own"
+        " output has the reason."
+      )
+    print(f"segjax: {name} stopped for the reason above.{advice}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:  # Also where nobody reads the output any more, which may be the error itself.
+    os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+def on_first(function: Callable):
+  """Calls `function` on process 0 alone and gives its result, which JSON must be able to hold, to all.
+
+  Raises:
+    What `function` raises on process 0; ConfigError with the same message on the others.
+  """
+  if jax.process_count() == 1:
+    return function()
+  failure, message = None, b""
+  if jax.process_index() == 0:
+    try:
+      message = json.dumps(dict(result=function())).encode()
+    except Exception as error:  # Whatever it is, the others must not wait for a result.
+      failure, message = error, json.dumps(dict(error=str(error))).encode()
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
+  buffer = np.frombuffer(message.ljust(length, b"\0"), np.uint8)
+  received = json.loads(multihost_utils.broadcast_one_to_all(buffer).tobytes())
+  if failure is not None:
+    raise failure
+  if "error" in received:
+    raise ConfigError(f"process 0 stopped: {received['error']}")
+  return received["result"]
+
+
+class StopSignal:
+  """SIGTERM as a request to stop at the next step, the same one on every process.
+
+  Among several processes JAX's preemption service catches the signal, on whichever of them it arrives, and agrees on
+  the step.
+  """
+
+  def __init__(self):
+    self._received, self._previous = False, None
+
+  def __enter__(self) -> "StopSignal":
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+      self._previous = signal.signal(signal.SIGTERM, self._receive)
+    return self
+
+  def __exit__(self, *error) -> None:
+    if self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+
+  def _receive(self, number, frame) -> None:
+    self._received = True
+
+  def requested(self, step: int) -> bool:
+    """Whether to stop before `step`; to be asked for every step."""
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._received
