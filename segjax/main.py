@@ -1,4 +1,4 @@
-"""The door: python -m segjax.main --config=configs/x.py --workdir=runs/x [--mode=train|eval|predict] [--config.field=value ...]
+"""The door: python -m segjax.main --config=configs/x.py --workdir=runs/x [--mode=train|eval|predict] [--config.a=b ...]
 
 Only flags, process start and dispatch; the work is in functions of (config, workdir) that can be imported.
 """

@@ -38,9 +38,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
-    [B, H, W, 3] uint8, `label` [B, H, W] uint8 and `size` [B, 2] int32, and may have `border` [B, H, W]. Metrics are scalars: `loss`, `grad_norm`,
-    `pixel_accuracy` of the crops as trained on. A step whose loss or gradient is not finite leaves the state as it was
-    but for `failed_step`.
+    [B, H, W, 3] uint8, `label` [B, H, W] uint8 and `size` [B, 2] int32, and may have `border` [B, H, W]. Metrics are
+    scalars: `loss`, `grad_norm`, `pixel_accuracy` of the crops as trained on. A step whose loss or gradient is not finite
+    leaves the state as it was but for `failed_step`.
   """
 
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:

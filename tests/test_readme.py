@@ -4,6 +4,8 @@ import importlib.util
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -19,6 +21,11 @@ def test_command_of_the_readme_is_understood(command, monkeypatch):
   monkeypatch.chdir(ROOT)
   words = shlex.split(command)
   assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
+  if words[2] == "segjax.prepare":
+    known = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True).stdout
+    assert words[3] in ("voc", "cityscapes")
+    assert all(re.search(rf"--(\[no\])?{word[2:].partition('=')[0]}\b", known) for word in words[4:])
+    return
   names = [word.lstrip("-").partition("=")[0] for word in words[3:]]
   assert all(name in ("config", "workdir", "mode") or name.startswith("config.") for name in names)
   argv = words[2:]
