@@ -47,7 +47,7 @@ class Run:
   started = []
 
   def __init__(self, process):
-    self.process, self.lines, self._news = process, [], threading.Condition()
+    self.process, self.lines, self.ended, self._news = process, [], False, threading.Condition()
     Run.started.append(self)
     threading.Thread(target=self._read, daemon=True).start()
 
@@ -56,6 +56,9 @@ class Run:
       with self._news:
         self.lines.append(line)
         self._news.notify_all()
+    with self._news:
+      self.ended = True
+      self._news.notify_all()
 
   @property
   def output(self):
@@ -64,9 +67,7 @@ class Run:
   def wait_for(self, *texts, timeout=300):
     """Until the output has one of the texts."""
     with self._news:
-      self._news.wait_for(
-        lambda: any(text in self.output for text in texts) or self.process.poll() is not None, timeout
-      )
+      self._news.wait_for(lambda: self.ended or any(text in self.output for text in texts), timeout)
     assert any(text in self.output for text in texts), self.output
 
   def wait(self, timeout=300):
