@@ -29,9 +29,8 @@ setuptools.setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",  # Its checkpoint manager is being replaced by another API.
     "pillow>=11",
-    "scipy",  # For SBD's .mat files; JAX needs it anyway.
     "safetensors",
-    "scipy",  # Distance transforms and connected components of instances.
+    "scipy",  # SBD's .mat files; distance transforms and connected components of instances. JAX needs it anyway.
     "tensorboard",  # clu's writers need it beside TensorFlow.
     # tensorflow-cpu has wheels for these machines only; it spares the others' CUDA download, as JAX does the computing.
     "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux'",

@@ -219,6 +219,7 @@ def test_wrong_options_say_so(options, message):
     build(**options)
 
 
+@pytest.mark.slow
 def test_each_stride_starts_from_the_one_before(tmp_path, capsys):
   """32s -> 16s -> 8s through init.path: all that exists is taken over, and a new skip begins by adding zeros."""
   config = default_config(model="fcn", data="synthetic")

@@ -12,7 +12,8 @@ from segjax import input_pipeline, losses, sharding, state, steps
 from segjax.config import ConfigError, default_config
 from segjax.input_pipeline import train_batches
 
-MESHES = [(1, 1), (2, 1), (8, 1), (4, 2), (2, 4)]
+SLOW = pytest.mark.slow
+MESHES = [(1, 1), (8, 1), (4, 2), pytest.param(2, 1, marks=SLOW), pytest.param(2, 4, marks=SLOW)]
 
 
 def make(config, data, space):

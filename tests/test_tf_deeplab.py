@@ -63,6 +63,7 @@ def test_wrong_names_missing_tensors_and_wrong_shapes_are_all_listed():
     pretrained.assign(model, arrays, "tf")
 
 
+@pytest.mark.slow
 def test_a_new_number_of_classes_keeps_its_own_head():
   options = dict(name="deeplab_v3plus", num_classes=5, backbone="mobilenet_v2", atrous_rates=(), decoder=False)
 
