@@ -105,7 +105,13 @@ def test_any_mesh_gives_deeplab_the_same_gradients_in_float64(tiny_config, unsha
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [fcn, published_unet])
-@pytest.mark.parametrize("data, space", MESHES)
+@pytest.mark.parametrize(
+  "data, space",
+  [
+    (1, 1), (2, 1), (8, 1), (4, 2),
+    pytest.param(2, 4, marks=pytest.mark.xfail(strict=True, reason="wrong gradients; config.validate refuses space > 1")),
+  ],
+)  # fmt: skip
 def test_any_mesh_gives_fcn_and_published_unet_the_same_gradients_in_float64(
   tiny_config, unsharded, model, data, space
 ):
