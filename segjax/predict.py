@@ -11,10 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from segjax import config as config_lib
-from segjax import evaluate, input_pipeline, sharding
+from segjax import evaluate, input_pipeline, report, sharding
 from segjax.config import ConfigError
-from segjax.input_pipeline import datasets
 from segjax.state import build
 
 
@@ -102,9 +100,8 @@ def write_png(path: pathlib.Path, prediction: np.ndarray, source) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   image = Image.fromarray(ids)
   if form.indexed:
-    colors = np.zeros((256, 3), np.uint8)
-    colors[: len(source.palette)], colors[config_lib.IGNORE_LABEL] = source.palette, datasets.VOID_COLOR
-    image.putpalette(colors.reshape(-1).tolist())  # Turns grey into indexed, with the same numbers.
+    # Turns grey into indexed, with the same numbers.
+    image.putpalette(report.color_table(source.palette).reshape(-1).tolist())
   image.save(path)
 
 

@@ -174,11 +174,16 @@ def threshold_line(sweep: np.ndarray, thresholds: tuple[float, ...]) -> str:
   return f"  best threshold here: eval.threshold={thresholds[best]:g}, foreground IoU {100 * ious[best]:.2f}"
 
 
-def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-  """[H, W] class ids -> [H, W, 3] uint8 colours; void in cream."""
+def color_table(palette: np.ndarray) -> np.ndarray:
+  """[256, 3] uint8, the colour of every label value: the classes' [K, 3], cream for void, black between them."""
   table = np.zeros((256, 3), np.uint8)
   table[: len(palette)], table[IGNORE_LABEL] = palette, datasets.VOID_COLOR
-  return table[label]
+  return table
+
+
+def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """[H, W] class ids -> [H, W, 3] uint8 colours; void in cream."""
+  return color_table(palette)[label]
 
 
 def overlay(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:

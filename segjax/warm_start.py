@@ -2,9 +2,6 @@
 
 import pathlib
 
-import jax
-import numpy as np
-
 from segjax import config as config_lib
 from segjax import pretrained
 from segjax.checkpoint import Checkpoints
@@ -57,7 +54,4 @@ def merge(variables: dict, loaded: tuple[dict, str], exclude: tuple[str, ...]) -
   """
   imported, origin = loaded
   merged, taken, count = pretrained.merge_variables(variables, imported, exclude, origin)
-  typed = jax.tree.map(
-    lambda new, old: new if isinstance(new, jax.ShapeDtypeStruct) else np.asarray(new, old.dtype), merged, variables
-  )
-  return typed, f"init: imported {taken} of {count} tensors from {origin}"
+  return merged, f"init: imported {taken} of {count} tensors from {origin}"

@@ -53,11 +53,7 @@ def assign(model: nnx.Module, arrays: Mapping[str, np.ndarray], scheme: str, exc
   variables = {name: nnx.to_pure_dict(state) for name, state in states.items()}
   merged, taken, _ = merge_variables(variables, imported, exclude, f"the {scheme} weights")
   for name, values in merged.items():  # A network without batch norm has no batch_stats.
-    # As JAX arrays of the model's type; what is abstract stays so.
-    placed = jax.tree.map(
-      lambda new, old: new if isinstance(new, jax.ShapeDtypeStruct) else jnp.asarray(new, old.dtype),
-      values, variables[name],
-    )  # fmt: skip
+    placed = jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.asarray(x), values)
     nnx.replace_by_pure_dict(states[name], placed)
     nnx.update(model, states[name])
   return taken
@@ -73,7 +69,7 @@ def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], o
     origin: where the weights come from, for messages.
 
   Returns:
-    The merged variables, how many tensors were taken, and of how many.
+    The merged variables, those taken in the type of the model's; how many were taken, and of how many.
 
   Raises:
     ConfigError: listing every tensor that is only on one side or of another shape, or an exclusion that fits nothing.
@@ -103,7 +99,7 @@ def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], o
       f"The weights of {origin} do not fit the model ({len(problems)} problems; name what may differ in init.exclude):\n  "
       + "\n  ".join(problems[:40])
     )
-  merged = {n: theirs[n] if n in wanted else ours[n] for n in ours}
+  merged = {n: np.asarray(theirs[n], ours[n].dtype) if n in wanted else ours[n] for n in ours}
   # A model without batch norm has no batch_stats, which flattening forgets.
   empty = {name: {} for name in variables}
   return empty | traverse_util.unflatten_dict(merged, sep="/"), len(wanted), len(ours)

@@ -28,7 +28,7 @@ TORCHVISION_DEEPLAB = TORCH | dict(
 TORCHVISION_FCN = TORCH | dict(output_stride=8, auxiliary=True, align_corners=False)
 
 
-def smp_xception(depth: int, low_level: str) -> tuple:
+def _smp_xception(depth: int, low_level: str) -> tuple:
   return DeepLabV3Plus, SMP | dict(backbone=f"xception_{depth}", details=SMP_DETAILS | dict(low_level=low_level))
 
 
@@ -45,9 +45,9 @@ PEERS = {
   "smp/deeplabv3plus_mobilenet_v2": (
     DeepLabV3Plus, SMP | dict(backbone="mobilenet_v2", details=SMP["details"] | SMP_MOBILENET)
   ),
-  "smp/deeplabv3plus_tu-xception41": smp_xception(41, "entry_block2/unit1/sep2/relu"),
-  "smp/deeplabv3plus_tu-xception65": smp_xception(65, "entry_block2/unit1/sep2/relu"),
-  "smp/deeplabv3plus_tu-xception71": smp_xception(71, "entry_block3/unit1/sep2/relu"),
+  "smp/deeplabv3plus_tu-xception41": _smp_xception(41, "entry_block2/unit1/sep2/relu"),
+  "smp/deeplabv3plus_tu-xception65": _smp_xception(65, "entry_block2/unit1/sep2/relu"),
+  "smp/deeplabv3plus_tu-xception71": _smp_xception(71, "entry_block3/unit1/sep2/relu"),
   "torchvision/deeplabv3_resnet50": (DeepLabV3Plus, TORCHVISION_DEEPLAB | dict(backbone="resnet_50")),
   "torchvision/deeplabv3_resnet101": (DeepLabV3Plus, TORCHVISION_DEEPLAB | dict(backbone="resnet_101")),
   "torchvision/fcn_resnet50": (DilatedFCN, TORCHVISION_FCN | dict(backbone="resnet_50")),
