@@ -54,10 +54,14 @@ SOURCES = {
     masks="masks/{split}",  # Folder of masks, under `dir`; a mask has its image's name, any extension.
     mask_suffix="",  # What a mask's name has behind its image's name, e.g. "_mask".
     list="",  # List file under `dir`, e.g. "{split}.txt": a name, or "image mask" paths, per line. Empty: all.
-    holdout=0.1,  # Share of images held out for validation where neither folders nor lists name a split.
+    # Share of images held out for validation where neither folders nor lists name a split; from 1 on, their number.
+    holdout=0.1,
     folds=0,  # Instead of `holdout`: so many equal parts, of which part `fold` is held out. 0: none.
     fold=0,
     split_seed=0,  # Another number holds out other images.
+    # Regular expression: images in whose names it finds the same text are held out together, e.g. "^[^_]+", what is before
+    # the first _. Empty: each by itself.
+    group="",
     classes=(),  # Class names in the order of their ids. Empty: the lines of `dir`/classes.txt.
     colors=(),  # One RRGGBB per class: overlays, and the meaning of RGB masks. Empty: a standard palette.
     void_colors=(),  # RRGGBB of RGB masks that mean void.
@@ -73,6 +77,13 @@ SOURCES = {
   "cityscapes": dict(
     format="tree",  # "tree": Cityscapes' own folders; "tfds": TFDS's shards, under `dir`.
     labels="gtFine",  # Or "gtCoarse", which train_extra needs.
+  ),
+  "kitti_road": dict(
+    labels="road",  # Or "lane": the lane that the car is on, which only the images um_* have.
+    holdout=0.2,  # As of the folder source, from here on.
+    folds=0,
+    fold=0,
+    split_seed=0,
   ),
   "tfds": dict(
     dataset="",  # Any TFDS data set in ArrayRecord files under `dir`: "oxford_iiit_pet", or "name/config".
@@ -97,9 +108,10 @@ CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
   "data.loader": ("tf_data", "grain"),
   "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
-  "data.labels": ("gtFine", "gtCoarse"),
+  "data.labels": {"cityscapes": ("gtFine", "gtCoarse"), "kitti_road": ("road", "lane")},
   "head": ("softmax", "sigmoid"),
   "augment.outside": ("void", "mirror"),
+  "eval.outside": ("void", "mirror"),
   "optimizer.name": ("sgd", "adamw"),
   "optimizer.schedule": ("poly", "cosine", "step", "constant"),
   "optimizer.warmup": ("linear", "constant"),
@@ -225,6 +237,7 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       window=(0, 0),  # (H, W) of sliding windows at each scale, pixels. (0, 0): the whole image at once.
       window_stride=(0, 0),  # (H, W) from one window to the next; less than `window` to overlap.
       threshold=0.5,  # Of the foreground's probability under the sigmoid head; each evaluation names the best one.
+      outside="void",  # What the canvas shows beyond an image: "void" (the mean pixel), or "mirror".
       checkpoint="best",  # Which one --mode=eval scores: "best" by policy.metric, or "last".
       num_overlays=4,  # Pictures image | label | prediction per evaluation.
     )
@@ -287,6 +300,7 @@ def validate(config: config_dict.ConfigDict) -> None:
         "an FCN or unpadded U-Net cannot be split over the image height yet: set it to 1.")  # fmt: skip
   for field, choices in CHOICES.items():
     if field in fields(config):
+      choices = choices[config.data.name] if isinstance(choices, dict) else choices
       check(fields(config)[field] in choices, field, f"choose one of {', '.join(choices)}.")
   for field in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
                 "eval.batch_size", "mesh.space"):  # fmt: skip
@@ -358,11 +372,14 @@ def validate(config: config_dict.ConfigDict) -> None:
         "eval.window_stride", "must lie between 1 and eval.window, e.g. two thirds of it; (0, 0) without windows.")  # fmt: skip
   check(all(config.eval.window) or not any(config.eval.window), "eval.window", "must be (0, 0), or both above 0.")
   check(config.eval.num_overlays >= 0, "eval.num_overlays", "must be 0 or more.")
-  if config.data.name == "folder":
-    check(0 < config.data.holdout < 1, "data.holdout", "must lie between 0 and 1.")
+  if "holdout" in config.data:
+    holdout = config.data.holdout
+    check(0 < holdout < 1 or (holdout >= 1 and holdout == int(holdout)), "data.holdout",
+          "must lie between 0 and 1 (a share), or be a whole number of images.")  # fmt: skip
     check(config.data.folds == 0 or config.data.folds >= 2, "data.folds", "must be 0 (none) or at least 2.")
     check(0 <= config.data.fold < max(config.data.folds, 1), "data.fold", "must lie in [0, data.folds).")
     check(config.data.split_seed >= 0, "data.split_seed", "must be 0 or more.")
+  if config.data.name == "folder":
     check(config.data.border_sigma > 0, "data.border_sigma", "must be above 0 pixels.")
   if problems:
     raise ConfigError("The config cannot run:\n  " + "\n  ".join(problems))

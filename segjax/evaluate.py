@@ -97,7 +97,7 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   e = config.eval
   protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
   step = steps.make_eval_step(
-    graphdef, mesh, num_classes=len(source.classes), protocol=protocol, sigmoid=config.head == "sigmoid",
+    graphdef, mesh, num_classes=len(source.classes), protocol=protocol, outside=e.outside, sigmoid=config.head == "sigmoid",
     threshold=e.threshold,
   )  # fmt: skip
   return Evaluator(source, step, config, mesh)

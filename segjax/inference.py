@@ -31,6 +31,16 @@ def blank_padding(image: jax.Array, size: jax.Array, fill: Sequence[float]) -> j
   return jnp.where(rows & cols, image.astype(jnp.float32), jnp.asarray(fill, jnp.float32).reshape(1, 1, 1, 3))
 
 
+def mirrored_padding(image: jax.Array, size: jax.Array) -> jax.Array:
+  """Fills the canvas around images with the images themselves, mirrored at their border pixels; arguments as above."""
+
+  def one(image, size):
+    rows, cols = (resize.mirror_index(jnp.arange(n), length) for n, length in zip(image.shape, size))
+    return image[rows][:, cols].astype(jnp.float32)
+
+  return jax.vmap(one)(image, size)
+
+
 def class_scores(
   model: nnx.Module,
   image: jax.Array,

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-HEADS = ("aspp", "decoder", "head", "auxiliary", "logits")  # The parts of models that no ImageNet weights begin.
-
 
 def make_schedule(
   name: str,
@@ -104,7 +102,7 @@ def gradient_multipliers(params, head: float, bias: float) -> dict:
 
   Args:
     params: nested dict.
-    head: of everything in `aspp`, `decoder`, `head`, `auxiliary` and `logits`, batch norm included.
+    head: of everything but `backbone`, batch norm included; so of a whole U-Net.
     bias: of biases of convolutions, times `head` where they are in the head. A batch norm's shift is none.
   """
 
@@ -114,7 +112,7 @@ def gradient_multipliers(params, head: float, bias: float) -> dict:
     for key in keys[:-1]:
       siblings = siblings[key]
     is_bias = keys[-1] == "bias" and "scale" not in siblings
-    return (head if keys[0] in HEADS else 1.0) * (bias if is_bias else 1.0)
+    return (1.0 if keys[0] == "backbone" else head) * (bias if is_bias else 1.0)
 
   return jax.tree_util.tree_map_with_path(multiplier, params)
 

@@ -90,14 +90,15 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
-                   protocol: dict, sigmoid: bool = False,
+                   protocol: dict, outside: str = "void", sigmoid: bool = False,
                    threshold: float = 0.5) -> Callable[[dict, dict], dict]:  # fmt: skip
   """Scores whole images at their own size against their own labels; labels are never resized.
 
-  Outside `size` the canvas holds the mean pixel, and its labels are void.
+  Labels outside `size` are void.
 
   Args:
     protocol: keywords of `inference.class_scores`: scales, flip, window, window_stride.
+    outside: what the canvas shows there: "void", the mean pixel, or "mirror".
     sigmoid: whether the model has one logit, that of the second of two classes,
     threshold: which is predicted where its probability lies above this.
 
@@ -108,7 +109,11 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
 
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
-    image = model.preprocess(inference.blank_padding(batch["image"], batch["size"], model.mean))
+    if outside == "mirror":
+      image = inference.mirrored_padding(batch["image"], batch["size"])
+    else:
+      image = inference.blank_padding(batch["image"], batch["size"], model.mean)
+    image = model.preprocess(image)
     scores = inference.class_scores(model, image, **protocol)
     out = {}
     if sigmoid:

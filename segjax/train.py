@@ -64,7 +64,7 @@ def train(config, workdir) -> dict[str, float]:
     f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in"
     f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {config.data.loader}"
   )
-  for note in (*train_source.notes, *eval_source.notes):
+  for note in dict.fromkeys((*train_source.notes, *eval_source.notes)):
     say(f"note: {note}")
   say(check_data.probe(train_source))
 

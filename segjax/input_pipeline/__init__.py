@@ -22,13 +22,14 @@ from segjax.input_pipeline import order
 from segjax.input_pipeline.cityscapes import CityscapesSource
 from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.kitti_road import KittiRoadSource
 from segjax.input_pipeline.synthetic import SyntheticSource
 from segjax.input_pipeline.tfds_source import TfdsSource
 from segjax.input_pipeline.voc import VocSource
 
 SOURCES = {
   "synthetic": SyntheticSource, "folder": FolderSource, "voc": VocSource, "cityscapes": CityscapesSource,
-  "tfds": TfdsSource,
+  "tfds": TfdsSource, "kitti_road": KittiRoadSource,
 }  # fmt: skip
 # Imported when asked for: a run with grain must not import TensorFlow, nor the other way round.
 _LOADERS = {"tf_data": "segjax.input_pipeline.tf_data", "grain": "segjax.input_pipeline.grain_loader"}

@@ -82,6 +82,44 @@ CITYSCAPES_CITIES = {
 }  # fmt: skip
 CITYSCAPES_CANVAS = (1025, 2049)  # What official DeepLab pads the 1024x2048 images to: k * output stride + 1.
 
+# KITTI road (Fritsch et al. 2013; cvlibs.net/datasets/kitti/eval_road.php): RGB masks. Images by category (urban marked,
+# urban multiple marked lanes, urban unmarked), in training and testing; 370 to 376 x 1224 to 1242 pixels.
+KITTI_ROAD_COUNTS = {"um": (95, 96), "umm": (96, 94), "uu": (98, 100)}
+# Black is other road or nobody's care: the devkit (helper.py, getGroundTruth) takes as valid what has red.
+KITTI_ROAD_MASK_COLORS = {"FF0000": 0, "FF00FF": 1, "000000": 255}
+KITTI_ROAD_COLORS = ("000000", "00FF00")  # Of pictures: road is painted green.
+
+# The following are fields of config.data for the `folder` source.
+
+# Carvana Image Masking Challenge (kaggle.com/c/carvana-image-masking-challenge): 318 cars from 16 angles each, CAR_01.jpg
+# to CAR_16.jpg, 1280x1918. The GIFs of the masks hold 0 and 1; PNGs made from them, as many tutorials want them, 255.
+CARVANA = dict(
+  images="train",
+  masks="train_masks",
+  mask_suffix="_mask",
+  group="^[^_]+",  # The car.
+  classes=("background", "car"),
+  label_map="255:1",
+)
+
+# TGS Salt Identification Challenge (kaggle.com/c/tgs-salt-identification-challenge): 4000 seismic images of 101x101 in
+# train.zip; the PNGs of the masks have 16 bits, 65535 being salt, or 8 where they were saved again. 39 % hold no salt.
+SALT = dict(
+  images="images",
+  masks="masks",
+  classes=("sediment", "salt"),
+  label_map="65535:1,255:1",
+)
+
+# 97 photographs of chairs, and masks of two colours (RGB, or grey 0 and 255).
+CHAIRS = dict(
+  images="images",
+  masks="masks",
+  classes=("background", "chair"),
+  colors=("000000", "FFFFFF"),
+  label_map="255:1",
+)
+
 VOID_COLOR = (224, 224, 192)  # The cream that PASCAL VOC draws void in.
 
 

@@ -10,8 +10,7 @@ from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import borders, datasets
 from segjax.input_pipeline import images as images_lib
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.order import mix
-from segjax.input_pipeline.source import Files, Source
+from segjax.input_pipeline.source import Files, Source, held_out
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm")
 
@@ -56,21 +55,6 @@ class MaskMeaning:
     return images_lib.map_labels(path, ids, {}, len(self.classes))  # Colours name their class already.
 
 
-def held_out(names: list[str], *, holdout: float, folds: int, fold: int, seed: int) -> set[str]:
-  """The names that are "val" where all images share a folder; the others are "train".
-
-  Args:
-    holdout: share of all. By a hash of each name, so that adding images moves no other image to the other side.
-    folds, fold: with folds > 0, instead: part `fold` of as many parts, whose sizes differ by one at most and which
-      together are all names.
-    seed: another one makes another choice.
-  """
-  hashes = {name: int(mix(*((seed,) if seed else ()), *name.encode())) for name in names}
-  if folds:
-    return set(sorted(names, key=hashes.__getitem__)[fold::folds])
-  return {name for name in names if hashes[name] / 2**64 < holdout}
-
-
 class FolderSource(Source):
   """Random access to image and mask files.
 
@@ -82,6 +66,7 @@ class FolderSource(Source):
     split: fills in "{split}" in the patterns below. Where none of them has it, "train" and "val" share all images:
       what `held_out` chooses is "val".
     images, masks: folders under `dir`, searched with their subfolders. A mask has its image's name and `mask_suffix`.
+    holdout, folds, fold, split_seed, group: see `held_out`.
     list: list file under `dir`; a line is a name, or the paths of an image and its mask (SegNet's CamVid lists).
     classes: names in the order of ids; empty: the lines of `dir`/classes.txt.
     colors: RRGGBB per class; empty: the VOC palette, and RGB masks are refused.
@@ -96,13 +81,13 @@ class FolderSource(Source):
   """
 
   def __init__(self, *, dir: str, split: str, images: str, masks: str, mask_suffix: str, list: str, holdout: float,
-               folds: int, fold: int, split_seed: int, classes: tuple, colors: tuple, void_colors: tuple, label_map: str,
-               instances: str, border_sigma: float):  # fmt: skip
+               folds: int, fold: int, split_seed: int, group: str, classes: tuple, colors: tuple, void_colors: tuple,
+               label_map: str, instances: str, border_sigma: float):  # fmt: skip
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")
     meaning = MaskMeaning(tuple(classes) or self._read_classes(), colors, void_colors, label_map)
-    held = functools.partial(held_out, holdout=holdout, folds=folds, fold=fold, seed=split_seed)
+    held = functools.partial(held_out, holdout=holdout, folds=folds, fold=fold, seed=split_seed, group=group)
     pairs = self._find_pairs(split, images, masks, mask_suffix, list, held)
     self._images, self._pairs = self._root / images.format(split=split), pairs
     self._meaning = f"{meaning.classes} {colors} {void_colors} {label_map}"

@@ -110,8 +110,11 @@ def encode_colors(rgb: np.ndarray) -> np.ndarray:
   return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
 
 
-def map_colors(path, rgb: np.ndarray, table: dict[int, int]) -> np.ndarray:
+def map_colors(path, rgb: np.ndarray, table: dict[int, int], remedy: str = "") -> np.ndarray:
   """An RGB mask to ids through {encoded colour: id}.
+
+  Args:
+    remedy: what to do about other colours; empty for the advice that suits masks of one's own.
 
   Raises:
     DataError: no table, or colours outside it, with their pixel counts.
@@ -121,10 +124,11 @@ def map_colors(path, rgb: np.ndarray, table: dict[int, int]) -> np.ndarray:
   unknown = [(f"{int(c):06X}", int(n)) for c, n in zip(colors, counts) if int(c) not in table]
   if unknown:
     listed = ", ".join(f"{color} ({count} px)" for color, count in unknown[:8])
-    raise DataError(
-      f"{path}: an RGB mask with colours that no class has: {listed}. Name every class's colour in data.colors (in the"
-      " order of data.classes) and void's in data.void_colors, or export masks as palette or grey PNGs of class ids."
+    remedy = remedy or (
+      "Name every class's colour in data.colors (in the order of data.classes) and void's in data.void_colors, or export"
+      " masks as palette or grey PNGs of class ids."
     )
+    raise DataError(f"{path}: an RGB mask with colours that no class has: {listed}. {remedy}")
   return np.array([table[int(c)] for c in colors], np.int64)[inverse].reshape(codes.shape)
 
 
