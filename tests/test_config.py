@@ -139,7 +139,7 @@ def test_every_shipped_config_builds_and_traces_a_step(name):
   config = config_lib.finalize(importlib.import_module(f"configs.{name}").get_config())
   config.data.dir = config.data.dir or "/data"
   config_lib.validate(config)
-  known = dict(synthetic=6, voc=21, cityscapes=19)
+  known = dict(synthetic=6, voc=21, cityscapes=19, kitti_road=2)
   num_classes = known[config.data.name] if config.data.name in known else len(config.data.classes) or 2
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   graphdef, optimizer, _, init = state.build(config, num_classes)
@@ -190,4 +190,16 @@ def test_models_that_cannot_be_split_over_height_are_refused(model, options):
   config_lib.validate(config)
   config.mesh.space = 2
   with pytest.raises(ConfigError, match="config.mesh.space = 2: an FCN or unpadded U-Net cannot be split"):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize("holdout", [0.0, -1.0, 1.5])
+def test_a_holdout_is_a_share_or_a_whole_number(holdout):
+  config = default_config(data="folder")
+  config.data.dir, config.data.holdout = "/data", 20
+  config_lib.validate(config)
+  config.data.holdout = holdout
+  with pytest.raises(
+    ConfigError, match=r"config.data.holdout = .*: must lie between 0 and 1 \(a share\), or be a whole"
+  ):
     config_lib.validate(config)

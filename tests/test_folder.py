@@ -7,6 +7,7 @@ from PIL import Image
 from segjax import check_data
 from segjax.config import SOURCES
 from segjax.input_pipeline import DataError, FolderSource, datasets, images
+from segjax.input_pipeline.source import held_out
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 MASK = np.tile(np.array([0, 1, 2, 255], np.uint8), (6, 2))
@@ -78,6 +79,41 @@ def test_holdout_splits_all_images_once_and_stays_when_more_come(tmp_path):
   assert val <= names("val") and train <= names("train")
   with pytest.raises(DataError, match="there are only train and val"):
     source(tmp_path, "test", **layout)
+
+
+def split(names, **options):
+  return held_out(names, **(dict(holdout=0.1, folds=0, fold=0, seed=0, group="") | options))
+
+
+def test_a_holdout_from_1_on_is_a_number_of_images():
+  names = [f"{i:03d}" for i in range(97)]
+  first = split(names, holdout=20.0)
+  assert len(first) == 20 and first == split(names[::-1], holdout=20.0) != split(names, holdout=20.0, seed=1)
+  assert first > split(names, holdout=7.0) and len(split(names, holdout=1.0)) == 1
+  with pytest.raises(DataError, match="data.holdout = 97 holds out all of the 97 images.*Hold out fewer"):
+    split(names, holdout=97.0)
+
+
+@pytest.mark.parametrize(
+  "options, share", [(dict(holdout=4.0), 4), (dict(folds=5, fold=2), 4), (dict(holdout=0.3), None)]
+)
+def test_groups_are_never_torn_apart(options, share):
+  names = [f"car{i}_{angle:02d}" for i in range(20) for angle in range(1, 17)]
+  held = split(names, group="^[^_]+", **options)
+  cars = {name.split("_")[0] for name in held}
+  assert len(held) == 16 * len(cars) and 0 < len(cars) < 20 and (share is None or len(cars) == share)
+
+
+@pytest.mark.parametrize(
+  "group, message",
+  [
+    ("[", r"data.group = '\[': no regular expression"),
+    ("_", "finds nothing in 1 of 3 names: b. Correct it, or rename"),
+  ],
+)
+def test_groups_that_cannot_be_told_are_refused(group, message):
+  with pytest.raises(DataError, match=message):
+    split(["a_1", "a_2", "b"], group=group)
 
 
 def test_palette_masks_are_read_as_indices(tmp_path):

@@ -96,3 +96,11 @@ def test_padding_to_the_crop_equals_the_official_one(shared):
     canvas[0, :50, :70] = z["image"]
     got = inference.blank_padding(jnp.asarray(canvas), jnp.asarray([[50, 70]]), (127.5,) * 3)
     np.testing.assert_array_equal(got[0], z[f"eval/{case}/image"])
+
+
+def test_mirrored_padding_is_numpys_reflection_of_each_image():
+  canvas = np.random.default_rng(0).integers(0, 256, (3, 11, 9, 3), dtype=np.uint8)
+  sizes = [(11, 9), (7, 4), (3, 2)]  # The last is folded more than once.
+  got = inference.mirrored_padding(jnp.asarray(canvas), jnp.asarray(sizes))
+  for image, (h, w), result in zip(canvas, sizes, got):
+    np.testing.assert_array_equal(result, np.pad(image[:h, :w], ((0, 11 - h), (0, 9 - w), (0, 0)), "reflect"))

@@ -78,6 +78,17 @@ def test_weight_decay_touches_kernels_and_nothing_else():
       assert path[-1] in ("kernel", "depthwise_kernel", "bias", "scale"), path
 
 
+def test_the_head_is_all_that_is_not_backbone_in_every_model():
+  """So also the score and upscore layers of an FCN, which no ImageNet weights begin."""
+  for name in models.MODELS:
+    model = nnx.eval_shape(lambda name=name: models.build(name, num_classes=3, rngs=nnx.Rngs(0)))
+    _, params, _ = state.split(model)
+    found = traverse_util.flatten_dict(optimizer.gradient_multipliers(params, 10.0, 1.0))
+    assert {path[0] for path, m in found.items() if m == 1} == ({"backbone"} & params.keys()), name
+    assert all(m == 10 for path, m in found.items() if path[0] != "backbone")
+  assert {"score_fc7", "score_pool4", "upscore"} <= params.keys()
+
+
 def test_parameters_outside_the_mask_do_not_move_without_gradient():
   make = optimizer.make_optimizer("sgd", lambda _: 0.1, momentum=0.9, nesterov=False, weight_decay=0.1, clip_norm=0)
   params = {"a": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
