@@ -18,8 +18,12 @@ Recipe:    the "semantic segmentation" project of Udacity's self-driving car cou
 Hardware:  one GPU of 8 GB. Hours: not measured.
 Published: the benchmark's MaxF is of bird's-eye views, so not comparable. Ours: not run on all images.
 Lanes:     --config.data.labels=lane takes the masks of the lane that the car is on, which the 95 images um_* have; then
-           also --config.augment.flip=False, for a mirrored car drives on the left.
-           RESULT
+           also --config.augment.flip=False, for a mirrored car drives on the left. Run on 11 of these, from scratch, as a
+           demonstration: lane IoU 0.862 at the last of 300 steps (0.868 at step 200), on 3 images held out of 11 (fold 0
+           of 4; of the same few drives as the other 8; seed 0, one run; with flips 0.763) with --config.data.folds=4
+           --config.model.width=8 --config.optimizer.base_lr=1e-3 --config.batch_size=2 --config.num_steps=300
+           --config.eval_every=100 --config.checkpoint_every=100 --config.eval.batch_size=3 --config.data.loader=grain; 13
+           minutes on two CPU cores that five other jobs used too.
 """
 
 from segjax.config import default_config

@@ -109,17 +109,19 @@ def train_and_evaluate(config, workdir):
   """The evaluation of the last checkpoint, whose scores are those of training's end."""
   scores = train_lib.train(config, workdir)
   config.eval.checkpoint = "last"
-  evaluation = evaluate(config, workdir)
+  evaluator, variables = make_evaluator(config, workdir)
+  evaluation = evaluator(variables)
   assert evaluation.scalars == pytest.approx(scores, nan_ok=True)
   return evaluation
 
 
-def evaluate(config, workdir):
+def make_evaluator(config, workdir):
+  """Of val, and the variables of the last checkpoint."""
   source = input_pipeline.make_source(config.data, "val")
   mesh = sharding.make_mesh(1)
   graphdef, _, _, init = state.build(config, len(source.classes))
   variables, _, _ = evaluate_lib.trained_variables(config, workdir, None, init, mesh)
-  return evaluate_lib.make_evaluator(config, source, graphdef, mesh)(variables)
+  return evaluate_lib.make_evaluator(config, source, graphdef, mesh), variables
 
 
 def names(config, split):
@@ -223,8 +225,18 @@ def test_salt_stands_mirrored_in_its_frame_and_is_scored_without_it(tmp_path):
   assert {tuple(np.unique(label)) for label in labels} == {(0,), (0, 1)}
   evaluation = train_and_evaluate(config, tmp_path / "run")
   assert evaluation.scalars["val/foreground_iou"] > 0.3 and evaluation.confusion.sum() == val * 101 * 101
+  # The mirror is what the network sees: the same as of images that were mirrored before, not of ones in a blank frame.
+  source = input_pipeline.make_source(config.data, "val")
+  batch = next(input_pipeline.eval_batches(source, config.data, batch_size=2, rows=np.arange(2)))
+  evaluator, variables = make_evaluator(config, tmp_path / "run")
+  seen = np.asarray(evaluator.step(variables, batch)["prediction"])
   config.eval.outside = "void"
-  assert (evaluate(config, tmp_path / "run").confusion != evaluation.confusion).any()
+  evaluator, variables = make_evaluator(config, tmp_path / "run")
+  blank = np.asarray(evaluator.step(variables, batch)["prediction"])
+  frame = ((0, 0), (0, 27), (0, 27), (0, 0))
+  batch |= dict(image=np.pad(batch["image"][:, :101, :101], frame, "reflect"), size=np.full((2, 2), 128, np.int32))
+  np.testing.assert_array_equal(seen, evaluator.step(variables, batch)["prediction"])
+  assert seen.shape == (2, 128, 128) and (seen != blank).any()
 
 
 def test_chairs_are_split_77_to_20_and_train(tmp_path):
