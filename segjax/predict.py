@@ -45,7 +45,8 @@ from segjax.input_pipeline import DataError, loose, order
 from segjax.input_pipeline.canvas import pad_batch
 
 KINDS = ("ids", "colors", "overlays", "probability")
-TILE = 1025  # Pixels; 2 to 4 GB of features in a U-Net of the paper's width.
+TILE = 1025  # Pixels. 64 channels of such a square, a U-Net's first features, are 0.27 GB.
+AHEAD = 2**26  # Pixels of images that are read before their turn, so that few large ones are in memory at once.
 
 
 def predict(
@@ -112,13 +113,14 @@ def predict(
         batch_size = config.eval.batch_size if canvas == found.canvas_size else mesh.shape["data"]
         sharding.check_batch(mesh, "eval.batch_size", batch_size, canvas[0])
         before = len(problems)
+        ahead = min(workers, AHEAD // max(h * w for h, w in (photo.size for photo in group)) + 1)
         tiles = _Tiles(canvas, model.stride, model.border, problems)
-        batches = tiles.batches(loose.read_ahead(group, workers), batch_size)
+        batches = tiles.batches(loose.read_ahead(group, ahead), batch_size)
         for index, result in evaluate.predictions(step, variables, batches, mesh):
           if whole := tiles.join(index, result):
             writing.append(pool.submit(write, *whole))
             bar.update()
-          if len(writing) > 2 * workers:  # Results must not pile up in memory.
+          if len(writing) > ahead:  # Results must not pile up in memory.
             writing.popleft().result()
         bar.update(len(problems) - before)
       for future in writing:

@@ -211,7 +211,8 @@ def train(config, workdir) -> dict[str, float]:
       f" {_percent(checkpoints.best_score())} at step {checkpoints.best_step()}\n"
       f"  checkpoints  {checkpoints.folder}\n  curves       {workdir / 'metrics.jsonl'}"
       + (f" (or: tensorboard --logdir {workdir})" if tensorboard else "")
-      + f"\n  pictures     {workdir / 'overlays'}  (image | label | prediction)",
+      + f"\n  pictures     {workdir / 'overlays'}  (image | label | prediction)"
+      + f"\nto use it: python -m segjax.predict --workdir={workdir} IMAGES --out=DIR",
       flush=True,
     )
   return scores

@@ -19,7 +19,7 @@ from segjax.input_pipeline.folder import EXTENSIONS
 from segjax.input_pipeline.images import DataError
 
 ROUNDING = 64  # Pixels between canvases of images that have their own, so that few programs are compiled.
-MARGIN = 128  # Pixels of a tile at each inner side that only give context. A U-Net's logits see at most 108 far.
+MARGIN = 128  # Pixels of a tile at each inner side that only give context. A U-Net of depth 4 sees at most 108.
 
 
 @dataclasses.dataclass(frozen=True)
