@@ -94,6 +94,13 @@ def set_aside_damaged(workdir) -> list[str]:
   return notes
 
 
+def check_any(workdir) -> None:
+  """Raises ConfigError where `workdir` holds no complete checkpoint."""
+  folder = pathlib.Path(workdir) / "checkpoints"
+  if not _steps(folder):
+    raise ConfigError(f"{folder} holds no checkpoint. Train first, or check --workdir.")
+
+
 def _steps(folder: pathlib.Path) -> list[int]:
   names = [path.name.removeprefix("step_") for path in folder.glob("step_*")]
   return [int(name) for name in names if name.isdecimal()]  # Others are being written.

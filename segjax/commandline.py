@@ -18,8 +18,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 
 def with_saved_config(argv: list[str]) -> list[str]:
   """Where no --config is given, the one that the run in --workdir saved: to score it, or to go on."""
-  named = [a.lstrip("-").partition("=") for a in argv]
-  workdirs = [value for name, _, value in named if name == "workdir"]
+  named = [a.lstrip("-").partition("=") for a in argv if a.startswith("-")]
+  workdirs = [value for name, equals, value in named if name == "workdir" and equals]
+  workdirs += [value for name, value in zip(argv, argv[1:]) if name.lstrip("-") == "workdir" and name.startswith("-")]
   if any(name == "config" for name, _, _ in named) or not workdirs:
     return argv
   return [argv[0], f"--config={config_lib.__file__}:{workdirs[-1]}", *argv[1:]]
@@ -70,6 +71,14 @@ def config(data_dir: str = ""):
   resolved.data.dir = resolved.data.dir or data_dir
   config_lib.validate(resolved)
   return resolved
+
+
+def enable_float64(config) -> None:
+  """Lets JAX compute in float64 where the config says so; before the first array is made."""
+  if config.dtype == "float64":
+    import jax  # Not earlier: --help and config errors should not wait for it.
+
+    jax.config.update("jax_enable_x64", True)
 
 
 @contextlib.contextmanager

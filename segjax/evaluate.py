@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from segjax import checkpoint, input_pipeline, metrics, report, sharding, steps, warm_start
 from segjax import config as config_lib
-from segjax import input_pipeline, metrics, report, sharding, steps, warm_start
 from segjax.checkpoint import Checkpoints
-from segjax.config import ConfigError
 from segjax.state import build, with_sharding
 
 
@@ -55,7 +55,7 @@ class Evaluator:
       out = self.step(variables, batch)
       if len(pictures) < self.config.eval.num_overlays:
         self._draw(batch, out["prediction"], pictures)
-      counts = {name: out[name] for name in out if name != "prediction"}
+      counts = {name: out[name] for name in ("confusion", "sweep") if name in out}
       if pending is not None:  # One batch late, so that the device already has its next one.
         totals = {name: metrics.add(totals[name] if totals else None, pending[name]) for name in pending}
       pending = counts
@@ -94,13 +94,33 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   """
   canvas = input_pipeline.canvas_of(source, config.data)
   sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size, canvas[0])
+  return Evaluator(source, make_step(config, len(source.classes), graphdef, mesh), config, mesh)
+
+
+def make_step(config, num_classes: int, graphdef, mesh):
+  """The step by which everything is scored and predicted under `config.eval`, see `steps.make_eval_step`."""
   e = config.eval
   protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
-  step = steps.make_eval_step(
-    graphdef, mesh, num_classes=len(source.classes), protocol=protocol, outside=e.outside, sigmoid=config.head == "sigmoid",
+  return steps.make_eval_step(
+    graphdef, mesh, num_classes=num_classes, protocol=protocol, outside=e.outside, sigmoid=config.head == "sigmoid",
     threshold=e.threshold,
   )  # fmt: skip
-  return Evaluator(source, step, config, mesh)
+
+
+def predictions(step, variables: dict, batches: Iterator[dict], mesh) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+  """(id, {"prediction": [h, w] uint8 class ids, and for two classes "probability": [h, w] uint8}) of this host's
+  examples, each at its own size.
+
+  Args:
+    step: of `make_step`. variables: to predict with.
+    batches: host batches as of `input_pipeline`; their `order.PADDING` is left out.
+  """
+  for batch in sharding.to_device(batches, mesh):
+    out = step(variables, batch)
+    out = {name: local(out[name]) for name in ("prediction", "probability") if name in out}
+    for row, (index, (h, w)) in enumerate(zip(local(batch["id"]), local(batch["size"]))):
+      if index != input_pipeline.order.PADDING:
+        yield int(index), {name: value[row, :h, :w] for name, value in out.items()}
 
 
 def evaluate(config, workdir) -> dict[str, float]:
@@ -139,19 +159,20 @@ def evaluate(config, workdir) -> dict[str, float]:
   return evaluation.scalars
 
 
-def load_weights(config, workdir: pathlib.Path) -> tuple[dict, str] | None:
+def load_weights(config, workdir: pathlib.Path | None) -> tuple[dict, str] | None:
   """The weights of `config.init` where `workdir` holds no run; None where it does. For before anything slow.
 
   Raises:
-    ConfigError: neither a run nor weights.
+    ConfigError: neither a run with a checkpoint nor weights.
   """
-  if config.init.path and not (workdir / config_lib.CONFIG_FILE).exists():
+  if config.init.path and (workdir is None or not (workdir / config_lib.CONFIG_FILE).exists()):
     return warm_start.load(config.init)
   config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  checkpoint.check_any(workdir)
   return None
 
 
-def trained_variables(config, workdir: pathlib.Path, loaded, init, mesh) -> tuple[dict, int, str]:
+def trained_variables(config, workdir: pathlib.Path | None, loaded, init, mesh) -> tuple[dict, int, str]:
   """What to evaluate: the variables on the mesh, their step, and what to call them.
 
   Args:
@@ -159,7 +180,7 @@ def trained_variables(config, workdir: pathlib.Path, loaded, init, mesh) -> tupl
     init: of `state.build`.
 
   Raises:
-    ConfigError: no checkpoint, or weights of another model.
+    ConfigError: weights of another model, or damaged ones.
   """
   abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
   if loaded is not None:
@@ -169,7 +190,5 @@ def trained_variables(config, workdir: pathlib.Path, loaded, init, mesh) -> tupl
   with Checkpoints(workdir, read_only=True) as checkpoints:
     best, last = checkpoints.best_step(), checkpoints.latest_step()
     step = best if config.eval.checkpoint == "best" and best is not None else last
-    if step is None:
-      raise ConfigError(f"{checkpoints.folder} holds no checkpoint. Train first, or check --workdir.")
     state = checkpoints.restore(abstract, step)
   return state.eval_variables(), step, f"checkpoint of step {step} ({'best' if step == best else 'last'})"

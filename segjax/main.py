@@ -34,21 +34,18 @@ def main(argv: list[str]) -> None:
     processes = cluster.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
   # Not earlier: --help and config errors should not wait for these imports.
-  import jax
-
   from segjax import distributed
   from segjax.evaluate import evaluate
-  from segjax.predict import predict
+  from segjax.submission import submit
   from segjax.train import NonFiniteLoss, train
 
-  if config.dtype == "float64":
-    jax.config.update("jax_enable_x64", True)
+  commandline.enable_float64(config)
   with (
     commandline.readable_errors(),
     distributed.connected(processes, _START_TIMEOUT.value),
     commandline.readable_errors(NonFiniteLoss),  # Before `connected` ends a process that fails among several.
   ):
-    {"train": train, "eval": evaluate, "predict": predict}[_MODE.value](config, _WORKDIR.value)
+    {"train": train, "eval": evaluate, "predict": submit}[_MODE.value](config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -1,118 +1,249 @@
-"""Predictions of a trained network as files, in the form that a benchmark's server takes."""
+"""Predictions for any images: python -m segjax.predict --workdir=RUN IMAGES... --out=DIR [--config.eval.flip=True ...]
 
+IMAGES are files, or folders, which are searched with their subfolders. For each image NAME, DIR gets these; files of the
+same name that an earlier call left there are overwritten, but two images of one name are refused.
+
+  ids/NAME.png          class ids as grey numbers, in the order of ids/classes.txt
+  colors/NAME.png       the same numbers as a palette image, shown in the classes' colours
+  overlays/NAME.png     the image, painted with them (of two classes: the second, in green)
+  probability/NAME.png  for two classes: the second's probability, 0 to 255 for 0 to 1, as a palette image, shown from
+                        black to white over blue, green and red
+
+Pixels are taken as stored, without the rotation that a camera may note in EXIF, as in training. Files that cannot be
+used are named at the end and the others predicted; the exit code then is 1.
+
+Same as evaluation, bit for bit, for images that fit its canvas (config.data.canvas_size, or the largest image of the
+run's evaluation split, which the workdir remembers): the same program gets the same canvas, in batches of as many. To
+repeat the evaluation of another split, give its canvas: --config.data.canvas_size=H,W. An image that does not fit gets
+a canvas of its own, its size rounded up to 64 k + 1 pixels, and a side longer than --tile (or than the evaluation's
+canvas, where that is longer) is cut into tiles that overlap by 256 pixels, which bounds memory whatever the image's
+size. `input_pipeline.loose.canvas_for` has the rule. Programs are compiled per canvas, so at most once for each of few
+sizes, not for each size.
+
+Instead of a run, weights of other frameworks predict as in --mode=eval: --config=FILE --config.init.path=WEIGHTS
+--config.init.scheme=NAME, without --workdir. No data set need be there, where the config names the classes.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import os
 import pathlib
-import shutil
-import tarfile
-import zipfile
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
+import tqdm
+from absl import app, flags
 from PIL import Image
 
-from segjax import evaluate, input_pipeline, report, sharding
+from segjax import commandline
 from segjax.config import ConfigError
-from segjax.state import build
+from segjax.input_pipeline import DataError, loose, order
+from segjax.input_pipeline.canvas import pad_batch
+
+KINDS = ("ids", "colors", "overlays", "probability")
+TILE = 1025  # Pixels. 64 channels of such a square, a U-Net's first features, are 0.27 GB.
+AHEAD = 2**26  # Pixels of images that are read before their turn, so that few large ones are in memory at once.
 
 
-def predictions(config, source, graphdef, variables: dict, mesh) -> Iterator[tuple[int, np.ndarray]]:
-  """(index, [h, w] uint8 class ids at the image's own size) of this host's examples, by the step that evaluation uses.
+def predict(
+  config, workdir: pathlib.Path | None, inputs: Sequence[str], out: pathlib.Path, tile: int = TILE
+) -> list[str]:
+  """Predicts images into files; see above.
 
   Args:
-    graphdef: of `state.build`. variables: to evaluate with.
-
-  Raises:
-    ConfigError: a batch or canvas that the mesh does not divide.
-  """
-  step = evaluate.make_evaluator(config, source, graphdef, mesh).step
-  rows = sharding.local_rows(mesh, config.eval.batch_size)
-  batches = input_pipeline.eval_batches(source, config.data, batch_size=config.eval.batch_size, rows=rows)
-  for batch in sharding.to_device(batches, mesh):
-    classes = evaluate.local(step(variables, batch)["prediction"])
-    for index, (h, w), ids in zip(evaluate.local(batch["id"]), evaluate.local(batch["size"]), classes):
-      if index != input_pipeline.order.PADDING:
-        yield int(index), ids[:h, :w]
-
-
-def predict(config, workdir) -> pathlib.Path:
-  """--mode=predict: writes predictions for `config.data.eval_split`, with labels or without, and packs them.
-
-  Where `workdir` holds no run, the weights that `config.init` names predict.
+    workdir: of a run; None, or one without a run, for the weights of `config.init`.
+    inputs: files and folders.
+    out: folder of the results, made if missing.
+    tile: side of the largest square that is predicted at once, pixels, from 65 on.
 
   Returns:
-    The archive, `workdir`/predict_SPLIT/results.tgz or .zip; the files in it lie beside it. Both replace those of an
-    earlier call, once they are complete.
+    A line for each file that could not be used.
 
   Raises:
-    ConfigError: no run or no checkpoint in `workdir`, one of another model, or files that cannot be written.
-    DataError: the split cannot be used.
+    ConfigError: no run, checkpoint or weights, or those of another model; `out` cannot be written; too little memory.
+    DataError: a folder without images, no usable image at all, or two images of one name.
   """
-  workdir = pathlib.Path(workdir)
+  photos, problems = loose.find(inputs, [out / kind for kind in KINDS])
+  if not photos:
+    raise DataError("\n  ".join(["None of the images can be used:", *problems]))
+  _check_outputs(out, photos)
+
+  # Not earlier: whoever misspelt a name should not wait for these imports.
+  import jax
+
+  from segjax import evaluate, report, sharding, steps, task
+  from segjax.state import build
+
   loaded = evaluate.load_weights(config, workdir)
+  found = task.find(config, workdir)
+  if found.canvas_size is None:
+    print("note: no evaluation's canvas is known, so each image gets one of its own; see --config.data.canvas_size")
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
-  split = config.data.eval_split
-  source = input_pipeline.make_source(config.data, split, labels=False)
-  graphdef, _, _, init = build(config, len(source.classes))
+  graphdef, _, _, init = build(config, len(found.classes))
   variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
+  step = evaluate.make_step(config, len(found.classes), graphdef, mesh)
+  model = steps.merge(graphdef, jax.eval_shape(lambda: variables))
+  tables = dict(colors=report.color_table(found.palette), probability=report.heat_table())
 
-  final = workdir / f"predict_{split}"
-  folder = final.with_name(final.name + ".tmp")
+  def write(photo: loose.Photo, image: np.ndarray, result: dict[str, np.ndarray]) -> None:
+    ids = result["prediction"]
+    pictures = dict(ids=Image.fromarray(ids), colors=report.indexed_image(ids, tables["colors"]))
+    pictures["overlays"] = Image.fromarray(report.paint(image, ids, found.palette))
+    if "probability" in result:
+      pictures["probability"] = report.indexed_image(result["probability"], tables["probability"])
+    for kind, picture in pictures.items():
+      path = out / kind / f"{photo.name}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      picture.save(path)
+
+  groups = collections.defaultdict(list)
+  for photo in photos:
+    groups[loose.canvas_for(photo.size, found.canvas_size, tile, mesh.shape["space"])].append(photo)
+  workers = config.data.workers or os.cpu_count()
   try:
-    if jax.process_index() == 0:
-      shutil.rmtree(folder, ignore_errors=True)
-      folder.mkdir(parents=True)
-    _wait_for_all("predict: folder")
-    for index, ids in predictions(config, source, graphdef, variables, mesh):
-      write_png(folder / result_path(source, index), ids, source)
-    _wait_for_all("predict: files")
-    archive = f"results.{source.submission.archive}"
-    if jax.process_index() == 0:
-      pack(folder, folder / archive)
-      shutil.rmtree(final, ignore_errors=True)
-      folder.rename(final)
+    (out / "ids").mkdir(exist_ok=True)
+    (out / "ids/classes.txt").write_text("".join(f"{name}\n" for name in found.classes))
+    with tqdm.tqdm(total=len(photos), unit="image") as bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+      writing = collections.deque()
+      for canvas, group in sorted(groups.items()):
+        batch_size = config.eval.batch_size if canvas == found.canvas_size else mesh.shape["data"]
+        sharding.check_batch(mesh, "eval.batch_size", batch_size, canvas[0])
+        before = len(problems)
+        ahead = min(workers, AHEAD // max(h * w for h, w in (photo.size for photo in group)) + 1)
+        tiles = _Tiles(canvas, model.stride, model.border, problems)
+        batches = tiles.batches(loose.read_ahead(group, ahead), batch_size)
+        for index, result in evaluate.predictions(step, variables, batches, mesh):
+          if whole := tiles.join(index, result):
+            writing.append(pool.submit(write, *whole))
+            bar.update()
+          if len(writing) > ahead:  # Results must not pile up in memory.
+            writing.popleft().result()
+        bar.update(len(problems) - before)
+      for future in writing:
+        future.result()
   except OSError as error:
-    raise ConfigError(f"{folder} cannot be written ({error}). Free the space, or check --workdir.") from error
-  if jax.process_index() == 0:
-    print(
-      f"{split}: {len(source)} predictions, {origin}\nfiles: {final / source.submission.folder}"
-      f"\nfor the server: {final / archive}",
-      flush=True,
-    )
-  return final / archive
+    raise ConfigError(f"{out} cannot be written ({error}). Free the space, or give another --out.") from error
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise ConfigError(
+      f"The device has too little memory for images of {canvas[0]}x{canvas[1]}, {batch_size} at a time. Lower"
+      f" --config.eval.batch_size or --tile ({tile}).\n{str(error).splitlines()[0]}"
+    ) from error
+  written = KINDS if len(found.classes) == 2 else KINDS[:3]
+  protocol = f"scales {tuple(config.eval.scales)}, flip {config.eval.flip}"
+  print(f"{origin}, {protocol}\nresults: {out}/{{{','.join(written)}}}", flush=True)
+  return problems
 
 
-def _wait_for_all(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+def _check_outputs(out: pathlib.Path, photos: Sequence[loose.Photo]) -> None:
+  """Raises ConfigError where `out` cannot be written, or a result would replace an image that is to be read."""
+  read = {photo.path.resolve() for photo in photos}
+  for photo in photos:
+    for path in (out / kind / f"{photo.name}.png" for kind in KINDS):
+      if path.resolve() in read:
+        raise ConfigError(f"--out={out}: {path} is one of the images and would be overwritten. Give another --out.")
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+  except OSError as error:
+    raise ConfigError(f"--out={out} cannot be written ({error}). Give another --out.") from error
 
 
-def result_path(source, index: int) -> pathlib.PurePosixPath:
-  """Of a prediction, inside the archive."""
-  form = source.submission
-  return pathlib.PurePosixPath(form.folder) / f"{source.describe(index)}{form.suffix}"
+class _Tiles:
+  """Cuts images into tiles of one canvas, and joins what is predicted for them; an image that fits is one tile.
+
+  Args:
+    canvas: (H, W).
+    stride, border: of the model.
+    problems: gets a line for each image that cannot be read.
+  """
+
+  def __init__(self, canvas: tuple[int, int], stride: int, border: int, problems: list[str]):
+    self._canvas, self._stride, self._border, self._problems = canvas, stride, border, problems
+    self._places = {}  # {tile's id: (its image, row part, column part)} of tiles under way.
+
+  def batches(self, images: Iterator[tuple[loose.Photo, np.ndarray | DataError]], batch_size: int) -> Iterator[dict]:
+    """Batches as of `input_pipeline.eval_batches`, with the ids that `join` takes."""
+    tiles = self._cut(images)
+    while examples := list(itertools.islice(tiles, batch_size)):
+      blank = loose.unlabelled_example(np.zeros((0, 0, 3), np.uint8), order.PADDING)
+      yield pad_batch(examples + [blank] * (batch_size - len(examples)), self._canvas)
+
+  def _cut(self, images) -> Iterator[dict]:
+    ids = itertools.count()
+    for photo, image in images:
+      if isinstance(image, DataError):
+        self._problems.append(str(image))
+        continue
+      rows, cols = (loose.axis_parts(n, m, self._stride, self._border) for n, m in zip(image.shape[:2], self._canvas))
+      whole = _Whole(photo, image, len(rows) * len(cols))
+      for row, col in itertools.product(rows, cols):
+        index = next(ids)
+        self._places[index] = whole, row, col
+        yield loose.unlabelled_example(image[row.start : row.stop, col.start : col.stop], index)
+
+  def join(self, index: int, result: dict[str, np.ndarray]) -> tuple[loose.Photo, np.ndarray, dict] | None:
+    """Takes the result of a tile; returns the photo, its pixels and its whole result where this was its last tile.
+
+    Args:
+      result: {name: [h, w]} of the tile.
+    """
+    whole, row, col = self._places.pop(index)
+    whole.left -= 1
+    for name, values in result.items():
+      if name not in whole.result:
+        whole.result[name] = np.empty(whole.image.shape[:2], values.dtype)
+      inner = values[row.keep_start - row.start :, col.keep_start - col.start :]
+      target = whole.result[name][row.keep_start : row.keep_stop, col.keep_start : col.keep_stop]
+      target[...] = inner[: target.shape[0], : target.shape[1]]
+    return None if whole.left else (whole.photo, whole.image, whole.result)
 
 
-def write_png(path: pathlib.Path, prediction: np.ndarray, source) -> None:
-  """[h, w] class ids as the PNG that the source's `submission` describes."""
-  form = source.submission
-  ids = np.array(form.ids, np.uint8)[prediction] if form.ids else prediction
-  path.parent.mkdir(parents=True, exist_ok=True)
-  image = Image.fromarray(ids)
-  if form.indexed:
-    # Turns grey into indexed, with the same numbers.
-    image.putpalette(report.color_table(source.palette).reshape(-1).tolist())
-  image.save(path)
+@dataclasses.dataclass
+class _Whole:
+  """An image, of which `left` tiles are not yet predicted."""
+
+  photo: loose.Photo
+  image: np.ndarray
+  left: int
+  result: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def pack(folder: pathlib.Path, archive: pathlib.Path) -> None:
-  """All PNGs below `folder` into a .tgz or .zip, under their paths relative to it."""
-  paths = sorted(folder.rglob("*.png"))
-  if archive.suffix == ".tgz":
-    with tarfile.open(archive, "w:gz") as file:
-      for path in paths:
-        file.add(path, path.relative_to(folder).as_posix())
-  else:
-    with zipfile.ZipFile(archive, "w") as file:  # Stored: PNGs are compressed already.
-      for path in paths:
-        file.write(path, path.relative_to(folder).as_posix())
+def _parse(argv: list[str]) -> list[str]:
+  # Not at import, where prepare's and main's flags of these names would be in the way.
+  flags.DEFINE_string("workdir", None, "Folder of the run that predicts.")
+  flags.DEFINE_string("out", None, "Folder of the results.", required=True)
+  flags.DEFINE_integer(
+    "tile",
+    TILE,
+    "Side of the largest square that is predicted at once, pixels; less takes less memory.",
+    lower_bound=65,
+  )
+  flags.FLAGS.set_gnu_getopt(True)  # Images may stand between flags.
+  return commandline.parse(argv)
+
+
+def main(argv: list[str]) -> None:
+  """The command line."""
+  args = flags.FLAGS
+  if len(argv) < 2:
+    raise app.UsageError("Name images, or folders of images.")
+  with commandline.readable_errors():
+    config = commandline.config(data_dir=".")
+    if args.workdir is None and not config.init.path:
+      raise ConfigError("Name the --workdir of a run, or weights by --config.init.path.")
+    workdir = None if args.workdir is None else pathlib.Path(args.workdir)
+    commandline.enable_float64(config)
+    problems = predict(config, workdir, argv[1:], pathlib.Path(args.out), args.tile)
+  if problems:
+    print(f"segjax: {len(problems)} file(s) skipped:\n  " + "\n  ".join(problems), file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse, argv=commandline.with_saved_config(sys.argv))

@@ -13,6 +13,8 @@ from segjax import metrics
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import datasets
 
+FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes, whatever their palette: the ground's is often black.
+
 
 class Writer:
   """Scalars and pictures of a run, under its workdir.
@@ -181,18 +183,44 @@ def color_table(palette: np.ndarray) -> np.ndarray:
   return table
 
 
-def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-  """[H, W] class ids -> [H, W, 3] uint8 colours; void in cream."""
-  return color_table(palette)[label]
+def heat_table() -> np.ndarray:
+  """[256, 3] uint8, colours of rising brightness from black over blue, green and red to white, for probabilities.
+
+  Cubehelix with its default numbers (Green 2011, "A colour scheme for the display of astronomical intensity images",
+  section 3): grey prints of it, and eyes that tell no red from green, still see the order.
+  """
+  share = np.linspace(0, 1, 256)[:, None]
+  angle = 2 * np.pi * (0.5 / 3 - 1.5 * share)
+  cos, sin = np.cos(angle), np.sin(angle)
+  turn = np.concatenate([-0.14861 * cos + 1.78277 * sin, -0.29227 * cos - 0.90649 * sin, 1.97294 * cos], axis=1)
+  return np.round(255 * (share + share * (1 - share) / 2 * turn).clip(0, 1)).astype(np.uint8)
+
+
+def indexed_image(values: np.ndarray, table: np.ndarray) -> Image.Image:
+  """[H, W] uint8 as a palette image: it stores the very numbers, and shows them in the colours of `table` [256, 3]."""
+  image = Image.fromarray(values)
+  image.putpalette(table.reshape(-1).tolist())  # Turns grey into indexed, with the same numbers.
+  return image
+
+
+def paint(image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """Class ids [H, W] over their image [H, W, 3] uint8, like it: the classes' colours over the faded image; void in cream.
+
+  Of two classes only the second is painted, in green, and the image left as it is elsewhere, as for KITTI's road.
+  """
+  if len(palette) > 2:
+    return _blend(image, color_table(palette)[classes], 65)
+  table = color_table(np.array([palette[0], FOREGROUND_COLOR]))
+  return np.where((classes == 0)[..., None], image, _blend(image, table[classes], 50))
+
+
+def _blend(image: np.ndarray, color: np.ndarray, percent: int) -> np.ndarray:
+  return (((100 - percent) * image.astype(np.uint16) + percent * color.astype(np.uint16)) // 100).astype(np.uint8)
 
 
 def overlay(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
-  """image | label | prediction, the latter two over the faded image, side by side: [H, 3W, 3] uint8."""
-
-  def blend(classes):
-    return (0.35 * image + 0.65 * colorize(classes, palette)).astype(np.uint8)
-
-  return np.concatenate([image, blend(label), blend(prediction)], axis=1)
+  """image | label | prediction, the latter two painted over the image, side by side: [H, 3W, 3] uint8."""
+  return np.concatenate([image, paint(image, label, palette), paint(image, prediction, palette)], axis=1)
 
 
 def parameter_table(params: dict, batch_stats: dict) -> str:

@@ -104,7 +104,8 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
 
   Returns:
     eval_step(variables, batch) -> {"confusion": [K, K] int32, "prediction": [B, H, W] uint8}, jitted; `variables` are
-    {"params", "batch_stats"}. Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
+    {"params", "batch_stats"}. Of two classes also "probability", [B, H, W] uint8: the second's, 0 to 255 for 0 to 1.
+    Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
   """
 
   def eval_step(variables: dict, batch: dict) -> dict:
@@ -116,8 +117,10 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
     image = model.preprocess(image)
     scores = inference.class_scores(model, image, **protocol)
     out = {}
-    if sigmoid:
+    if num_classes == 2:
       probability = inference.foreground_probability(scores, **protocol)
+      out["probability"] = jnp.round(255 * probability).astype(jnp.uint8)
+    if sigmoid:
       prediction = (probability > threshold).astype(jnp.uint8)
       out["sweep"] = jnp.stack([metrics.confusion_matrix(batch["label"], probability > t, 2) for t in THRESHOLDS])
     else:
@@ -126,5 +129,6 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
     return out | dict(confusion=confusion, prediction=prediction)
 
   out = dict(confusion=sharding.replicated(mesh), prediction=sharding.batch_sharding(mesh, 3))
+  out |= dict(probability=sharding.batch_sharding(mesh, 3)) if num_classes == 2 else {}
   out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
   return jax.jit(eval_step, out_shardings=out)

@@ -18,6 +18,7 @@ from segjax import (
   report,
   sharding,
   steps,
+  task,
   warm_start,
 )
 from segjax import config as config_lib
@@ -82,6 +83,8 @@ def train(config, workdir) -> dict[str, float]:
     open_checkpoints(workdir, config.keep_checkpoints, say) as checkpoints,
     distributed.StopSignal() as stop,
   ):
+    if jax.process_index() == 0:
+      task.of_split(eval_source, config.data).save(workdir)
     class_weights = make_class_weights(config, train_source, workdir)
     # Start: 1. resume from the workdir, else 2. from the weights of init.path, else 3. from scratch.
     start = checkpoints.latest_step() or 0
@@ -208,7 +211,8 @@ def train(config, workdir) -> dict[str, float]:
       f" {_percent(checkpoints.best_score())} at step {checkpoints.best_step()}\n"
       f"  checkpoints  {checkpoints.folder}\n  curves       {workdir / 'metrics.jsonl'}"
       + (f" (or: tensorboard --logdir {workdir})" if tensorboard else "")
-      + f"\n  pictures     {workdir / 'overlays'}  (image | label | prediction)",
+      + f"\n  pictures     {workdir / 'overlays'}  (image | label | prediction)"
+      + f"\nto use it: python -m segjax.predict --workdir={workdir} IMAGES --out=DIR",
       flush=True,
     )
   return scores

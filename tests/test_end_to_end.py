@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import check_data, input_pipeline, sharding, state
+from segjax import check_data, input_pipeline, sharding, state, submission
 from segjax import config as config_lib
 from segjax import evaluate as evaluate_lib
-from segjax import predict as predict_lib
 from segjax import train as train_lib
 from segjax.config import default_config
 from segjax.input_pipeline import DataError
@@ -98,7 +97,7 @@ def test_train_eval_and_submission(stores, name, tmp_path, capsys):
 
   for split in ("test", "val"):
     config.data.eval_split = split
-    archive = predict_lib.predict(config, workdir)
+    archive = submission.submit(config, workdir)
     source = input_pipeline.make_source(config.data, split, labels=False)
     unpacked = tmp_path / split
     with tarfile.open(archive) if name == "voc" else zipfile.ZipFile(archive) as file:
@@ -118,7 +117,7 @@ def test_train_eval_and_submission(stores, name, tmp_path, capsys):
     batch = next(input_pipeline.eval_batches(source, config.data, batch_size=8, rows=np.arange(8)))
     want = np.asarray(evaluator.step(variables, jax.device_put(batch))["prediction"])
     for i in range(len(source)):
-      with Image.open(found[predict_lib.result_path(source, i).as_posix()]) as image:
+      with Image.open(found[submission.result_path(source, i).as_posix()]) as image:
         assert image.mode == ("P" if name == "voc" else "L") and image.size == tuple(batch["size"][i][::-1])
         stored = np.asarray(image)
       h, w = batch["size"][i]
@@ -214,7 +213,7 @@ def test_real_voc_images_go_through_check_train_eval_and_predict(shared, tmp_pat
   scores = train_lib.train(config, tmp_path / "run")
   assert evaluate_lib.evaluate(config, tmp_path / "run")["val/mean_iou"] == scores["val/mean_iou"]
   config.data.eval_split = "test"
-  folder = predict_lib.predict(config, tmp_path / "run").parent / "results/VOC2012/Segmentation/comp6_test_cls"
+  folder = submission.submit(config, tmp_path / "run").parent / "results/VOC2012/Segmentation/comp6_test_cls"
   for name in names:
     with Image.open(folder / f"{name}.png") as result, Image.open(tmp_path / f"JPEGImages/{name}.jpg") as image:
       assert result.size == image.size and np.asarray(result).max() < 21

@@ -20,12 +20,12 @@ LAYERS = [
    "pretrained.peers"},
   {"input_pipeline", "input_pipeline.images", "input_pipeline.order", "input_pipeline.synthetic",
    "input_pipeline.source", "input_pipeline.canvas", "input_pipeline.folder", "input_pipeline.borders",
-   "input_pipeline.voc", "input_pipeline.cityscapes", "input_pipeline.kitti_road",
+   "input_pipeline.voc", "input_pipeline.cityscapes", "input_pipeline.kitti_road", "input_pipeline.loose",
    "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
-  {"state", "steps", "checkpoint", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
+  {"state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
   {"warm_start"},
-  {"check_data", "evaluate", "predict", "train", "prepare", "benchmark"},
+  {"check_data", "evaluate", "predict", "submission", "train", "prepare", "benchmark"},
   {"main"},
 ]  # fmt: skip
 

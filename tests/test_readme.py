@@ -27,8 +27,9 @@ def test_command_of_the_readme_is_understood(command, monkeypatch):
     assert words[3] in ("voc", "cityscapes")
     assert all(re.search(rf"--(\[no\])?{word[2:].partition('=')[0]}\b", known) for word in words[4:])
     return
-  names = [word.lstrip("-").partition("=")[0] for word in words[3:]]
-  assert all(name in ("config", "workdir", "mode") or name.startswith("config.") for name in names)
+  names = [word.lstrip("-").partition("=")[0] for word in words[3:] if word.startswith("-")]
+  known = ("config", "workdir", "mode") + (("out", "tile") if words[2] == "segjax.predict" else ())
+  assert all(name in known or name.startswith("config.") for name in names)
   argv = words[2:]
   if "config" not in names:  # It continues the run of another command.
     workdir = next(word for word in words if word.startswith("--workdir="))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from segjax import config as config_lib
 from segjax import evaluate as evaluate_lib
+from segjax import task
 from segjax import train as train_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
@@ -108,6 +109,8 @@ def test_a_run_leaves_scores_pictures_and_a_config(tiny_config, tmp_path, capsys
   assert len(pictures) == 2 and Image.open(pictures[0]).size == (3 * 32, 24)
   assert config_lib.fields(config_lib.load(workdir)) == config_lib.fields(tiny_config)
   assert any(workdir.glob("events.out.tfevents*"))
+  found = task.load(workdir)
+  assert found.classes[1] == "disk" and len(found.palette) == 6 and found.canvas_size == (24, 32)
 
   # Again: complete, and how to go on.
   assert train_lib.train(tiny_config, workdir) == {}

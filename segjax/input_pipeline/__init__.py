@@ -1,8 +1,8 @@
 """From files to host batches. Nothing below this package imports JAX, so data workers stay free of it.
 
 A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the facts
-`classes`, `palette` [K, 3] uint8, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`). `order`
-says which examples a step sees. A loader reads them:
+`classes`, `palette` [K, 3] uint8, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`); its class
+tells `named_classes` without any example. `order` says which examples a step sees. A loader reads them:
 
     batches(positions, load, canvas_size, batch_size, num_workers) -> iterator of dicts
 
@@ -52,6 +52,16 @@ def make_source(data, split: str, labels: bool = True):
       f" predictions for the benchmark's server: --mode=predict --config.data.eval_split={split}"
     )
   return source
+
+
+def named_classes(data) -> tuple[tuple[str, ...], np.ndarray]:
+  """Class names and palette [K, 3] uint8 of `config.data`, without reading the data set (but its classes.txt).
+
+  Raises:
+    DataError: nobody names the classes.
+  """
+  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
+  return SOURCES[data.name].named_classes(dir=data.dir, **options)
 
 
 def canvas_of(source, data) -> tuple[int, int]:

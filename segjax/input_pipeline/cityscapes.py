@@ -132,10 +132,14 @@ class CityscapesSource(Source):
       store = Files(*find_pairs(pathlib.Path(dir).expanduser(), split, labels))
     super().__init__(
       store,
-      CLASSES,
-      datasets.parse_colors([color for _, _, color in datasets.CITYSCAPES]),
+      *self.named_classes(),
       to_label,
       labelled=split != "test",
       notes=_notes(store.names, split),
       submission=datasets.CITYSCAPES_SUBMISSION,
     )
+
+  @staticmethod
+  def named_classes(**_) -> tuple[tuple[str, ...], np.ndarray]:
+    """See `input_pipeline.named_classes`."""
+    return CLASSES, datasets.parse_colors([color for _, _, color in datasets.CITYSCAPES])

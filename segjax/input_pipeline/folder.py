@@ -55,6 +55,21 @@ class MaskMeaning:
     return images_lib.map_labels(path, ids, {}, len(self.classes))  # Colours name their class already.
 
 
+def read_classes(root: pathlib.Path) -> tuple[str, ...]:
+  """The lines of `root`/classes.txt, for config.data without classes.
+
+  Raises:
+    DataError: no such file.
+  """
+  path = root / "classes.txt"
+  if not path.is_file():
+    raise DataError(
+      "The classes have no names: set data.classes, e.g. --config.data.classes=background,cell, or write them to"
+      f" {path}, one a line, in the order of the mask values."
+    )
+  return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+
+
 class FolderSource(Source):
   """Random access to image and mask files.
 
@@ -86,7 +101,7 @@ class FolderSource(Source):
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")
-    meaning = MaskMeaning(tuple(classes) or self._read_classes(), colors, void_colors, label_map)
+    meaning = MaskMeaning(tuple(classes) or read_classes(self._root), colors, void_colors, label_map)
     held = functools.partial(held_out, holdout=holdout, folds=folds, fold=fold, seed=split_seed, group=group)
     pairs = self._find_pairs(split, images, masks, mask_suffix, list, held)
     self._images, self._pairs = self._root / images.format(split=split), pairs
@@ -143,14 +158,12 @@ class FolderSource(Source):
     read = components if self._instances == "components" else numbers
     return borders.cached_border_map(path, f"{self._instances} {self._meaning}", read, self._border_sigma)
 
-  def _read_classes(self) -> tuple[str, ...]:
-    path = self._root / "classes.txt"
-    if not path.is_file():
-      raise DataError(
-        "The classes have no names: set data.classes, e.g. --config.data.classes=background,cell, or write them to"
-        f" {path}, one a line, in the order of the mask values."
-      )
-    return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+  @staticmethod
+  def named_classes(*, dir, classes, colors, void_colors, label_map, **_) -> tuple[tuple[str, ...], np.ndarray]:
+    """See `input_pipeline.named_classes`."""
+    classes = tuple(classes) or read_classes(pathlib.Path(dir).expanduser())
+    meaning = MaskMeaning(classes, colors, void_colors, label_map)
+    return meaning.classes, meaning.palette
 
   def _find_pairs(self, split, images, masks, mask_suffix, list_file, held_out):
     fixed = not any("{split}" in pattern for pattern in (images, masks, list_file))

@@ -106,9 +106,13 @@ class KittiRoadSource(Source):
       Files(
         list(found), [(path, None if split == "test" else masks / mask_name(n, labels)) for n, path in found.items()]
       ),
-      ("background", labels),
-      datasets.parse_colors(datasets.KITTI_ROAD_COLORS),
+      *self.named_classes(labels=labels),
       to_label,
       labelled=split != "test",
       notes=notes,
     )
+
+  @staticmethod
+  def named_classes(*, labels, **_) -> tuple[tuple[str, ...], np.ndarray]:
+    """See `input_pipeline.named_classes`."""
+    return ("background", labels), datasets.parse_colors(datasets.KITTI_ROAD_COLORS)

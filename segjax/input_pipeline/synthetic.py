@@ -54,12 +54,16 @@ class SyntheticSource:
   """
 
   def __init__(self, *, split: str, dir: str = "", num_train: int, num_val: int, image_size: tuple[int, int]):
-    self.classes = CLASSES
-    self.palette = datasets.palette(len(CLASSES))
+    self.classes, self.palette = self.named_classes()
     self.canvas_size = tuple(image_size)
     self.labelled, self.notes, self.submission = True, (), datasets.PLAIN_SUBMISSION
     self._length = num_train if split == "train" else num_val
     self._seed = int.from_bytes(split.encode()[:7], "little")
+
+  @staticmethod
+  def named_classes(**_) -> tuple[tuple[str, ...], np.ndarray]:
+    """See `input_pipeline.named_classes`."""
+    return CLASSES, datasets.palette(len(CLASSES))
 
   def __len__(self) -> int:
     return self._length

@@ -1,5 +1,7 @@
 """Any TensorFlow Datasets data set that has an image and a mask feature."""
 
+import numpy as np
+
 from segjax.input_pipeline.folder import MaskMeaning
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.source import Source
@@ -28,3 +30,9 @@ class TfdsSource(Source):
     meaning = MaskMeaning(tuple(classes), colors, void_colors, label_map)
     store = Records(dir, dataset, (split,), image=image_feature, mask=mask_feature, id=id_feature)
     super().__init__(store, meaning.classes, meaning.palette, meaning.to_label)
+
+  @staticmethod
+  def named_classes(*, classes, colors, void_colors, label_map, **_) -> tuple[tuple[str, ...], np.ndarray]:
+    """See `input_pipeline.named_classes`."""
+    meaning = MaskMeaning(tuple(classes), colors, void_colors, label_map)
+    return meaning.classes, meaning.palette

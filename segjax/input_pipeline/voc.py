@@ -126,10 +126,14 @@ class VocSource(Source):
       store = Files(*find_pairs(find_root(dir), split))
     super().__init__(
       store,
-      datasets.VOC_CLASSES,
-      datasets.palette(len(datasets.VOC_CLASSES)),
+      *self.named_classes(),
       to_label,
       labelled=split != "test",
       notes=count_note(split, len(store.names), datasets.VOC_COUNTS[split]),
       submission=datasets.voc_submission(split),
     )
+
+  @staticmethod
+  def named_classes(**_) -> tuple[tuple[str, ...], np.ndarray]:
+    """See `input_pipeline.named_classes`."""
+    return datasets.VOC_CLASSES, datasets.palette(len(datasets.VOC_CLASSES))

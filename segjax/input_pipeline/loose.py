@@ -1,0 +1,159 @@
+"""Images from anywhere, without labels: found, named, and laid on canvases, large ones in overlapping tiles.
+
+The canvas matters: what lies around an image, and how far, changes a network's output near the image's border, and its
+features' grid. So an image's canvas follows from its own size alone, never from its company (`canvas_for`).
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from segjax.config import IGNORE_LABEL
+from segjax.input_pipeline import images
+from segjax.input_pipeline.folder import EXTENSIONS
+from segjax.input_pipeline.images import DataError
+
+ROUNDING = 64  # Pixels between canvases of images that have their own, so that few programs are compiled.
+MARGIN = 128  # Pixels of a tile at each inner side that only give context. A U-Net of depth 4 sees at most 108.
+
+
+@dataclasses.dataclass(frozen=True)
+class Photo:
+  """An image file.
+
+  Attributes:
+    name: of what is made from it, without extension; with subfolders, "a/b".
+    size: (h, w), pixels.
+  """
+
+  path: pathlib.Path
+  name: str
+  size: tuple[int, int]
+
+
+def find(inputs: Sequence[str], outputs: Sequence[pathlib.Path]) -> tuple[list[Photo], list[str]]:
+  """The images that `inputs` name, and what cannot be used, one line each. Reads headers only.
+
+  Args:
+    inputs: files, whatever their extension, and folders, searched with their subfolders for images. A file that several
+      of them name counts once.
+    outputs: folders that results go to: no search enters them, so that results of an earlier call are no inputs.
+
+  Raises:
+    DataError: a folder without images, or two images of one name.
+  """
+  outputs = [folder.resolve() for folder in outputs]
+  named = {}  # {resolved path: (path, name)}
+  for given in map(pathlib.Path, inputs):
+    found = {given: given.name}
+    if given.is_dir():
+      paths = [path for path in sorted(given.rglob("*")) if path.suffix.lower() in EXTENSIONS and path.is_file()]
+      found = {path: path.relative_to(given) for path in paths if not set(outputs) & set(path.resolve().parents)}
+      if not found:
+        raise DataError(f"{given}: no images in this folder or below it ({', '.join(EXTENSIONS)}). Check the path.")
+    for path, name in found.items():
+      named.setdefault(path.resolve(), (path, pathlib.PurePath(name).with_suffix("").as_posix()))
+  firsts = {}
+  for path, name in named.values():
+    if name in firsts:
+      raise DataError(
+        f"{firsts[name]} and {path} would both be written as {name}.png. Rename one, or predict them one after the other"
+        " with another --out."
+      )
+    firsts[name] = path
+
+  def look(item):
+    path, name = item
+    try:
+      if not path.exists():
+        raise DataError(f"{path}: no such file or folder.")
+      return Photo(path, name, images.read_size(path))
+    except DataError as error:
+      return str(error)
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    seen = list(pool.map(look, named.values()))
+  return [s for s in seen if isinstance(s, Photo)], [s for s in seen if isinstance(s, str)]
+
+
+def read_ahead(photos: Sequence[Photo], workers: int) -> Iterator[tuple[Photo, np.ndarray | DataError]]:
+  """Each photo with its pixels [h, w, 3] uint8, or what is wrong with it; the next `workers` are being read meanwhile."""
+
+  def read(photo):
+    try:
+      image = images.read_image(photo.path)
+    except DataError as error:
+      return error
+    if image.shape[:2] != photo.size:
+      return DataError(f"{photo.path} was replaced by an image of another size. Predict it again.")
+    return image
+
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    pending = collections.deque()
+    for photo in photos:
+      pending.append((photo, pool.submit(read, photo)))
+      if len(pending) > workers:
+        first, future = pending.popleft()
+        yield first, future.result()
+    for first, future in pending:
+      yield first, future.result()
+
+
+def canvas_for(size: tuple[int, int], known: tuple[int, int] | None, tile: int, divisor: int = 1) -> tuple[int, int]:
+  """(H, W) of the canvas that an image is predicted on; smaller than the image where it takes tiles.
+
+  1. An image that fits the evaluation's canvas lies there, as in evaluation.
+  2. Others lie on one of their own: each side rounded up to 64 k + 1 pixels (a multiple of every stride, and 1, is the
+     size at which resizing with aligned corners meets the features' grid),
+  3. but no longer than `tile`, or than the evaluation's canvas, whichever is longer.
+
+  Args:
+    size: (h, w) of the image.
+    known: the evaluation's canvas, None where it is not known.
+    tile: pixels.
+    divisor: of the height, for a mesh that splits it.
+  """
+  if known and all(n <= m for n, m in zip(size, known)):
+    return known
+  limits = tuple(max(tile, m) for m in known or (0, 0))
+  h, w = (min(-(-(n - 1) // ROUNDING) * ROUNDING + 1, limit) for n, limit in zip(size, limits))
+  return -(-h // divisor) * divisor, w
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Pixels [start, stop) of one axis that are predicted together, of which [keep_start, keep_stop) are kept."""
+
+  start: int
+  stop: int
+  keep_start: int
+  keep_stop: int
+
+
+def axis_parts(size: int, canvas: int, stride: int, border: int = 0) -> list[Part]:
+  """Tiles along one axis: each pixel is kept once, from a tile that shows what is around it.
+
+  Args:
+    size: of the image. canvas: of a tile; one that holds the image is the only one.
+    stride: of the model. Tiles begin at multiples of it, so that poolings combine the same pixels in each.
+    border: pixels around it that a logit of an unpadded model sees.
+  """
+  if size <= canvas:
+    return [Part(0, size, 0, size)]
+  margin = min(max(MARGIN, border), canvas // 4)
+  step = max((canvas - 2 * margin) // stride, 1) * stride
+  starts = [n * step for n in range(-(-(size - canvas) // step) + 1)]
+  cuts = [0, *(start + margin for start in starts[1:]), size]
+  return [Part(start, min(start + canvas, size), *cuts[n : n + 2]) for n, start in enumerate(starts)]
+
+
+def unlabelled_example(pixels: np.ndarray, index: int) -> dict[str, np.ndarray]:
+  """What a source's example is to a loader, all of it void."""
+  size = pixels.shape[:2]
+  label = np.full(size, IGNORE_LABEL, np.uint8)
+  return dict(image=pixels, label=label, size=np.array(size, np.int32), id=np.array(index, np.int32))

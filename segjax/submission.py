@@ -1,0 +1,99 @@
+"""Predictions of a split as files, in the form that a benchmark's server takes; of other images: predict.py."""
+
+import pathlib
+import shutil
+import tarfile
+import zipfile
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from segjax import evaluate, input_pipeline, report, sharding
+from segjax.config import ConfigError
+from segjax.state import build
+
+
+def submit(config, workdir) -> pathlib.Path:
+  """--mode=predict: writes predictions for `config.data.eval_split`, with labels or without, and packs them.
+
+  Where `workdir` holds no run, the weights that `config.init` names predict.
+
+  Returns:
+    The archive, `workdir`/predict_SPLIT/results.tgz or .zip; the files in it lie beside it. Both replace those of an
+    earlier call, once they are complete.
+
+  Raises:
+    ConfigError: no run or no checkpoint in `workdir`, one of another model, a batch or canvas that the mesh does not
+      divide, or files that cannot be written.
+    DataError: the split cannot be used.
+  """
+  workdir = pathlib.Path(workdir)
+  loaded = evaluate.load_weights(config, workdir)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
+  split = config.data.eval_split
+  source = input_pipeline.make_source(config.data, split, labels=False)
+  graphdef, _, _, init = build(config, len(source.classes))
+  variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
+
+  final = workdir / f"predict_{split}"
+  folder = final.with_name(final.name + ".tmp")
+  try:
+    if jax.process_index() == 0:
+      shutil.rmtree(folder, ignore_errors=True)
+      folder.mkdir(parents=True)
+    _wait_for_all("predict: folder")
+    step = evaluate.make_evaluator(config, source, graphdef, mesh).step
+    rows = sharding.local_rows(mesh, config.eval.batch_size)
+    batches = input_pipeline.eval_batches(source, config.data, batch_size=config.eval.batch_size, rows=rows)
+    for index, out in evaluate.predictions(step, variables, batches, mesh):
+      write_png(folder / result_path(source, index), out["prediction"], source)
+    _wait_for_all("predict: files")
+    archive = f"results.{source.submission.archive}"
+    if jax.process_index() == 0:
+      pack(folder, folder / archive)
+      shutil.rmtree(final, ignore_errors=True)
+      folder.rename(final)
+  except OSError as error:
+    raise ConfigError(f"{folder} cannot be written ({error}). Free the space, or check --workdir.") from error
+  if jax.process_index() == 0:
+    print(
+      f"{split}: {len(source)} predictions, {origin}\nfiles: {final / source.submission.folder}"
+      f"\nfor the server: {final / archive}",
+      flush=True,
+    )
+  return final / archive
+
+
+def _wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def result_path(source, index: int) -> pathlib.PurePosixPath:
+  """Of a prediction, inside the archive."""
+  form = source.submission
+  return pathlib.PurePosixPath(form.folder) / f"{source.describe(index)}{form.suffix}"
+
+
+def write_png(path: pathlib.Path, prediction: np.ndarray, source) -> None:
+  """[h, w] class ids as the PNG that the source's `submission` describes."""
+  form = source.submission
+  ids = np.array(form.ids, np.uint8)[prediction] if form.ids else prediction
+  path.parent.mkdir(parents=True, exist_ok=True)
+  image = report.indexed_image(ids, report.color_table(source.palette)) if form.indexed else Image.fromarray(ids)
+  image.save(path)
+
+
+def pack(folder: pathlib.Path, archive: pathlib.Path) -> None:
+  """All PNGs below `folder` into a .tgz or .zip, under their paths relative to it."""
+  paths = sorted(folder.rglob("*.png"))
+  if archive.suffix == ".tgz":
+    with tarfile.open(archive, "w:gz") as file:
+      for path in paths:
+        file.add(path, path.relative_to(folder).as_posix())
+  else:
+    with zipfile.ZipFile(archive, "w") as file:  # Stored: PNGs are compressed already.
+      for path in paths:
+        file.write(path, path.relative_to(folder).as_posix())

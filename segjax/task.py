@@ -1,0 +1,84 @@
+"""What a run's network was made for: class names, colours, and the canvas on which it is scored.
+
+Training keeps it in the workdir, so that a copy of the workdir predicts where the data set is not.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from segjax import config as config_lib
+from segjax import input_pipeline
+from segjax.config import ConfigError
+from segjax.input_pipeline import datasets
+
+TASK_FILE = "task.json"  # In the workdir, beside the config.
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """See above.
+
+  Attributes:
+    classes: names in the order of ids.
+    palette: [K, 3] uint8.
+    canvas_size: (H, W) that evaluation pads images to; None where it is not known.
+  """
+
+  classes: tuple[str, ...]
+  palette: np.ndarray
+  canvas_size: tuple[int, int] | None
+
+  def save(self, workdir: pathlib.Path) -> None:
+    """Writes `workdir`/task.json, whole or not at all."""
+    colors = [bytes(color).hex().upper() for color in self.palette]
+    content = dict(classes=self.classes, colors=colors, canvas_size=self.canvas_size)
+    path = workdir / TASK_FILE
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
+    path.with_suffix(".tmp").replace(path)
+
+
+def of_split(source, data) -> Task:
+  """The task of a source of `config.data` that is the evaluation's split."""
+  return Task(source.classes, source.palette, input_pipeline.canvas_of(source, data))
+
+
+def load(workdir: pathlib.Path) -> Task:
+  """Reads what `Task.save` wrote.
+
+  Raises:
+    ConfigError: the file is damaged.
+  """
+  path = workdir / TASK_FILE
+  try:
+    saved = json.loads(path.read_text())
+    palette = datasets.parse_colors(saved["colors"])
+    if len(palette) != len(saved["classes"]):
+      raise ValueError(f"{len(palette)} colours for {len(saved['classes'])} classes")
+    height, width = saved["canvas_size"]
+    return Task(tuple(saved["classes"]), palette, (int(height), int(width)))
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ConfigError(
+      f"{path} cannot be used ({error}). Restore it, or repeat the run's training command, which writes it again (a"
+      " complete run trains no further)."
+    ) from error
+
+
+def find(config, workdir: pathlib.Path | None) -> Task:
+  """The task of the run in `workdir`; without one, of the run that `init.path` names; else what the config alone tells.
+
+  `data.canvas_size` goes before the canvas that was saved, as it does in evaluation.
+
+  Raises:
+    ConfigError: a damaged file.
+    DataError: nobody names the classes.
+  """
+  has_run = workdir is not None and (workdir / config_lib.CONFIG_FILE).exists()
+  origin = workdir if has_run else pathlib.Path(config.init.path).expanduser()
+  if (origin / TASK_FILE).exists():
+    task = load(origin)
+  else:
+    task = Task(*input_pipeline.named_classes(config.data), canvas_size=None)
+  return dataclasses.replace(task, canvas_size=tuple(config.data.canvas_size)) if any(config.data.canvas_size) else task
