@@ -205,7 +205,7 @@ def test_membranes_train_and_score_in_tiles_as_they_do_whole(isbi, tmp_path, mon
   output = capsys.readouterr().out
   assert "train: 15 examples" in output and "val: 5 examples" in output
   tiled = train_lib.train(config, tmp_path / "run")
-  assert tiled["val/foreground_iou"] > 0.9 and tiled["val/iou/membrane"] > 0.6, tiled
+  assert min(tiled["val/iou/cell"], tiled["val/iou/membrane"]) > 0.75, tiled  # All cells: 0.59 and 0.
   config.eval.window = config.eval.window_stride = (0, 0)
   whole = evaluate_lib.evaluate(config, tmp_path / "run")
   assert {name: pytest.approx(score, abs=1e-4) for name, score in whole.items()} == tiled
