@@ -225,8 +225,7 @@ def check_policy(config, classes: tuple[str, ...]) -> None:
   if config.policy.metric not in known:
     metric = config.policy.metric
     raise ConfigError(
-      f"config.policy.metric = {metric!r}: no such score.{config_lib.suggest(metric, known)} Choose one of"
-      f" {', '.join(known)}."
+      f"config.policy.metric = {metric!r}: choose one of {', '.join(known)}.{config_lib.suggest(metric, known)}"
     )
 
 

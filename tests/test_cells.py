@@ -93,6 +93,7 @@ def nuclei_config(root):
   config = importlib.import_module("configs.unet_nuclei").get_config()
   config.data.dir, config.num_steps, config.eval_every, config.checkpoint_every = str(root), 60, 60, 60
   config.crop_size, config.model.width, config.model.depth, config.mesh.data = (72, 72), 4, 2, 1
+  config.batch_size, config.eval.batch_size = 4, 2
   config.optimizer.base_lr, config.optimizer.warmup_steps, config.optimizer.ema_decay = 1e-2, 5, 0.9
   return config_lib.finalize(config)
 
@@ -132,13 +133,19 @@ def test_preparing_nuclei_again_writes_only_what_is_missing(nuclei):
 @pytest.mark.parametrize(
   "spoil, message",
   [
-    (lambda folder, name: (folder / f"images/{name}.png").unlink(), "lacks 00001eef/images/00001eef.png. Unpack stage1_train.zip again"),
+    (
+      lambda folder, name: (folder / f"images/{name}.png").unlink(),
+      "lacks 00001eef/images/00001eef.png. Unpack stage1_train.zip again",
+    ),
     (lambda folder, name: shutil.rmtree(folder / "masks"), "lacks 00001eef/masks/.*the other archives have no masks"),
     (
       lambda folder, name: next((folder / "masks").iterdir()).write_bytes(png(np.zeros((9, 9), np.uint8))),
       "00001eef/masks/.* is 9x9, but .*00001eef.png is 64x64",
     ),
-    (lambda folder, name: next((folder / "masks").iterdir()).write_bytes(b"PNG"), "00001eef/masks/.*damaged or truncated"),
+    (
+      lambda folder, name: next((folder / "masks").iterdir()).write_bytes(b"PNG"),
+      "00001eef/masks/.*damaged or truncated",
+    ),
   ],
 )
 def test_what_is_wrong_in_the_bowls_folders_is_named(nuclei, tmp_path, spoil, message):
@@ -216,10 +223,13 @@ def test_membranes_train_and_score_in_tiles_as_they_do_whole(isbi, tmp_path, mon
   [
     (dict(data=dict(classes=("nucleus",))), "a softmax over it is 1 everywhere.*data.classes=background,nucleus"),
     (dict(data=dict(classes=("a", "b", "c"))), "tells foreground from background.*3 classes"),
-    (dict(policy=dict(metric="iou/nucelus")), "no such score. Did you mean iou/nucleus.*foreground_iou"),
-    (dict(policy=dict(metric="iou/nucelus", plateau_factor=0.5)), "no such score. Did you mean iou/nucleus"),
+    (dict(policy=dict(metric="iou/nucelus")), "choose one of .*foreground_iou.*Did you mean iou/nucleus"),
+    (dict(policy=dict(metric="iou/nucelus", plateau_factor=0.5)), "Did you mean iou/nucleus"),
     (dict(data=dict(label_map="")), "255 is void, so class 'nucleus' never occurs.*data.label_map=255:1"),
-    (dict(data=dict(masks="instances")), "label values outside the 2 classes"),
+    (
+      dict(data=dict(masks="instances")),
+      "49 label values outside the 2 classes.*smoothed or resized, or .* numbers instances",
+    ),
     (dict(data=dict(instances="nowhere")), 'no such folder.*data.instances.*"components".*border_weight = 0'),
     (dict(data=dict(instances="masks")), "no mask of instances, it holds 0 and 255 alone.*components"),
     (dict(data=dict(instances="images")), "no mask of instances. Store one number per instance"),
