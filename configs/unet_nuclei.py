@@ -46,4 +46,5 @@ def get_config():
   config.optimizer.weight_decay = 1e-2
   config.optimizer.ema_decay = 0.99
   config.policy.metric = "foreground_iou"
+  config.eval.batch_size = 2  # The Bowl's largest image, 1040x1388, is the canvas of all.
   return config

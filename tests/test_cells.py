@@ -93,7 +93,7 @@ def nuclei_config(root):
   config = importlib.import_module("configs.unet_nuclei").get_config()
   config.data.dir, config.num_steps, config.eval_every, config.checkpoint_every = str(root), 60, 60, 60
   config.crop_size, config.model.width, config.model.depth, config.mesh.data = (72, 72), 4, 2, 1
-  config.batch_size, config.eval.batch_size = 4, 2
+  config.batch_size = 4
   config.optimizer.base_lr, config.optimizer.warmup_steps, config.optimizer.ema_decay = 1e-2, 5, 0.9
   return config_lib.finalize(config)
 
