@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from benchmarks.rand_error import rand_error
 from segjax import check_data, input_pipeline, prepare
 from segjax import config as config_lib
 from segjax import evaluate as evaluate_lib
@@ -249,3 +250,12 @@ def test_check_data_names_every_mask_of_instances_that_does_not_fit(nuclei, caps
   Image.fromarray(np.ones((5, 6), np.uint16)).save(nuclei / f"instances/{name}.png")
   assert check_data.check(nuclei_config(nuclei)) == 1
   assert f"instances/{name}.png is 5x6, but" in capsys.readouterr().out
+
+
+def test_rand_error_counts_pairs_of_pixels_by_hand():
+  two_cells = np.array([[1, 1, 0, 2, 2]])
+  assert rand_error(two_cells, two_cells * 7) == 0
+  # Merged: 8 ordered pairs are together in both, 8 in truth, 16 in the prediction; the pixel between does not count.
+  assert rand_error(two_cells, np.ones((1, 5), int)) == pytest.approx(1 - 2 * 8 / (8 + 16))
+  # Half of a cell missed: 2 * 2 + 1 + 1 pairs are together in both, 16 in truth, 6 in the prediction.
+  assert rand_error(np.ones((1, 4), int), np.array([[3, 3, 0, 0]])) == pytest.approx(1 - 2 * 6 / (16 + 6))
