@@ -17,15 +17,23 @@ from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import DataError
 
 
-def scan(source, indices, progress: str | None = None) -> tuple[np.ndarray, list[str]]:
+def scan(source, indices, progress: str | None = None, border: bool = False) -> tuple[np.ndarray, list[str]]:
   """Label counts per example, [len(indices), 256] int64 (zeros where it cannot be read), and the problems met.
 
   Args:
     progress: title of a progress bar, or None for none.
+    border: whether instances are read too, for loss.border_weight.
+
+  Raises:
+    DataError: the source has no instances.
   """
+  if border:
+    source.border_files  # noqa: B018 - once, not for every example.
 
   def count(index):
     try:
+      if border:
+        source.border(int(index))
       return np.bincount(source[int(index)][1].reshape(-1), minlength=256), None
     except DataError as error:
       return np.zeros(256, np.int64), str(error)
@@ -71,13 +79,14 @@ def warnings(source, counts: np.ndarray) -> list[str]:
   return found
 
 
-def probe(source, count: int = 16) -> str:
+def probe(source, count: int = 16, border: bool = False) -> str:
   """Reads a few examples, spread over the split, and describes their labels; cheap enough for every start.
 
   Raises:
-    DataError: an example that cannot be read, or masks of 0 and 255 whose foreground would be ignored as void.
+    DataError: an example that cannot be read, or masks of 0 and 255 whose foreground would be ignored as void; with
+      `border`, instances that are missing or cannot be read.
   """
-  counts, problems = scan(source, np.unique(np.linspace(0, len(source) - 1, count).astype(int)))
+  counts, problems = scan(source, np.unique(np.linspace(0, len(source) - 1, count).astype(int)), border=border)
   found = warnings(source, counts)
   if problems or any("255 is void" in w or "every pixel" in w for w in found):
     raise DataError("\n".join(problems or found))
@@ -91,7 +100,8 @@ def check(config) -> int:
   for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
     try:
       source = input_pipeline.make_source(config.data, split)
-      counts, found = scan(source, range(len(source)), split)
+      border = config.loss.border_weight > 0 and split == config.data.train_split
+      counts, found = scan(source, range(len(source)), split, border)
       found += warnings(source, counts)
       print(f"{split}: {len(source)} examples\n{share_table(source, counts)}")
       for note in source.notes:

@@ -3,9 +3,11 @@
   python -m segjax.prepare voc --archives=DIR --out=DIR            VOC's tar and SBD's tgz, as downloaded
   python -m segjax.prepare voc --devkit=VOCdevkit/VOC2012 --sbd=benchmark_RELEASE/dataset    already unpacked
   python -m segjax.prepare cityscapes --archives=DIR --out=DIR     the zips of cityscapes-dataset.com
+  python -m segjax.prepare nuclei --archives=DIR --out=DIR         stage1_train.zip of Kaggle's data-science-bowl-2018, or
+                                                                   the folder stage1_train, already unpacked
 
-With --tfds=DIR, the data set is also stored there as TFDS's ArrayRecord shards. Every file is written under a temporary
-name and renamed, and none that is there already is written again: after an interruption, run the same command.
+With --tfds=DIR, VOC or Cityscapes is also stored there as TFDS's ArrayRecord shards. Every file is written under a
+temporary name and renamed, and none that is there already is written again: after an interruption, run the same command.
 """
 
 import contextlib
@@ -26,7 +28,8 @@ from absl import app, flags
 from PIL import Image
 
 from segjax import commandline
-from segjax.input_pipeline import DataError, cityscapes, datasets, voc
+from segjax.input_pipeline import DataError, cityscapes, datasets, images, voc
+from segjax.input_pipeline.folder import held_out
 
 _ARCHIVES = flags.DEFINE_string("archives", None, "Folder of the archives as downloaded.")
 _OUT = flags.DEFINE_string("out", None, "Folder to unpack to; default: that of the archives.")
@@ -76,14 +79,11 @@ def prepare_voc(root: pathlib.Path, sbd: pathlib.Path, allow_partial: bool = Fal
   trainaug = sorted(set(train) | (set(names) - set(val)))
   counts = {"SBD": (len(set(names)), datasets.SBD_COUNT), "trainaug": (len(trainaug), official["trainaug"])}
   _check_counts(counts, allow_partial)
-  path, text = voc.list_file(root, "trainaug"), "".join(name + "\n" for name in trainaug).encode()
-  if not path.is_file() or path.read_bytes() != text:
-    with _writing(path):
-      write_file(path, lambda file: file.write(text))
+  path = voc.list_file(root, "trainaug")
+  with _writing(path):
+    _write_list(path, trainaug)
   voc.find_pairs(root, "trainaug")  # Names every image that SBD labels and VOC's folder lacks.
-  print(
-    f"{voc.list_file(root, 'trainaug')}: {len(trainaug)} images, {len(set(trainaug) - set(train))} with SBD's masks"
-  )
+  print(f"{path}: {len(trainaug)} images, {len(set(trainaug) - set(train))} with SBD's masks")
 
 
 def _sbd_masks(sbd: pathlib.Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
@@ -169,15 +169,19 @@ def unpack_cityscapes(archives: pathlib.Path, out: pathlib.Path) -> None:
   for name in (*CITYSCAPES_ZIPS, "leftImg8bit_trainextra.zip", "gtCoarse.zip"):
     if not (archives / name).is_file():
       continue
-    try:
-      with zipfile.ZipFile(archives / name) as archive:
-        members = [info for info in archive.infolist() if not info.is_dir()]
-        files = (
-          (info.filename, info.file_size, lambda info=info, archive=archive: archive.open(info)) for info in members
-        )
-        _extract(archives / name, files, out, len(members))
-    except _DAMAGE as error:
-      raise DataError(f"{archives / name}: damaged or not complete ({error}). Download it again.") from error
+    _unzip(archives / name, out)
+
+
+def _unzip(path: pathlib.Path, out: pathlib.Path) -> None:
+  try:
+    with zipfile.ZipFile(path) as archive:
+      members = [info for info in archive.infolist() if not info.is_dir()]
+      files = (
+        (info.filename, info.file_size, lambda info=info, archive=archive: archive.open(info)) for info in members
+      )
+      _extract(path, files, out, len(members))
+  except _DAMAGE as error:
+    raise DataError(f"{path}: damaged or not complete ({error}). Download it again.") from error
 
 
 def check_cityscapes(root: pathlib.Path, allow_partial: bool = False) -> None:
@@ -194,6 +198,58 @@ def check_cityscapes(root: pathlib.Path, allow_partial: bool = False) -> None:
     )
   _check_counts(counts, allow_partial)
   print(f"{root}: " + ", ".join(f"{name} {count}" for name, (count, _) in counts.items()))
+
+
+def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool = False) -> None:
+  """From the 2018 Data Science Bowl's folders, one file per nucleus, to one mask per image.
+
+  Writes `out`/images, `out`/masks (0, 255), `out`/instances (16 bits: 1, 2, ... in the order of the nuclei's files; where
+  two overlap, the later one), and train.txt and val.txt. A seventh is held out, by a hash of the names: as
+  `folder.held_out` chooses fold 0 of 7.
+
+  Args:
+    stage1: stage1_train, with ID/images/ID.png and ID/masks/*.png.
+    allow_partial: whether another number of images than the official one is a note instead of an error.
+
+  Raises:
+    DataError: missing or damaged files, another number of images, a nucleus of another size than its image, or `out`
+      cannot be written.
+  """
+  names = sorted(path.name for path in stage1.iterdir() if path.is_dir())
+  missing = [f"{name}/images/{name}.png" for name in names if not (stage1 / name / "images" / f"{name}.png").is_file()]
+  missing += [f"{name}/masks/*.png" for name in names if not any((stage1 / name / "masks").glob("*.png"))]
+  if missing:
+    raise DataError(
+      f"{stage1} lacks {images.listed(missing)}. Unpack stage1_train.zip again; the other archives have no masks."
+    )
+  _check_counts({"stage1_train": (len(names), datasets.NUCLEI_COUNT)}, allow_partial)
+  with _writing(out):
+    for folder in ("images", "masks", "instances"):
+      (out / folder).mkdir(parents=True, exist_ok=True)
+    for name in tqdm.tqdm(names, "nuclei", unit=" images"):
+      image, mask, instances = (out / folder / f"{name}.png" for folder in ("images", "masks", "instances"))
+      if image.is_file() and mask.is_file() and instances.is_file():
+        continue
+      source = stage1 / name / "images" / f"{name}.png"
+      numbers = _nuclei(sorted((stage1 / name / "masks").glob("*.png")), source)
+      write_file(image, lambda file, source=source: file.write(source.read_bytes()))
+      write_file(mask, lambda file, n=numbers: Image.fromarray((n > 0).astype(np.uint8) * 255).save(file, "PNG"))
+      write_file(instances, lambda file, n=numbers: Image.fromarray(n).save(file, "PNG"))
+    val = held_out(names, holdout=0.1, folds=7, fold=0, seed=0)
+    for split in ("train", "val"):
+      _write_list(out / f"{split}.txt", [name for name in names if (name in val) == (split == "val")])
+  print(f"{out}: {len(names)} images, {len(val)} of them in val.txt")
+
+
+def _nuclei(paths: list[pathlib.Path], image: pathlib.Path) -> np.ndarray:
+  """[H, W] uint16, 0 or the number of the nucleus, from one mask file each."""
+  numbers = np.zeros(images.read_size(image), np.uint16)
+  for number, path in enumerate(paths, start=1):
+    nucleus = images.read_mask(path)
+    if nucleus.shape[:2] != numbers.shape:
+      raise DataError(images.size_problem(image, numbers.shape, path, nucleus.shape))
+    numbers[(nucleus if nucleus.ndim == 2 else nucleus.any(-1)) > 0] = number
+  return numbers
 
 
 def _check_counts(counts: dict[str, tuple[int, int]], allow_partial: bool) -> None:
@@ -240,6 +296,12 @@ def write_file(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
     raise
 
 
+def _write_list(path: pathlib.Path, names: list[str]) -> None:
+  text = "".join(name + "\n" for name in names).encode()
+  if not path.is_file() or path.read_bytes() != text:
+    write_file(path, lambda file: file.write(text))
+
+
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path):
   """Turns the system's errors while writing below `folder` into a DataError."""
@@ -282,7 +344,7 @@ def _download_and_prepare(builder, manual_dir: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
   """The command line."""
   with commandline.readable_errors():
-    names = dict(voc=_main_voc, cityscapes=_main_cityscapes)
+    names = dict(voc=_main_voc, cityscapes=_main_cityscapes, nuclei=_main_nuclei)
     if len(argv) != 2 or argv[1] not in names:
       raise app.UsageError(f"Name one data set: {' or '.join(names)}.")
     names[argv[1]]()
@@ -312,6 +374,21 @@ def _main_cityscapes() -> None:
   if _TFDS.value:
     store_cityscapes(archives, _TFDS.value)
   print(f"train on it: --config.data.dir={root}")
+
+
+def _main_nuclei() -> None:
+  if not _ARCHIVES.value or _TFDS.value:
+    raise app.UsageError("Give --archives=DIR, the folder of stage1_train.zip or stage1_train, and no --tfds.")
+  archives = pathlib.Path(_ARCHIVES.value).expanduser()
+  out = pathlib.Path(_OUT.value or archives).expanduser()
+  stage1, archive = archives / "stage1_train", archives / "stage1_train.zip"
+  if archive.is_file():
+    stage1 = out / "stage1_train"
+    _unzip(archive, stage1)
+  elif not stage1.is_dir():
+    raise DataError(f"{archive}: no such file. Download it from kaggle.com/c/data-science-bowl-2018/data")
+  prepare_nuclei(stage1, out, _PARTIAL.value)
+  print(f"train on it: --config=configs/unet_nuclei.py --config.data.dir={out}")
 
 
 if __name__ == "__main__":

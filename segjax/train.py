@@ -67,7 +67,7 @@ def train(config, workdir) -> dict[str, float]:
   )
   for note in dict.fromkeys((*train_source.notes, *eval_source.notes)):
     say(f"note: {note}")
-  say(check_data.probe(train_source))
+  say(check_data.probe(train_source, border=config.loss.border_weight > 0))
 
   # Model and optimiser: shapes inferred abstractly.
   graphdef, optimizer, schedule, init = build(config, len(train_source.classes))
@@ -227,7 +227,10 @@ def check_policy(config, classes: tuple[str, ...]) -> None:
   nothing = report.score_scalars("", classes, np.zeros((len(classes),) * 2, np.int64))
   known = [name.removeprefix("/") for name in nothing]
   if config.policy.metric not in known:
-    raise ConfigError(f"config.policy.metric = {config.policy.metric!r}: choose one of {', '.join(known)}.")
+    metric = config.policy.metric
+    raise ConfigError(
+      f"config.policy.metric = {metric!r}: choose one of {', '.join(known)}.{config_lib.suggest(metric, known)}"
+    )
 
 
 def check_loss(config) -> None:

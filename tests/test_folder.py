@@ -224,7 +224,7 @@ def test_16_bit_images_are_refused(tmp_path):
     (dict(split="test"), r"images/test: no such folder. .* holds images, masks; set data.images"),
     (dict(list="{split}.lst"), r"train\.lst: no such list file"),
     (dict(classes=()), "The classes have no names"),
-    (dict(classes=("a",)), "needs 2 to 254 different names"),
+    (dict(classes=("a",)), "one class has nothing to be told from"),
     (dict(classes=("a", "a")), "needs 2 to 254 different names"),
     (dict(colors=("FF0000",)), "names 1 colours for 3 classes"),
     (dict(colors=("red", "b", "c")), "'red' is not a colour"),

@@ -24,7 +24,7 @@ def test_command_of_the_readme_is_understood(command, monkeypatch):
   assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
   if words[2] == "segjax.prepare":
     known = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True).stdout
-    assert words[3] in ("voc", "cityscapes")
+    assert words[3] in ("voc", "cityscapes", "nuclei")
     assert all(re.search(rf"--(\[no\])?{word[2:].partition('=')[0]}\b", known) for word in words[4:])
     return
   names = [word.lstrip("-").partition("=")[0] for word in words[3:] if word.startswith("-")]

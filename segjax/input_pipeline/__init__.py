@@ -129,12 +129,7 @@ def train_batches(
     batch_size: of the global batch.
     rows: the rows of the global batch that this host loads.
     border: whether batches have `border`, for loss.border_weight.
-
-  Raises:
-    DataError: the source cannot tell borders.
   """
-  if border:
-    source.border_files  # noqa: B018 - says what is missing before training begins.
 
   def ids(step):
     return order.train_ids(seed, step, batch_size, len(source))

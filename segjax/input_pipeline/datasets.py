@@ -54,6 +54,7 @@ def voc_submission(split: str) -> Submission:
 
 
 SBD_COUNT = 11355  # Images of SBD, its own train and val together; its split is not used.
+NUCLEI_COUNT = 670  # Images of stage1_train of the 2018 Data Science Bowl.
 
 # Cityscapes (Cordts et al. 2016): (name, id in _labelIds.png, RRGGBB) of the 19 classes, in the order of their train ids.
 # All other ids up to 33 are void.

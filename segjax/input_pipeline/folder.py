@@ -27,6 +27,11 @@ class MaskMeaning:
 
   def __init__(self, classes: tuple, colors: tuple, void_colors: tuple, label_map: str):
     self.classes = classes
+    if len(classes) == 1:
+      raise DataError(
+        f"data.classes = {classes}: one class has nothing to be told from; a softmax over it is 1 everywhere. Name the"
+        f" background too, as the first: data.classes=background,{classes[0]}."
+      )
     if not 2 <= len(classes) < IGNORE_LABEL or len(set(classes)) < len(classes):
       raise DataError(f"data.classes = {classes}: needs 2 to 254 different names, background included.")
     self._label_map = images_lib.parse_label_map(label_map)
@@ -124,7 +129,7 @@ class FolderSource(Source):
       )
     if self._instances == "components":
       return [mask for _, mask in self._pairs]
-    found = self._files(self._instances, "data.instances")
+    found = self._files(self._instances, "data.instances", ', or to "components", or set loss.border_weight = 0')
     names = []
     for image, _ in self._pairs:
       inside = image.is_relative_to(self._images)
@@ -153,6 +158,14 @@ class FolderSource(Source):
       mask = images_lib.read_mask(path)
       if mask.ndim != 2 or mask.min() < 0:
         raise DataError(f"{path}: no mask of instances. Store one number per instance, and 0 where there is none.")
+      if mask.max() == IGNORE_LABEL and not ((mask > 0) & (mask < IGNORE_LABEL)).any():
+        raise DataError(
+          f"{path}: no mask of instances, it holds 0 and 255 alone. Where touching instances are drawn apart, set"
+          ' data.instances="components"; else store one number per instance.'
+        )
+      image = self._pairs[index][0]
+      if mask.shape != (size := images_lib.read_size(image)):
+        raise DataError(images_lib.size_problem(image, size, path, mask.shape))
       return np.unique(mask, return_inverse=True)[1].reshape(mask.shape) + (mask.min() > 0)
 
     read = components if self._instances == "components" else numbers
@@ -205,13 +218,13 @@ class FolderSource(Source):
       )
     return pairs
 
-  def _files(self, folder: str, field: str) -> dict[str, pathlib.Path]:
+  def _files(self, folder: str, field: str, otherwise: str = "") -> dict[str, pathlib.Path]:
     """All image files below `folder`, by their path without extension."""
     root = self._root / folder
     if not root.is_dir():
       present = sorted(p.name for p in self._root.iterdir())
       raise DataError(
-        f"{root}: no such folder. {self._root} holds {images_lib.listed(present)}; set {field} to the right one."
+        f"{root}: no such folder. {self._root} holds {images_lib.listed(present)}; set {field} to the right one{otherwise}."
       )
     files = {}
     for path in sorted(root.rglob("*")):

@@ -183,6 +183,12 @@ def map_labels(path, mask: np.ndarray, label_map: dict[int, int], num_classes: i
     listed = ", ".join(f"{int(v)} ({int(n)} px)" for v, n in list(zip(values[bad], counts[bad]))[:8])
     if remedy:
       raise DataError(f"{path}: label values that do not belong here: {listed}. {remedy}")
+    if bad.sum() > 8:
+      raise DataError(
+        f"{path}: {bad.sum()} label values outside the {num_classes} classes (0 to {num_classes - 1}; {IGNORE_LABEL} is"
+        f" void): {listed}, ... So many are those of a mask that was smoothed or resized, or that numbers instances."
+        " Export it anew, with one number per class and no interpolation, or name all classes in data.classes."
+      )
     raise DataError(
       f"{path}: label values outside the {num_classes} classes (0 to {num_classes - 1}; {IGNORE_LABEL} is void):"
       f" {listed}. Map them with data.label_map, e.g. {_suggest_map(values[bad], present, num_classes)}, or name all"

@@ -58,6 +58,8 @@ def _iterate(positions, load, canvas_size, batch_size, num_workers):
   dataset = dataset.batch(batch_size, drop_remainder=True).prefetch(2)
   options = tf.data.Options()
   options.threading.private_threadpool_size = workers
+  # It has nothing to choose here, and now and then its thread holds up the end: by 47 s after a run of 6 minutes.
+  options.autotune.enabled = False
   for batch in dataset.with_options(options):
     examples = [loaded.pop(int(position)) for position in batch.numpy()]
     for example in examples:
