@@ -10,8 +10,7 @@ from PIL import Image
 
 from segjax import config as config_lib
 from segjax import evaluate as evaluate_lib
-from segjax import input_pipeline, optimizer, prepare, pretrained, sharding, state, warm_start
-from segjax import predict as predict_lib
+from segjax import input_pipeline, optimizer, prepare, pretrained, sharding, state, submission, warm_start
 from segjax import train as train_lib
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError
@@ -157,7 +156,7 @@ def test_kitti_road_trains_scores_at_full_size_and_predicts_images_without_label
   valid = sum((source[i][1] != 255).sum() for i in range(len(source)))
   assert evaluation.confusion.sum() == valid and len(evaluation.pictures) == 2
   config.data.eval_split = "test"
-  archive = predict_lib.predict(config, tmp_path / "run")
+  archive = submission.submit(config, tmp_path / "run")
   with Image.open(archive.parent / "results/um_000001.png") as prediction:
     assert prediction.size == (244, 74) and prediction.mode == "P"
     assert prediction.getpalette()[3:6] == [0, 255, 0]  # Road is green.
