@@ -25,7 +25,7 @@ LAYERS = [
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"state", "steps", "checkpoint", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
   {"warm_start"},
-  {"check_data", "evaluate", "predict", "train", "prepare", "benchmark"},
+  {"check_data", "evaluate", "predict", "train", "prepare", "benchmark", "dry_run"},
   {"main"},
 ]  # fmt: skip
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax import hlo, input_pipeline, losses, sharding, state, steps
+from segjax import hlo, input_pipeline, sharding, state, steps, train
 from segjax.config import ConfigError, default_config
 from segjax.input_pipeline import train_batches
 
@@ -16,11 +16,9 @@ MESHES = [(1, 1), (8, 1), (4, 2), pytest.param(2, 1, marks=SLOW), pytest.param(2
 def make(config, data, space):
   mesh = sharding.make_mesh(data, space, devices=jax.devices()[: data * space])
   graphdef, optimizer, _, init = state.build(config, 6)
-  step = steps.make_train_step(
-    graphdef, optimizer, mesh, seed=0, crop_size=config.crop_size, augmentation=dict(config.augment),
-    loss=losses.make_loss(ignore_label=255), auxiliary_weight=0.4, ema_decay=config.optimizer.ema_decay,
-  )  # fmt: skip
-  initial = state.materialize(init, sharding.replicated(mesh))
+  state_sharding = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
+  step = train.make_step(config, graphdef, optimizer, mesh, state_sharding, None)
+  initial = state.materialize(init, state_sharding)
   return mesh, graphdef, step, initial
 
 

@@ -82,6 +82,9 @@ CITYSCAPES_CITIES = {
 }  # fmt: skip
 CITYSCAPES_CANVAS = (1025, 2049)  # What official DeepLab pads the 1024x2048 images to: k * output stride + 1.
 
+# (number of classes, size (H, W) that holds every image) where nobody has to look.
+KNOWN = {"voc": (len(VOC_CLASSES), (500, 500)), "cityscapes": (len(CITYSCAPES), (1024, 2048))}
+
 VOID_COLOR = (224, 224, 192)  # The cream that PASCAL VOC draws void in.
 
 

@@ -7,7 +7,7 @@ from flax import nnx
 from segjax.models import layers, resize
 
 
-class DoubleConv(nnx.Module):
+class DoubleConv(layers.Block):
   """Twice 3x3 convolution, batch norm unless it is off, ReLU: a level of the U-Net (figure 1)."""
 
   def __init__(self, in_features, mid_features, out_features, *, padding, batch_norm, bn_momentum, dtype, rngs):
@@ -17,6 +17,7 @@ class DoubleConv(nnx.Module):
     self.conv2 = layers.Conv(mid_features, out_features, **options)
     self.norm2 = layers.BatchNorm(out_features, momentum=bn_momentum, dtype=dtype) if batch_norm else None
 
+  @layers.rematerialized
   def __call__(self, x, train):
     for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
       x = conv(x)
