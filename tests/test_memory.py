@@ -135,7 +135,13 @@ def test_a_sharded_run_of_two_processes_goes_on_in_one_and_ends_the_same(config,
   target = sharding.of_state(sharding.make_mesh(), jax.eval_shape(init), True)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     restored = checkpoints.restore(state.with_sharding(jax.eval_shape(init), target), 3)
-  assert_identical(dict(jax.device_get(restored.params), x=0), dict(checkpoint(workdir, 3)["params"], x=0))
+  stored = checkpoint(workdir, 3)
+  names = ("params", "batch_stats", "ema")
+  assert_identical(
+    {name: jax.device_get(getattr(restored, name)) for name in names}, {name: stored[name] for name in names}
+  )
+  opt_state = jax.tree.leaves(jax.device_get(restored.opt_state)), jax.tree.leaves(stored["opt_state"])
+  jax.tree.map(np.testing.assert_array_equal, *opt_state)
   assert train_lib.train(changed(config, shard_state=False), workdir)  # On to step 6.
 
 
