@@ -100,7 +100,8 @@ SOURCES = {
 # What a resumed run may change: none of these alters the updates from here on (num_steps does so through the
 # schedule, which train.py says aloud).
 HARMLESS = (
-  "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "eval", "init",
+  "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
+  "eval", "init",
   "data.dir", "data.eval_split", "data.loader", "data.workers", "data.format", "policy.early_stop",
 )  # fmt: skip
 
@@ -139,7 +140,11 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
   config = config_dict.ConfigDict()
   config.seed = 0  # Initial weights, order of examples, augmentation and dropout.
   config.num_steps = 1000  # Updates in all.
-  config.batch_size = 8  # Images per update over all devices and hosts; batch norm sees all of them.
+  config.batch_size = 8  # Images per update over all devices and hosts; batch norm sees all of them,
+  # but for this: each update in so many parts, one after another, for batches that do not fit into memory. Without
+  # batch norm (or with frozen ones) and dropout the update is that of the whole batch under cross_entropy, bce and focal;
+  # batch norm sees the part, and hard_fraction, dice, jaccard and lovasz rank and compare its pixels only.
+  config.accumulate_steps = 1
   config.crop_size = (256, 256)  # (H, W) of a training crop, pixels.
   config.dtype = "float32"  # Of the computation. Parameters, statistics and loss: float32 (or float64 with float64).
   config.log_every = 20  # Steps between progress lines.
@@ -149,6 +154,12 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
   config.head = "softmax"  # Over all classes, or "sigmoid": one logit, for two classes, the second being foreground.
   # Devices along each axis: `data` splits the batch, `space` the image height. -1: all that remain.
   config.mesh = config_dict.ConfigDict(dict(data=-1, space=1))
+  # Memory of the state per device: parameters, averages and optimiser state each on one of the devices along mesh.data,
+  # gathered for each step (ZeRO, arXiv 1910.02054), instead of all on all of them.
+  config.shard_state = False
+  # Memory of activations: the backward pass computes those inside blocks again, a third more multiply-adds. For GPU and
+  # TPU: XLA:CPU drops the barriers that put this off until it is needed, and saves nothing.
+  config.remat = False
 
   config.model = config_dict.ConfigDict(dict(name=model, **copy.deepcopy(MODELS[model])))
   config.data = config_dict.ConfigDict(
@@ -303,7 +314,7 @@ def validate(config: config_dict.ConfigDict) -> None:
       choices = choices[config.data.name] if isinstance(choices, dict) else choices
       check(fields(config)[field] in choices, field, f"choose one of {', '.join(choices)}.")
   for field in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-                "eval.batch_size", "mesh.space"):  # fmt: skip
+                "accumulate_steps", "eval.batch_size", "mesh.space"):  # fmt: skip
     check(fields(config)[field] >= 1, field, "must be at least 1.")
   check(0 <= config.seed < 2**31, "seed", "must lie in [0, 2^31).")
   check(config.mesh.data >= 1 or config.mesh.data == -1, "mesh.data", "must be at least 1, or -1 for all devices.")

@@ -94,10 +94,10 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   """
   canvas = input_pipeline.canvas_of(source, config.data)
   sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size, canvas[0])
-  return Evaluator(source, make_step(config, len(source.classes), graphdef, mesh), config, mesh)
+  return Evaluator(source, make_step(config, graphdef, mesh, len(source.classes)), config, mesh)
 
 
-def make_step(config, num_classes: int, graphdef, mesh):
+def make_step(config, graphdef, mesh, num_classes: int):
   """The step by which everything is scored and predicted under `config.eval`, see `steps.make_eval_step`."""
   e = config.eval
   protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
@@ -182,13 +182,14 @@ def trained_variables(config, workdir: pathlib.Path | None, loaded, init, mesh) 
   Raises:
     ConfigError: weights of another model, or damaged ones.
   """
-  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
+  abstract = jax.eval_shape(init)
   if loaded is not None:
     # Strictly all: what init.exclude leaves random would only be scored as noise.
     variables, origin = warm_start.merge(abstract.variables(), loaded, ())
-    return jax.device_put(variables, sharding.replicated(mesh)), 0, origin
+    return sharding.gather(variables, mesh), 0, origin
   with Checkpoints(workdir, read_only=True) as checkpoints:
     best, last = checkpoints.best_step(), checkpoints.latest_step()
     step = best if config.eval.checkpoint == "best" and best is not None else last
-    state = checkpoints.restore(abstract, step)
-  return state.eval_variables(), step, f"checkpoint of step {step} ({'best' if step == best else 'last'})"
+    state = checkpoints.restore(with_sharding(abstract, sharding.of_state(mesh, abstract, config.shard_state)), step)
+  variables = sharding.gather(state.eval_variables(), mesh)
+  return variables, step, f"checkpoint of step {step} ({'best' if step == best else 'last'})"

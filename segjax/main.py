@@ -1,4 +1,4 @@
-"""The door: python -m segjax.main --config=configs/x.py --workdir=runs/x [--mode=train|eval|predict] [--config.a=b ...]
+"""The door: python -m segjax.main --config=configs/x.py --workdir=runs/x [--mode=train|eval|predict|dry_run] [--config.a=b ...]
 
 Only flags, process start and dispatch; the work is in functions of (config, workdir) that can be imported.
 """
@@ -13,10 +13,15 @@ from segjax import cluster, commandline
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ("train", "eval", "predict"),
-  "train, or score a checkpoint of the workdir, or write its predictions for a server.",
+  ("train", "eval", "predict", "dry_run"),
+  "train, or score a checkpoint of the workdir, or write its predictions for a server, or say what training would need.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, pictures.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, pictures.")
+flags.register_multi_flags_validator(
+  ("mode", "workdir"),
+  lambda f: f["workdir"] is not None or f["mode"] == "dry_run",
+  "Name the folder of the run; only --mode=dry_run needs none.",
+)
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, 'host:port of process 0, where several processes run as one; "auto": JAX finds all (TPU pods).'
 )
@@ -30,11 +35,12 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unknown argument {argv[1]!r}; options look like --config.num_steps=100.")
   with commandline.readable_errors():
-    config = commandline.config()
+    config = commandline.config(data_dir="(not given)" if _MODE.value == "dry_run" else "")
     processes = cluster.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
   # Not earlier: --help and config errors should not wait for these imports.
   from segjax import distributed
+  from segjax.dry_run import dry_run
   from segjax.evaluate import evaluate
   from segjax.submission import submit
   from segjax.train import NonFiniteLoss, train
@@ -45,7 +51,8 @@ def main(argv: list[str]) -> None:
     distributed.connected(processes, _START_TIMEOUT.value),
     commandline.readable_errors(NonFiniteLoss),  # Before `connected` ends a process that fails among several.
   ):
-    {"train": train, "eval": evaluate, "predict": submit}[_MODE.value](config, _WORKDIR.value)
+    run = {"train": train, "eval": evaluate, "predict": submit, "dry_run": dry_run}[_MODE.value]
+    run(config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

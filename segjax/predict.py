@@ -85,7 +85,7 @@ def predict(
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   graphdef, _, _, init = build(config, len(found.classes))
   variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
-  step = evaluate.make_step(config, len(found.classes), graphdef, mesh)
+  step = evaluate.make_step(config, graphdef, mesh, len(found.classes))
   model = steps.merge(graphdef, jax.eval_shape(lambda: variables))
   tables = dict(colors=report.color_table(found.palette), probability=report.heat_table())
 

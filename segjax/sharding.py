@@ -5,6 +5,7 @@ inserts the collectives, so batch norm and the loss are over the global batch by
 """
 
 import collections
+import math
 from collections.abc import Iterator
 
 import jax
@@ -35,9 +36,50 @@ def make_mesh(data: int = -1, space: int = 1, devices=None) -> Mesh:
   return jax.make_mesh(sizes, ("data", "space"), axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
 
 
+WHOLE = 2**12  # Elements up to which an array of the state is not worth splitting.
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The same array on every device: parameters, keys, scores."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def of_state(mesh: Mesh, abstract, shard: bool):
+  """The sharding of each array of a training state, at rest between steps.
+
+  Args:
+    abstract: a pytree of shapes.
+    shard: along the largest dimension that mesh.data divides, where there is one; small arrays stay whole. Off: all
+      are replicated.
+  """
+
+  def place(leaf) -> NamedSharding:
+    dims = [n for n, size in enumerate(leaf.shape) if size % mesh.shape["data"] == 0]
+    if not shard or math.prod(leaf.shape) <= WHOLE or not dims:
+      return replicated(mesh)
+    widest = max(dims, key=lambda n: leaf.shape[n])
+    return NamedSharding(mesh, PartitionSpec(*(None,) * widest, "data"))
+
+  return jax.tree.map(place, abstract)
+
+
+def gather(tree, mesh: Mesh):
+  """The same arrays, whole on every device; arrays of the host may be among them."""
+  return jax.device_put(tree, replicated(mesh))
+
+
+def split_batch(batch, parts: int, mesh: Mesh):
+  """Arrays [B, ...] into [parts, B / parts, ...]: part m has rows m, m + parts, m + 2 parts, ... whatever the mesh.
+
+  So each device has as many rows of every part, all of which it holds already.
+  """
+
+  def split(x: jax.Array) -> jax.Array:
+    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    spec = batch_sharding(mesh, x.ndim - 1).spec
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *spec)))
+
+  return jax.tree.map(split, batch)
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
@@ -45,11 +87,13 @@ def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec("data", "space") if ndim >= 3 else PartitionSpec("data"))
 
 
-def check_batch(mesh: Mesh, field: str, batch_size: int, height: int) -> None:
-  """Raises ConfigError, naming `field`, where the mesh does not divide the batch or the image height."""
-  if batch_size % mesh.shape["data"]:
+def check_batch(mesh: Mesh, field: str, batch_size: int, height: int, parts: int = 1) -> None:
+  """Raises ConfigError, naming `field`, where the mesh does not divide the batch, each of its parts, or the height."""
+  if batch_size % (mesh.shape["data"] * parts):
+    each = f" times accumulate_steps = {parts}" if parts > 1 else ""
     raise ConfigError(
-      f"config.{field} = {batch_size} is not divisible by the {mesh.shape['data']} devices of mesh.data. Change one."
+      f"config.{field} = {batch_size} is not divisible by the {mesh.shape['data']} devices of mesh.data{each}. Change"
+      " one."
     )
   if height % mesh.shape["space"]:
     raise ConfigError(

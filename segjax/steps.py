@@ -25,16 +25,25 @@ def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:
   return nnx.merge(graphdef, variables["params"], variables["batch_stats"], copy=True)
 
 
-def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *, seed: int,
-                    crop_size: tuple[int, int], augmentation: dict, loss: Callable,
-                    auxiliary_weight: float, ema_decay: float) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
+def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
+                    state_sharding: TrainState, seed: int, crop_size: tuple[int, int], augmentation: dict,
+                    loss: Callable, auxiliary_weight: float, ema_decay: float,
+                    accumulate_steps: int = 1) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
   """One update: augment -> normalise -> forward -> loss -> gradient -> optimiser (-> EMA).
 
+  Forward to gradient may happen in parts of the batch, one after another (`accumulate_steps`), each weighing as much as it
+  has labelled pixels. So a loss that is a mean over labelled pixels (cross_entropy, bce, focal) has the gradient of the
+  whole batch, as long as no layer mixes examples: batch norm sees the part, and its running statistics are updated by
+  each. Other losses (hard_fraction, dice, jaccard, lovasz) are means of those of the parts.
+
   Args:
+    state_sharding: of the state at rest, from `sharding.of_state`. Parameters are gathered for the step, and each device
+      updates what it keeps.
     augmentation: keywords of `augment.augment_batch`: scale, scale_step, flip, brightness, ...
     loss: loss(logits, label, step, border) -> scalar, from `losses.make_loss`.
     auxiliary_weight: of the same loss on the logits of an auxiliary head, where the model has one.
     ema_decay: 0 where the state has no `ema`.
+    accumulate_steps: number of parts; see `sharding.split_batch` for which rows they have.
 
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
@@ -45,28 +54,42 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-    network = merge(graphdef, state.variables())
+    variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
+    network = merge(graphdef, variables)
     border = batch["border"] if "border" in batch else None
     image, label, border = augment.augment_batch(
       augment_key, batch["image"], batch["label"], batch["size"], border, crop_size=crop_size, fill=network.mean,
       ignore_label=IGNORE_LABEL, margin=network.border, **augmentation,
     )  # fmt: skip
     context = dict(context=True) if network.border else {}
-    image = jax.lax.with_sharding_constraint(image, sharding.batch_sharding(mesh, image.ndim))
-    label = jax.lax.with_sharding_constraint(label, sharding.batch_sharding(mesh, label.ndim))
+    labelled = jnp.maximum((label != IGNORE_LABEL).sum(), 1)
 
-    def loss_fn(params):
-      model = merge(graphdef, dict(params=params, batch_stats=state.batch_stats))
+    def loss_fn(params, batch_stats, image, label, border, key):
+      model = merge(graphdef, dict(params=params, batch_stats=batch_stats))
       endpoints = {}
-      logits = model(model.preprocess(image), train=True, key=dropout_key, endpoints=endpoints, **context)
+      logits = model(model.preprocess(image), train=True, key=key, endpoints=endpoints, **context)
       value = loss(logits, label, state.step, border)
       if "auxiliary" in endpoints:
         auxiliary = resize.resize_bilinear(endpoints["auxiliary"], label.shape[1:], model.align_corners)
         value += auxiliary_weight * loss(auxiliary, label, state.step, border)
-      prediction = inference.two_classes(logits).argmax(-1)
-      return value, (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), prediction)
+      valid = label != IGNORE_LABEL
+      correct = (valid & (inference.two_classes(logits).argmax(-1) == label)).sum()
+      share = valid.sum() / labelled  # 1 where there is one part.
+      return share * value, (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), correct)
 
-    (value, (batch_stats, prediction)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    def add_part(sums, part):
+      batch_stats, *before = sums
+      (value, (batch_stats, correct)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+        variables["params"], batch_stats, *part
+      )
+      gradient = jax.lax.with_sharding_constraint(gradient, state_sharding.params)
+      return (batch_stats, *jax.tree.map(jnp.add, before, [gradient, value, correct])), None
+
+    parts = sharding.split_batch((image, label, border), accumulate_steps, mesh)
+    keys = jax.random.split(dropout_key, accumulate_steps)
+    nothing = variables["batch_stats"], jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros((), int)
+    sums, _ = jax.lax.scan(add_part, nothing, (*parts, keys), unroll=accumulate_steps == 1)
+    batch_stats, gradient, value, correct = sums
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))
     ema = state.ema
@@ -82,11 +105,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     kept = TrainState(state.step, state.params, state.batch_stats, state.opt_state, state.ema, failed, state.policy)
     state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, kept)
 
-    valid = label != IGNORE_LABEL
-    accuracy = (valid & (prediction == label)).sum() / jnp.maximum(valid.sum(), 1)
-    return state, dict(loss=value, grad_norm=grad_norm, pixel_accuracy=accuracy)
+    return state, dict(loss=value, grad_norm=grad_norm, pixel_accuracy=correct / labelled)
 
-  return jax.jit(train_step, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh)))
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,

@@ -60,7 +60,7 @@ def train(config, workdir) -> dict[str, float]:
   train_source = input_pipeline.make_source(config.data, config.data.train_split)
   eval_source = input_pipeline.make_source(config.data, config.data.eval_split)
   for height in (input_pipeline.canvas_of(train_source, config.data)[0], config.crop_size[0]):
-    sharding.check_batch(mesh, "batch_size", config.batch_size, height)
+    sharding.check_batch(mesh, "batch_size", config.batch_size, height, config.accumulate_steps)
   say(
     f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in"
     f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {config.data.loader}"
@@ -69,9 +69,10 @@ def train(config, workdir) -> dict[str, float]:
     say(f"note: {note}")
   say(check_data.probe(train_source, border=config.loss.border_weight > 0))
 
-  # Model and optimiser: shapes inferred abstractly.
+  # Model and optimiser: shapes inferred abstractly, and where their arrays live.
   graphdef, optimizer, schedule, init = build(config, len(train_source.classes))
-  abstract = with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
+  state_sharding = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
+  abstract = with_sharding(jax.eval_shape(init), state_sharding)
   say(f"parameters of {config.model.name}:\n{report.parameter_table(abstract.params, abstract.batch_stats)}")
   check_policy(config, eval_source.classes)
   check_loss(config)
@@ -103,29 +104,11 @@ def train(config, workdir) -> dict[str, float]:
         return {}
     else:
       loaded = warm_start.load(config.init) if config.init.path else None
-      state = materialize(init, sharding.replicated(mesh))
+      state = materialize(init, state_sharding)
       state = with_weights(state, loaded, config.init.exclude, mesh, say)
 
     # The step, and its batches from `start` on.
-    train_step = steps.make_train_step(
-      graphdef,
-      optimizer,
-      mesh,
-      seed=config.seed,
-      crop_size=config.crop_size,
-      augmentation=dict(config.augment),
-      loss=losses.make_loss(
-        ignore_label=IGNORE_LABEL,
-        terms=config.loss.terms,
-        class_weights=class_weights,
-        hard_fraction=config.loss.hard_fraction,
-        hard_fraction_steps=config.loss.hard_fraction_steps,
-        focal_gamma=config.loss.focal_gamma,
-        border_weight=config.loss.border_weight,
-      ),
-      auxiliary_weight=config.loss.auxiliary_weight,
-      ema_decay=config.optimizer.ema_decay,
-    )
+    train_step = make_step(config, graphdef, optimizer, mesh, state_sharding, class_weights)
     batches = input_pipeline.train_batches(
       train_source,
       config.data,
@@ -189,7 +172,7 @@ def train(config, workdir) -> dict[str, float]:
         progress.restart(step)  # Compilation would spoil images/s and ETA.
 
       if evaluation_due:
-        evaluation = evaluator(state.eval_variables())
+        evaluation = evaluator(sharding.gather(state.eval_variables(), mesh))
         scores = evaluation.scalars
         writer.scalars(step, scores)
         writer.pictures(step, evaluation.pictures)
@@ -220,6 +203,37 @@ def train(config, workdir) -> dict[str, float]:
 
 def _percent(share: float | None) -> str:
   return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def make_step(config, graphdef, optimizer, mesh, state_sharding: TrainState, class_weights: np.ndarray | None):
+  """The train step that a config describes; see `steps.make_train_step`.
+
+  Args:
+    graphdef, optimizer: of `state.build`.
+    state_sharding: of `sharding.of_state`.
+    class_weights: of `make_class_weights`.
+  """
+  return steps.make_train_step(
+    graphdef,
+    optimizer,
+    mesh,
+    state_sharding=state_sharding,
+    seed=config.seed,
+    crop_size=config.crop_size,
+    augmentation=dict(config.augment),
+    loss=losses.make_loss(
+      ignore_label=IGNORE_LABEL,
+      terms=config.loss.terms,
+      class_weights=class_weights,
+      hard_fraction=config.loss.hard_fraction,
+      hard_fraction_steps=config.loss.hard_fraction_steps,
+      focal_gamma=config.loss.focal_gamma,
+      border_weight=config.loss.border_weight,
+    ),
+    auxiliary_weight=config.loss.auxiliary_weight,
+    ema_decay=config.optimizer.ema_decay,
+    accumulate_steps=config.accumulate_steps,
+  )
 
 
 def check_policy(config, classes: tuple[str, ...]) -> None:
@@ -308,9 +322,10 @@ def with_weights(state: TrainState, loaded, exclude: tuple[str, ...], mesh, say)
   if loaded is None:
     say("init: scratch")
     return state
-  variables, report_line = warm_start.merge(jax.device_get(state.variables()), loaded, exclude)
+  own = state.variables()
+  variables, report_line = warm_start.merge(jax.device_get(sharding.gather(own, mesh)), loaded, exclude)
   say(report_line)
-  variables = jax.device_put(variables, sharding.replicated(mesh))
+  variables = jax.device_put(variables, jax.tree.map(lambda x: x.sharding, own))
   state.params, state.batch_stats = variables["params"], variables["batch_stats"]
   if state.ema is not None:
     state.ema = jax.tree.map(jnp.copy, variables)

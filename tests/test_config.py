@@ -145,7 +145,7 @@ def test_every_shipped_config_builds_and_traces_a_step(name):
   graphdef, optimizer, _, init = state.build(config, num_classes)
   abstract = jax.eval_shape(init)
   step = steps.make_train_step(
-    graphdef, optimizer, mesh, seed=config.seed, crop_size=config.crop_size, augmentation=dict(config.augment),
+    graphdef, optimizer, mesh, state_sharding=sharding.of_state(mesh, abstract, False), seed=config.seed, crop_size=config.crop_size, augmentation=dict(config.augment),
     loss=losses.make_loss(ignore_label=255), auxiliary_weight=0.4, ema_decay=config.optimizer.ema_decay,
   )  # fmt: skip
   b, h, w = config.batch_size, 60, 80

@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "segjax"
 LAYERS = [
   {"config", "input_pipeline.datasets"},
   {"models.resize"},
-  {"losses", "metrics", "optimizer", "sharding", "augment"},
+  {"losses", "metrics", "optimizer", "sharding", "augment", "hlo"},
   {"models", "models.depthwise", "models.layers", "models.strides", "models.details", "models.aspp",
    "models.xception", "models.resnet", "models.mobilenet_v2", "models.vgg", "models.backbones", "models.unet",
    "models.fcn", "models.dilated_fcn", "models.deeplab", "models.classifier", "flops", "inference"},
@@ -25,7 +25,7 @@ LAYERS = [
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
   {"warm_start"},
-  {"check_data", "evaluate", "predict", "submission", "train", "prepare", "benchmark"},
+  {"check_data", "evaluate", "predict", "submission", "train", "prepare", "benchmark", "dry_run"},
   {"main"},
 ]  # fmt: skip
 

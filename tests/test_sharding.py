@@ -1,14 +1,11 @@
 """One experiment on 1 to 8 devices and on a spatial mesh: losses, gradients, statistics; and what XLA made of it."""
 
-import collections
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax import input_pipeline, losses, sharding, state, steps
+from segjax import hlo, input_pipeline, sharding, state, steps, train
 from segjax.config import ConfigError, default_config
 from segjax.input_pipeline import train_batches
 
@@ -19,11 +16,9 @@ MESHES = [(1, 1), (8, 1), (4, 2), pytest.param(2, 1, marks=SLOW), pytest.param(2
 def make(config, data, space):
   mesh = sharding.make_mesh(data, space, devices=jax.devices()[: data * space])
   graphdef, optimizer, _, init = state.build(config, 6)
-  step = steps.make_train_step(
-    graphdef, optimizer, mesh, seed=0, crop_size=config.crop_size, augmentation=dict(config.augment),
-    loss=losses.make_loss(ignore_label=255), auxiliary_weight=0.4, ema_decay=config.optimizer.ema_decay,
-  )  # fmt: skip
-  initial = state.materialize(init, sharding.replicated(mesh))
+  state_sharding = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
+  step = train.make_step(config, graphdef, optimizer, mesh, state_sharding, None)
+  initial = state.materialize(init, state_sharding)
   return mesh, graphdef, step, initial
 
 
@@ -132,26 +127,14 @@ def test_evaluation_gives_the_same_matrix_on_any_mesh(tiny_config, data, space):
   assert np.abs(results[0] - results[1]).sum() <= 2  # A near tie may fall the other way in float32.
 
 
-def collectives(step, *arguments):
-  """{name: [bytes, ...]} of the collectives in the compiled HLO."""
-  text = step.lower(*arguments).compile().as_text()
-  found = collections.defaultdict(list)
-  for shape, name in re.findall(
-    r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\(", text
-  ):
-    sizes = [np.prod([int(n) for n in dims.split(",") if n] or [1]) for dims in re.findall(r"\[([\d,]*)\]", shape)]
-    found[name].append(4 * int(sum(sizes)))
-  return found
-
-
 @pytest.mark.parametrize("model", ["unet", pytest.param("deeplab", marks=pytest.mark.slow)])
 def test_the_train_step_gathers_no_activations_or_images(tiny_config, model):
   config = deeplab(tiny_config) if model == "deeplab" else tiny_config
   mesh, _, step, current = make(config, 8, 1)
   batch = next(sharding.to_device(iter(host_batches(config, 1)), mesh))
-  found = collectives(step, current, batch)
-  print({name: (len(sizes), sum(sizes)) for name, sizes in found.items()})
-  assert set(found) <= {"all-reduce", "all-gather"} and found["all-reduce"]
+  found = hlo.collectives(step.lower(current, batch).compile().as_text())
+  print({kind: (len(sizes), sum(sizes)) for kind, sizes in found.items() if sizes})
+  assert found["all-reduce"] and {kind for kind, sizes in found.items() if sizes} <= {"all-reduce", "all-gather"}
   image_bytes = 3 * 16 * 24 * 4  # One crop.
   assert all(size < image_bytes for size in found["all-gather"]), found["all-gather"]
 

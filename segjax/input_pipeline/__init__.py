@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from segjax import config as config_lib
-from segjax.input_pipeline import order
+from segjax.input_pipeline import datasets, order
 from segjax.input_pipeline.cityscapes import CityscapesSource
 from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
@@ -78,6 +78,33 @@ def canvas_of(source, data) -> tuple[int, int]:
       " data.canvas_size=(0,0) to fit them all, or shrink the images."
     )
   return tuple(data.canvas_size)
+
+
+def facts(data, split: str) -> tuple[int, tuple[int, int], str]:
+  """Number of classes and canvas (H, W) of a split, and where they are from.
+
+  From the data set; without it from the config, or from what is known of benchmarks.
+
+  Raises:
+    ConfigError: the data set cannot be used, and what it would tell is not known otherwise.
+  """
+  try:
+    source = make_source(data, split)
+    return len(source.classes), canvas_of(source, data), f"{len(source)} images in {split!r} of {data.name}"
+  except DataError as error:
+    why = str(error).splitlines()[0]
+  missing = []
+  try:
+    num_classes = len(named_classes(data)[0])
+  except DataError:
+    missing.append("data.classes")
+  known = datasets.LARGEST[data.name] if data.name in datasets.LARGEST else (0, 0)
+  canvas = tuple(data.canvas_size) if any(data.canvas_size) else known
+  if not any(canvas):
+    missing.append("data.canvas_size")
+  if missing:
+    raise config_lib.ConfigError(f"{why}\nWithout the data set, {' and '.join(missing)} must be set.")
+  return num_classes, canvas, f"not at hand ({why})"
 
 
 def load_example(source, canvas_size: tuple[int, int], index: int, border: bool = False) -> dict[str, np.ndarray]:

@@ -121,6 +121,9 @@ CHAIRS = dict(
   label_map="255:1",
 )
 
+# (H, W) that holds every image of a source, where nobody has to look.
+LARGEST = {"voc": (500, 500), "cityscapes": (1024, 2048), "kitti_road": (376, 1242)}
+
 VOID_COLOR = (224, 224, 192)  # The cream that PASCAL VOC draws void in.
 
 

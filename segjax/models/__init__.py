@@ -11,7 +11,9 @@ from segjax.models.unet import UNet
 MODELS = {"unet": UNet, "deeplab_v3plus": DeepLabV3Plus, "dilated_fcn": DilatedFCN, "fcn": FCN}
 
 
-def build(name: str, *, num_classes: int, dtype="float32", rngs: nnx.Rngs, **options) -> nnx.Module:
+def build(
+  name: str, *, num_classes: int, dtype="float32", remat: bool = False, rngs: nnx.Rngs, **options
+) -> nnx.Module:
   """Builds a model; call under `jax.jit` or `jax.eval_shape`, as eager initialisation takes seconds.
 
   A model has `mean` (raw RGB of the padding), `stride` (of its coarsest features), `border` (pixels that it needs
@@ -24,6 +26,7 @@ def build(name: str, *, num_classes: int, dtype="float32", rngs: nnx.Rngs, **opt
     name: a key of `MODELS`.
     num_classes: channels of the logits.
     dtype: of the computation.
+    remat: whether the backward pass computes the inner results of each block again instead of keeping them.
     options: of the model's constructor.
 
   Raises:
@@ -31,4 +34,7 @@ def build(name: str, *, num_classes: int, dtype="float32", rngs: nnx.Rngs, **opt
   """
   if name not in MODELS:
     raise ValueError(f"model.name = {name!r}: choose one of {', '.join(MODELS)}.")
-  return MODELS[name](num_classes=num_classes, dtype=jnp.dtype(dtype), rngs=rngs, **options)
+  model = MODELS[name](num_classes=num_classes, dtype=jnp.dtype(dtype), rngs=rngs, **options)
+  if remat:
+    model.set_attributes(remat=True)
+  return model

@@ -34,7 +34,7 @@ def run_conv(conv: nnx.Module, x: jax.Array, train: bool, endpoints: dict, name:
   return x
 
 
-class ASPP(nnx.Module):
+class ASPP(layers.Block):
   """The mean of the whole map, a 1x1 convolution and 3x3 convolutions at several rates, joined by a 1x1 convolution.
 
   Args:
@@ -65,6 +65,7 @@ class ASPP(nnx.Module):
     self.projection = layers.ConvNorm((image_pooling + 1 + len(rates)) * width, width, **dense)
     self.conv = make_conv(width, separable=separable, **conv) if detail.aspp_conv else None
 
+  @layers.rematerialized
   def __call__(self, x: jax.Array, train: bool, key: jax.Array | None, endpoints: dict) -> jax.Array:
     """[B, h, w, in] -> [B, h, w, 256]."""
     branches = [self.branch0(x, train)]

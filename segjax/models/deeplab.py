@@ -12,7 +12,7 @@ from segjax.models.details import DETAILS, Details, resolve
 DEFAULT_RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}  # By output stride.
 
 
-class Decoder(nnx.Module):
+class Decoder(layers.Block):
   """Joins the encoder's output with features of stride 4 and refines them by 3x3 convolutions (section 4.1).
 
   Args:
@@ -37,6 +37,7 @@ class Decoder(nnx.Module):
       setattr(self, name, conv)
       width = self.features
 
+  @layers.rematerialized
   def __call__(self, x: jax.Array, low_level: jax.Array, train: bool, endpoints: dict) -> jax.Array:
     """[B, h, w, in] and [B, H / 4, W / 4, low] -> [B, H / 4, W / 4, 256]."""
     low_level = endpoints["decoder/low_level"] = self.low_level(low_level, train)

@@ -4,6 +4,9 @@ Mode is an argument of each call, never hidden state. Module attributes give par
 `scale`; batch norm's running `mean` and `var` are `nnx.BatchStat`.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +24,43 @@ he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 def param_dtype(dtype) -> jnp.dtype:
   """Parameters and statistics stay in float32 under bfloat16 compute, and follow float64, which tests use."""
   return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+class Block(nnx.Module):
+  """A module with methods that `rematerialized` decorates.
+
+  Attributes:
+    remat: whether the backward pass computes inner results again; `models.build` sets it.
+  """
+
+  remat = False
+
+
+def rematerialized(call: Callable) -> Callable:
+  """Decorates a method of a `Block`: under `remat` only its arguments are kept for the backward pass (arXiv 1604.06174).
+
+  The method takes arrays, plain values and at most one dict of end points to fill, by position. Gradients are those
+  without it, but for the rounding of another order; batch norm's running statistics are updated once.
+  """
+
+  @functools.wraps(call)
+  def run(self, *arguments):
+    if not self.remat:
+      return call(self, *arguments)
+
+    def pure(module, arrays):
+      arrays, found = iter(arrays), {}
+      of_kind = lambda a: next(arrays) if isinstance(a, jax.Array) else found if isinstance(a, dict) else a  # noqa: E731
+      return call(module, *map(of_kind, arguments)), found
+
+    # Without graph_updates it returns the variables that changed alone, not every parameter.
+    remat = nnx.remat(pure, graph_updates=False)
+    result, found = remat(self, [a for a in arguments if isinstance(a, jax.Array)])
+    for endpoints in (a for a in arguments if isinstance(a, dict)):
+      endpoints.update(found)  # What nobody reads of them is not kept either.
+    return result
+
+  return run
 
 
 def per_channel(variable: nnx.Variable) -> jax.Array:

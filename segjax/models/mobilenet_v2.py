@@ -17,7 +17,7 @@ RESIDUALS = (
 )  # fmt: skip
 
 
-class InvertedResidual(nnx.Module):
+class InvertedResidual(layers.Block):
   """1x1 expansion, 3x3 depthwise, linear 1x1 projection; plus the input where the shape stays."""
 
   def __init__(self, in_features, features, *, expansion, stride, rate, padding, options):
@@ -34,6 +34,7 @@ class InvertedResidual(nnx.Module):
     self.expands, self.adds = expansion > 1, stride == 1 and in_features == features
     self.border = rate if padding == "early" else 0  # Pixels around the block's input.
 
+  @layers.rematerialized
   def __call__(self, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
     skip, border = x, (self.border, self.border)
     x = jnp.pad(x, ((0, 0), border, border, (0, 0)))

@@ -14,7 +14,7 @@ UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # Of the four blocks.
 EPSILON = 1e-5  # Of the batch norms.
 
 
-class Bottleneck(nnx.Module):
+class Bottleneck(layers.Block):
   """1x1 to a quarter of the channels, 3x3, 1x1; plus the input, by a 1x1 convolution where the shape changes; ReLU.
 
   Args:
@@ -30,6 +30,7 @@ class Bottleneck(nnx.Module):
     if self.projects:
       self.shortcut = layers.ConvNorm(in_features, features, stride=stride, activation=None, **options)
 
+  @layers.rematerialized
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[B, H, W, in] -> [B, H / stride, W / stride, features]."""
     skip = self.shortcut(x, train) if self.projects else x

@@ -24,7 +24,7 @@ class DoubleConv(nnx.Module):
     return x
 
 
-class UNet(nnx.Module):
+class UNet(layers.Block):
   """U-Net for images of any size.
 
   Args:
@@ -116,24 +116,28 @@ class UNet(nnx.Module):
     else:
       before = 0 if context else self.border
       x = resize.mirror(image, before, tuple(self.unpadded_size(n) for n in (h, w)))
-    x = endpoints["down0"] = self.down0(x, train)
     skips = []
-    for level in range(1, self.depth + 1):
+    for level in range(self.depth + 1):
+      x = endpoints[f"down{level}"] = self._descend(x, level, train)  # [B, H/2^level, W/2^level, width*2^level]
       skips.append(x)
-      x = getattr(self, f"down{level}")(layers.max_pool_2x2(x), train)  # [B, H/2^level, W/2^level, width*2^level]
-      endpoints[f"down{level}"] = x
     x = layers.dropout(x, self.dropout, key if train else None)
     for level in reversed(range(self.depth)):
-      skip = skips[level]
-      if self.up == "transposed":
-        x = getattr(self, f"upconv{level}")(x)
-      else:
-        x = resize.resize_bilinear(x, skip.shape[1:3])
-      cut = [(n - m) // 2 for n, m in zip(skip.shape[1:3], x.shape[1:3])]  # 0 under "same".
-      skip = skip[:, cut[0] : cut[0] + x.shape[1], cut[1] : cut[1] + x.shape[2]]
-      x = getattr(self, f"up{level}")(jnp.concatenate([skip, x], axis=-1), train)  # [B, H/2^level, ...]
-      endpoints[f"up{level}"] = x
+      x = endpoints[f"up{level}"] = self._ascend(x, skips[level], level, train)  # [B, H/2^level, ...]
     return self.logits(x)[:, :h, :w].astype(layers.param_dtype(self.dtype))
+
+  @layers.rematerialized
+  def _descend(self, x, level, train):
+    return getattr(self, f"down{level}")(layers.max_pool_2x2(x) if level else x, train)
+
+  @layers.rematerialized
+  def _ascend(self, x, skip, level, train):
+    if self.up == "transposed":
+      x = getattr(self, f"upconv{level}")(x)
+    else:
+      x = resize.resize_bilinear(x, skip.shape[1:3])
+    cut = [(n - m) // 2 for n, m in zip(skip.shape[1:3], x.shape[1:3])]  # 0 under "same".
+    skip = skip[:, cut[0] : cut[0] + x.shape[1], cut[1] : cut[1] + x.shape[2]]
+    return getattr(self, f"up{level}")(jnp.concatenate([skip, x], axis=-1), train)
 
   def unpadded_size(self, size: int) -> int:
     """Input pixels along one axis for at least `size` logits under "valid", such that every pooling sees an even size."""

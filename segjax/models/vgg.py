@@ -13,7 +13,7 @@ from segjax.models import layers
 STAGES = ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
 
 
-class VGG16(nnx.Module):
+class VGG16(layers.Block):
   """conv1_1 ... conv5_3, fc6 and fc7, without the classifier; a ReLU after each.
 
   Args:
@@ -54,9 +54,13 @@ class VGG16(nnx.Module):
     fc6_key, fc7_key = (None, None) if key is None or not train else jax.random.split(key)
     x = image.astype(self.dtype)
     for stage, names in enumerate(self.stages, start=1):
-      for name in names:
-        x = jax.nn.relu(getattr(self, name)(x))
-      x = endpoints[f"pool{stage}"] = layers.max_pool_2x2(x, ceil_mode=True)
+      x = endpoints[f"pool{stage}"] = self._stage(x, names)
     x = endpoints["fc6"] = jax.nn.relu(self.fc6(x))
     x = endpoints["fc7"] = jax.nn.relu(self.fc7(layers.dropout(x, self.dropout, fc6_key)))
     return layers.dropout(x, self.dropout, fc7_key)
+
+  @layers.rematerialized
+  def _stage(self, x, names):
+    for name in names:
+      x = jax.nn.relu(getattr(self, name)(x))
+    return layers.max_pool_2x2(x, ceil_mode=True)

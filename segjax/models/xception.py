@@ -26,7 +26,7 @@ def blocks(depth: int) -> list[tuple[str, int, tuple[int, int, int], int, str]]:
   return [*first, middle, *last]
 
 
-class XceptionUnit(nnx.Module):
+class XceptionUnit(layers.Block):
   """Three separable convolutions and a shortcut.
 
   Args:
@@ -50,6 +50,7 @@ class XceptionUnit(nnx.Module):
       self.shortcut = layers.ConvNorm(in_features, features[2], stride=stride, activation=None, **options)
     self.kind, self.rectify = shortcut, rectify
 
+  @layers.rematerialized
   def __call__(self, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
     skip = x
     if self.kind == "conv":

@@ -1,0 +1,92 @@
+"""What a dry run says, against the arrays of the real run; and that it needs neither data nor workdir."""
+
+import dataclasses
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from segjax import config as config_lib
+from segjax import flops, input_pipeline, sharding
+from segjax.config import ConfigError
+from segjax.dry_run import abstract_batch, compile_step, device_memory, dry_run
+from tests.test_config import CONFIGS
+from tests.test_sharding import host_batches, make
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(tiny_config):
+  tiny_config.model.width, tiny_config.model.depth = 16, 1
+  return tiny_config
+
+
+def test_dry_run_tells_what_the_real_step_holds_and_writes_nothing(config, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config.mesh.data, config.shard_state, config.eval.batch_size = 8, True, 16
+  programs = dry_run(config, tmp_path / "run")
+  assert list(tmp_path.iterdir()) == []
+  mesh, _, _, current = make(config, 8, 1)
+  batch = next(sharding.to_device(iter(host_batches(config, 1)), mesh))
+  del batch["id"]  # The step does not read it.
+  held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((current, batch)))
+  assert programs["train"].arguments == pytest.approx(held, rel=0.01)  # Buffers are aligned.
+  assert programs["train"].outputs < 10_000  # The state takes the place of the old one.
+  assert programs["train"].temporary > 16 * 24 * 16 * 4  # Some layer of the only crop that a device has.
+  found = programs["train"].collectives
+  assert found["all-reduce"] and found["all-gather"]
+  prediction = 2 * 24 * 32
+  assert prediction <= programs["evaluation"].outputs < 2 * prediction
+  output = capsys.readouterr().out
+  count = sum(leaf.size for leaf in jax.tree.leaves(current.params))
+  for text in (f"{count:,}", "20 images in 'train' of synthetic", "6 classes, canvas 24x32", "shard_state=True",
+               f"{len(found['all-reduce'])} all-reduce",
+               "host memory, which 8 devices share): fits"):  # fmt: skip
+    assert text in output, output
+
+
+def test_a_run_too_large_for_its_devices_is_told_so_with_remedies(config, capsys, monkeypatch):
+  monkeypatch.setattr("segjax.dry_run.device_memory", lambda device: (10_000, "memory"))
+  program = dataclasses.replace(compile_step(jax.jit(lambda x: x + 1), 1.0), temporary=20_000)
+  monkeypatch.setattr("segjax.dry_run.compile_step", lambda *arguments: program)
+  dry_run(config)
+  assert "DOES NOT FIT. Set remat=True, a larger accumulate_steps" in capsys.readouterr().out
+  monkeypatch.undo()
+  size, meaning = device_memory(jax.devices()[0])
+  assert size > 2**20 and meaning == "host memory, which 8 devices share"
+
+
+def test_multiply_adds_count_every_part_and_what_is_computed_again(config):
+  def count(**fields):
+    other = config.copy_and_resolve_references()
+    other.update(fields)
+    mesh, _, step, current = make(other, 1, 1)
+    return flops.multiply_adds(step, current, abstract_batch(mesh, 8, (24, 32)))
+
+  whole, parts, remat = count(), count(accumulate_steps=4), count(remat=True)
+  assert whole == parts and 1.1 * whole < remat < 1.5 * whole
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_shipped_config_can_be_dry_run_without_data_or_says_what_is_missing(name):
+  config = config_lib.finalize(importlib.import_module(f"configs.{name}").get_config())
+  config.data.dir = "/nowhere"
+  if config.data.name in ("synthetic", "voc", "cityscapes"):
+    num_classes, canvas, _ = input_pipeline.facts(config.data, config.data.train_split)
+    assert num_classes == dict(synthetic=6, voc=21, cityscapes=19)[config.data.name] and min(canvas) >= 64
+    return
+  missing = "data.canvas_size must be set" if config.data.classes else "data.classes and data.canvas_size must be set"
+  with pytest.raises(ConfigError, match=f"/nowhere(.|\n)*Without the data set, {missing}"):
+    input_pipeline.facts(config.data, config.data.train_split)
+  config.data.classes, config.data.canvas_size = ("ground", "cell"), (360, 480)
+  assert input_pipeline.facts(config.data, "train")[:2] == (2, (360, 480))
+
+
+def test_every_other_mode_wants_a_workdir():
+  command = [sys.executable, "-m", "segjax.main", "--config=configs/quickstart.py", "--mode=eval"]
+  result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+  assert result.returncode == 2 and "only --mode=dry_run needs none" in result.stderr, result.stderr
