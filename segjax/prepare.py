@@ -3,11 +3,12 @@
   python -m segjax.prepare voc --archives=DIR --out=DIR            VOC's tar and SBD's tgz, as downloaded
   python -m segjax.prepare voc --devkit=VOCdevkit/VOC2012 --sbd=benchmark_RELEASE/dataset    already unpacked
   python -m segjax.prepare cityscapes --archives=DIR --out=DIR     the zips of cityscapes-dataset.com
-  python -m segjax.prepare nuclei --archives=DIR --out=DIR         stage1_train.zip of Kaggle's data-science-bowl-2018, or
-                                                                   the folder stage1_train, already unpacked
+  python -m segjax.prepare nuclei --archives=DIR --out=DIR         stage1_train.zip of Kaggle's data-science-bowl-2018,
+                                                                   or the folder stage1_train, already unpacked
 
 With --tfds=DIR, VOC or Cityscapes is also stored there as TFDS's ArrayRecord shards. Every file is written under a
-temporary name and renamed, and none that is there already is written again: after an interruption, run the same command.
+temporary name and renamed, and none that is there already is written again: after an interruption, run the same
+command.
 """
 
 import contextlib
@@ -203,8 +204,8 @@ def check_cityscapes(root: pathlib.Path, allow_partial: bool = False) -> None:
 def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool = False) -> None:
   """From the 2018 Data Science Bowl's folders, one file per nucleus, to one mask per image.
 
-  Writes `out`/images, `out`/masks (0, 255), `out`/instances (16 bits: 1, 2, ... in the order of the nuclei's files; where
-  two overlap, the later one), and train.txt and val.txt. A seventh is held out, by a hash of the names: as
+  Writes `out`/images, `out`/masks (0, 255), `out`/instances (16 bits: 1, 2, ... in the order of the nuclei's files;
+  where two overlap, the later one), and train.txt and val.txt. A seventh is held out, by a hash of the names: as
   `folder.held_out` chooses fold 0 of 7.
 
   Args:
