@@ -87,6 +87,7 @@ def facts(data, split: str) -> tuple[int, tuple[int, int], str]:
 
   Raises:
     ConfigError: the data set cannot be used, and what it would tell is not known otherwise.
+    DataError: classes and colours that contradict each other.
   """
   try:
     source = make_source(data, split)
@@ -97,6 +98,8 @@ def facts(data, split: str) -> tuple[int, tuple[int, int], str]:
   try:
     num_classes = len(named_classes(data)[0])
   except DataError:
+    if data.classes:
+      raise
     missing.append("data.classes")
   known = datasets.LARGEST[data.name] if data.name in datasets.LARGEST else (0, 0)
   canvas = tuple(data.canvas_size) if any(data.canvas_size) else known
