@@ -79,19 +79,24 @@ def warnings(source, counts: np.ndarray) -> list[str]:
   return found
 
 
-def probe(source, count: int = 16, border: bool = False) -> str:
+def probe(source, count: int = 16, border: bool = False, most_bad: int = 0) -> str:
   """Reads a few examples, spread over the split, and describes their labels; cheap enough for every start.
 
+  Args:
+    border: whether instances are read too, for loss.border_weight.
+    most_bad: how many examples may be unreadable.
+
   Raises:
-    DataError: an example that cannot be read, or masks of 0 and 255 whose foreground would be ignored as void; with
+    DataError: more examples that cannot be read, or masks of 0 and 255 whose foreground would be ignored as void; with
       `border`, instances that are missing or cannot be read.
   """
   counts, problems = scan(source, np.unique(np.linspace(0, len(source) - 1, count).astype(int)), border=border)
   found = warnings(source, counts)
-  if problems or any("255 is void" in w or "every pixel" in w for w in found):
+  if len(problems) > most_bad or any("255 is void" in w or "every pixel" in w for w in found):
     raise DataError("\n".join(problems or found))
   text = f"labels of {len(counts)} examples:\n{share_table(source, counts)}"
-  return text + "".join(f"\n  note: in these examples, {w}" for w in found)
+  found = [f"in these examples, {warning}" for warning in found] + problems
+  return text + "".join(f"\n  note: {line}" for line in found)
 
 
 def check(config) -> int:

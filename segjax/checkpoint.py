@@ -1,6 +1,7 @@
 """Checkpoints: Orbax, written in the background, the last k and the best one, each with its checksums."""
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -156,12 +157,16 @@ class Checkpoints:
 
     Args:
       score: higher is better; of a step that was evaluated.
+
+    Raises:
+      OSError: this or the save before could not be written, e.g. because the disk is full.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
     metrics = None if score is None else {"score": score}
-    self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), metrics=metrics, force=True)
+    with _system_errors():
+      self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), metrics=metrics, force=True)
 
   def restore(self, abstract: TrainState, step: int) -> TrainState:
     """Reads a checkpoint into the shapes and shardings of `abstract`, on any number of devices.
@@ -199,13 +204,17 @@ class Checkpoints:
     return restored["ema"] or {name: restored[name] for name in ("params", "batch_stats")}
 
   def wait(self) -> None:
-    """Waits until everything is on disk."""
-    self._manager.wait_until_finished()
+    """Waits until everything is on disk; raises OSError where it cannot be."""
+    with _system_errors():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits until everything is on disk, and ends Orbax's threads."""
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      with _system_errors():
+        self._manager.close()
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -223,6 +232,22 @@ class Checkpoints:
         + ". Use another checkpoint (--config.eval.checkpoint=last or best), or continue the run, which"
         " sets a damaged last one aside and goes on from the one before."
       )
+
+
+@contextlib.contextmanager
+def _system_errors():
+  """What the system says of a file comes from TensorStore as a ValueError that quotes it; here as the OSError it is."""
+  try:
+    yield
+  except ValueError as error:
+    if "os_error_code=" not in str(error):
+      raise
+    raise OSError(str(error)) from error
+
+
+def newest_step(workdir) -> int | None:
+  """The step of the newest complete checkpoint of a workdir, or None."""
+  return max(_steps(pathlib.Path(workdir) / "checkpoints"), default=None)
 
 
 def _as_dict(state: TrainState) -> dict:

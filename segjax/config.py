@@ -102,7 +102,8 @@ SOURCES = {
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
   "eval", "init",
-  "data.dir", "data.eval_split", "data.loader", "data.workers", "data.format", "policy.early_stop",
+  "data.dir", "data.eval_split", "data.loader", "data.workers", "data.max_bad_examples", "data.format",
+  "policy.early_stop",
 )  # fmt: skip
 
 CHOICES = {
@@ -170,6 +171,9 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       eval_split="val",
       loader="tf_data",  # "tf_data", or "grain", which never imports TensorFlow. Batches are the same, bit for bit.
       workers=0,  # Threads that read and decode, per host. 0: one per core.
+      # Training examples that may turn out unreadable in mid-run; each is all void in its step, and counted. One more stops
+      # the run. Evaluation always stops at the first.
+      max_bad_examples=0,
       canvas_size=(0, 0),  # (H, W) that images are padded to on the host. (0, 0): the largest of the split.
       **copy.deepcopy(SOURCES[data]),
     )
@@ -324,6 +328,7 @@ def validate(config: config_dict.ConfigDict) -> None:
     check(len(size) == 2 and all(isinstance(n, int) and n >= least for n in size), field, "must be (H, W) in pixels.")
   check(config.data.name == "synthetic" or bool(config.data.dir), "data.dir",
         "name the data set's root folder, e.g. --config.data.dir=/data/camvid.")  # fmt: skip
+  check(config.data.max_bad_examples >= 0, "data.max_bad_examples", "must be 0 (stop at the first) or more.")
   check(config.data.workers >= 0, "data.workers", "must be 0 (one per core) or more.")
   scale = config.augment.scale
   check(len(scale) == 2 and 0 < scale[0] <= scale[-1], "augment.scale", "must be (smallest, largest), above 0.")

@@ -43,13 +43,15 @@ def main(argv: list[str]) -> None:
   from segjax.dry_run import dry_run
   from segjax.evaluate import evaluate
   from segjax.submission import submit
-  from segjax.train import NonFiniteLoss, train
+  from segjax.train import NonFiniteLoss, WorkdirError, train
 
   commandline.enable_float64(config)
   with (
     commandline.readable_errors(),
     distributed.connected(processes, _START_TIMEOUT.value),
-    commandline.readable_errors(NonFiniteLoss),  # Before `connected` ends a process that fails among several.
+    commandline.readable_errors(
+      NonFiniteLoss, WorkdirError
+    ),  # Before `connected` ends a process that fails among several.
   ):
     run = {"train": train, "eval": evaluate, "predict": submit, "dry_run": dry_run}[_MODE.value]
     run(config, _WORKDIR.value)

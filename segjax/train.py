@@ -1,5 +1,6 @@
 """Training, from a config to a scored checkpoint, top to bottom in the order things happen."""
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -25,13 +26,20 @@ from segjax import config as config_lib
 from segjax import optimizer as optimizer_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import IGNORE_LABEL, ConfigError
-from segjax.input_pipeline import order
+from segjax.input_pipeline import images, order
+from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.lock import LOCK_FILE, Lock
 from segjax.state import TrainState, build, materialize, with_sharding
+
+EXAMPLES_FILE = "train_examples.txt"  # In the workdir: the names of the training examples, in the order of their ids.
 
 
 class NonFiniteLoss(RuntimeError):
   """The loss or a gradient became infinite or NaN; the message names the step and what to try."""
+
+
+class WorkdirError(RuntimeError):
+  """The workdir could not be written in mid-run, e.g. because the disk is full; the message names what is left."""
 
 
 def train(config, workdir) -> dict[str, float]:
@@ -45,6 +53,7 @@ def train(config, workdir) -> dict[str, float]:
       weights do not fit.
     DataError: the data set cannot be used.
     NonFiniteLoss: training diverged; the last good checkpoint is kept.
+    WorkdirError: the workdir can no longer be written; its complete checkpoints are kept.
   """
   workdir = pathlib.Path(workdir)
   say = print if jax.process_index() == 0 else (lambda *args, **kwargs: None)
@@ -67,7 +76,7 @@ def train(config, workdir) -> dict[str, float]:
   )
   for note in dict.fromkeys((*train_source.notes, *eval_source.notes)):
     say(f"note: {note}")
-  say(check_data.probe(train_source, border=config.loss.border_weight > 0))
+  say(check_data.probe(train_source, border=config.loss.border_weight > 0, most_bad=config.data.max_bad_examples))
 
   # Model and optimiser: shapes inferred abstractly, and where their arrays live.
   graphdef, optimizer, schedule, init = build(config, len(train_source.classes))
@@ -80,12 +89,15 @@ def train(config, workdir) -> dict[str, float]:
 
   # The workdir: new, or of a run with the same config. Nothing is written before this point.
   with (
+    named_failures(workdir),
     claim_workdir(config, workdir, say) as lock,
     open_checkpoints(workdir, config.keep_checkpoints, say) as checkpoints,
     distributed.StopSignal() as stop,
   ):
     if jax.process_index() == 0:
       task.of_split(eval_source, config.data).save(workdir)
+    distributed.on_first(lambda: check_examples(train_source, workdir))
+    bad = BadExamples(workdir, config.data.max_bad_examples, jax.process_index())
     class_weights = make_class_weights(config, train_source, workdir)
     # Start: 1. resume from the workdir, else 2. from the weights of init.path, else 3. from scratch.
     start = checkpoints.latest_step() or 0
@@ -118,6 +130,7 @@ def train(config, workdir) -> dict[str, float]:
       start_step=start,
       num_steps=config.num_steps,
       border=config.loss.border_weight > 0,
+      bad=bad,
     )
     batches = sharding.to_device(batches, mesh)
 
@@ -126,6 +139,8 @@ def train(config, workdir) -> dict[str, float]:
       say("TensorBoard is off: it would import TensorFlow, which the grain loader avoids. Curves are in metrics.jsonl.")
     writer = report.Writer(workdir, start_step=start, tensorboard=tensorboard)
     progress = report.Progress(start, config.num_steps, config.batch_size)
+    if before := bad.count(start):
+      say(f"note: {before} bad examples before (bad_examples_*.jsonl); data.max_bad_examples = {bad.most}")
     say(f"training from step {start} to {config.num_steps}; the first step compiles ...", flush=True)
 
     p = config.policy
@@ -138,7 +153,7 @@ def train(config, workdir) -> dict[str, float]:
     for step in range(start + 1, config.num_steps + 1):
       if stop.requested(step):
         # Here, not after a step, so that whatever is due at a step (evaluation) has been done when the run stops at it.
-        check_finite(config, state, schedule, len(train_source), checkpoints)
+        check_finite(config, state, schedule, train_source, checkpoints, bad)
         lock.check()
         checkpoints.save(state)
         checkpoints.wait()
@@ -156,14 +171,15 @@ def train(config, workdir) -> dict[str, float]:
       if step % config.log_every == 0 or checkpoint_due:
         means = {f"train/{k}": float(np.mean([m[k] for m in jax.device_get(recent)])) for k in step_metrics}
         recent.clear()
-        check_finite(config, state, schedule, len(train_source), checkpoints)
+        check_finite(config, state, schedule, train_source, checkpoints, bad)
         rates, left = progress.lap(step)
         lr = float(schedule(step - 1)) * float(optimizer_lib.plateau_scale(state.policy))
-        writer.scalars(step, means | rates | {"train/learning_rate": lr})
+        counted = {"train/bad_examples": bad.count(step)} if bad.most else {}
+        writer.scalars(step, means | rates | counted | {"train/learning_rate": lr})
         say(
           f"step {step:>6}/{config.num_steps}  loss {means['train/loss']:.4f}  lr {lr:.2e}"
           f"  {rates['train/images_per_s']:.1f} images/s  data wait {100 * rates['train/data_wait_share']:.0f} %"
-          f"  ETA {left}",
+          f"  ETA {left}" + "".join(f"  bad examples {count}" for count in counted.values() if count),
           flush=True,
         )
       elif step == start + 1:
@@ -199,6 +215,43 @@ def train(config, workdir) -> dict[str, float]:
       flush=True,
     )
   return scores
+
+
+@contextlib.contextmanager
+def named_failures(workdir: pathlib.Path):
+  """Raises WorkdirError where the system refuses to write what a run leaves; what it reads has errors of its own."""
+  try:
+    yield
+  except OSError as error:
+    newest = checkpoint.newest_step(workdir)
+    kept = "There is no complete checkpoint yet" if newest is None else f"The checkpoint of step {newest} is complete"
+    raise WorkdirError(
+      f"{workdir} can no longer be written: {error}\n{kept}. Free space there (df -h {workdir}; fewer"
+      " keep_checkpoints need less) or restore write access, and give the same command: it goes on from there."
+    ) from error
+
+
+def check_examples(source, workdir: pathlib.Path) -> None:
+  """Writes down the training examples of a new run; a resumed one must have the same, or ids would mean others.
+
+  Raises:
+    ConfigError: names that went or came since.
+  """
+  path = workdir / EXAMPLES_FILE
+  names = [source.describe(index) for index in range(len(source))]
+  if not path.exists():
+    path.with_suffix(".tmp").write_text("".join(f"{name}\n" for name in names))
+    path.with_suffix(".tmp").replace(path)
+    return
+  before = path.read_text().split("\n")[:-1]
+  if names != before:
+    gone, new = sorted(set(before) - set(names)), sorted(set(names) - set(before))
+    changes = [f"missing {images.listed(gone)}"] if gone else []
+    changes += [f"new {images.listed(new)}"] if new else []
+    raise ConfigError(
+      f"The training examples are not those that the run in {workdir} began with ({EXAMPLES_FILE}):"
+      f" {'; '.join(changes) or 'another order'}. Restore them, or give another --workdir."
+    )
 
 
 def _percent(share: float | None) -> str:
@@ -365,19 +418,46 @@ def _label_statistics(source, workdir: pathlib.Path) -> tuple[list[int], list[in
   return saved["pixels"], saved["images_with_class"]
 
 
-def check_finite(config, state: TrainState, schedule, num_examples: int, checkpoints: Checkpoints) -> None:
-  """Stops a diverged run; its state still is the one before the failing step.
+def check_finite(config, state: TrainState, schedule, source, checkpoints: Checkpoints, bad: BadExamples) -> None:
+  """Stops a diverged run; its state still is the one before the failing step. Saves the batch of that step.
 
   Raises:
-    NonFiniteLoss: names step, learning rate, example ids, the last good checkpoint and remedies.
+    NonFiniteLoss: names step, learning rate, example ids, the batch's file, the last good checkpoint and remedies.
   """
   failed = int(state.failed_step)
   if failed < 0:
     return
-  ids = order.train_ids(config.seed, failed, config.batch_size, num_examples)
+  ids = order.train_ids(config.seed, failed, config.batch_size, len(source))
   checkpoints.wait()
+  # The others wait: the end of one of them would end process 0 while it writes.
+  batch = distributed.on_first(lambda: save_batch(config, failed, source, checkpoints.folder.parent, bad))
   raise NonFiniteLoss(
     f"Loss or gradient not finite in step {failed + 1} (learning rate {float(schedule(failed)):.3g}, example ids"
-    f" {ids.tolist()}). Last good checkpoint: step {checkpoints.latest_step()} in {checkpoints.folder}. Lower"
+    f" {ids.tolist()}). {batch} Last good checkpoint: step {checkpoints.latest_step()} in {checkpoints.folder}. Lower"
     " optimizer.base_lr, add optimizer.warmup_steps or clip_norm, or look at these examples (segjax.check_data)."
   )
+
+
+def save_batch(config, step: int, source, workdir: pathlib.Path, bad: BadExamples) -> str:
+  """Writes the whole batch of a step, as the host reads it, to `workdir`/failed_step_N.npz (N from 1).
+
+  Returns:
+    A sentence that says where it is and how to load it, or why there is none.
+  """
+  path = workdir / f"failed_step_{step + 1}.npz"
+  batches = input_pipeline.train_batches(
+    source,
+    config.data,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    rows=np.arange(config.batch_size),
+    start_step=step,
+    num_steps=step + 1,
+    border=config.loss.border_weight > 0,
+    bad=bad,
+  )
+  try:
+    np.savez_compressed(path, **next(batches))
+  except (input_pipeline.DataError, OSError) as error:  # The reason to stop is another one.
+    return f"Its batch could not be saved ({error})."
+  return f'Its batch, before augmentation: batch = dict(numpy.load("{path}")).'

@@ -3,10 +3,12 @@
 docs/reliability.md tells what was tried how often.
 """
 
+import contextlib
 import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,11 @@ import pytest
 
 from segjax import config as config_lib
 from segjax import train as train_lib
+from segjax.checkpoint import damage
+from segjax.config import ConfigError
 from segjax.distributed import HEARTBEAT_TIMEOUT, PREEMPTED
-from tests.test_train import assert_identical, checkpoint, finish, start
+from tests.folder_of_images import folder_of_images
+from tests.test_train import assert_identical, checkpoint, finish, read_metrics, start
 
 pytestmark = pytest.mark.faults
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,6 +40,10 @@ def long_config(tiny_config):
 def no_run_outlives_its_test():
   Run.started = []
   yield
+  end_all()
+
+
+def end_all():
   for run in Run.started:
     if run.process.poll() is None:
       run.process.terminate()  # The launcher passes it on.
@@ -204,3 +213,100 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(tiny
   assert "DAMAGED CHECKPOINT step_6" in output and str(path.relative_to(workdir)) in output, output
   assert "resumed" in output and "at step 3" in output and (workdir / "damaged_checkpoints" / "step_6").is_dir()
   assert_identical(before, checkpoint(workdir, 6))
+
+
+def test_sigterm_during_an_evaluation_lets_it_end_and_saves(long_config, tmp_path):
+  """The evaluation's score is in the curves once, and the end is that of a run that nobody stopped."""
+  long_config.data.num_val, long_config.eval_every, long_config.checkpoint_every = 2000, 25, 1000
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  finish(start(long_config, whole))
+  for step in (25, 50, 75):
+    run = Run(start(long_config, broken))
+    run.wait_for(f"step {step:>6}/100")
+    run.process.send_signal(signal.SIGTERM)
+    assert f"val at step {step}" not in run.output
+    assert run.wait() == PREEMPTED, run.output
+    assert f"val at step {step}" in run.output and f"SIGTERM: stopped after step {step} of 100" in run.output
+  finish(start(long_config, broken))
+  assert_identical(checkpoint(whole, 100), checkpoint(broken, 100))
+  assert [line["step"] for line in read_metrics(broken) if "val/mean_iou" in line] == [25, 50, 75, 100]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of 16 MB."""
+  disk = tmp_path / "disk"
+  disk.mkdir()
+  result = subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True, text=True, check=False
+  )
+  if result.returncode:
+    pytest.skip(f"needs to mount a small file system, which takes root: {result.stderr.strip()}")
+  yield disk
+  end_all()
+  subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("loader", ["tf_data", "grain"])
+def test_a_full_disk_stops_with_the_last_checkpoint_kept_and_a_freed_one_goes_on(
+  long_config, small_disk, tmp_path, loader
+):
+  long_config.data.loader = loader
+  whole, workdir, filler = tmp_path / "whole", small_disk / "run", small_disk / "filler"
+  finish(start(long_config, whole))
+  with filler.open("wb") as file:
+    file.write(bytes(13 << 20))
+  for step in (10, 40):  # Filled in the middle of the run.
+    run = Run(start(long_config, workdir))
+    run.wait_for(f"step {step:>6}/100")
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+      while True:
+        file.write(bytes(4096))
+    assert run.wait() == 2, run.output
+    message = run.output[run.output.rindex("segjax: ") :]
+    assert f"{workdir} can no longer be written" in message and "No space left on device" in message, run.output
+    assert f"df -h {workdir}" in message and "Traceback" not in run.output, run.output
+    kept = int(re.search(r"The checkpoint of step (\d+) is complete", message)[1])
+    assert kept >= step - 4 and not damage(workdir / "checkpoints" / f"step_{kept}")
+    print(f"{loader}, full at step {step}: {message}")
+    os.truncate(filler, 8 << 20)
+  finish(start(long_config, workdir))
+  assert_identical(checkpoint(whole, 100), checkpoint(workdir, 100))
+
+
+def test_a_read_only_workdir_is_refused_with_the_reason(tiny_config, small_disk):
+  train_lib.train(tiny_config, small_disk / "run")
+  tiny_config.num_steps = 8
+  subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+  for workdir in (small_disk / "run", small_disk / "new"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*Read-only file system"):
+      train_lib.train(tiny_config, workdir)
+  subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+  assert train_lib.train(tiny_config, small_disk / "run")
+
+
+@pytest.mark.parametrize("loader", ["tf_data", "grain"])
+def test_a_file_that_rots_in_mid_run_stops_or_is_counted_as_configured(long_config, tmp_path, loader):
+  folder = folder_of_images(long_config, tmp_path / "data")
+  folder.data.loader = loader
+  image = tmp_path / "data/images/train/07.png"
+  sound = image.read_bytes()
+  for bad, workdir in ((0, tmp_path / "stops"), (1, tmp_path / "counts")):
+    folder.data.max_bad_examples = bad
+    run = Run(start(folder, workdir))
+    run.wait_for("step     10/100")
+    image.write_bytes(sound[:200])
+    code = run.wait()
+    if bad:
+      assert code == 0 and "BAD EXAMPLE images/train/07, void in step" in run.output, run.output
+      end = checkpoint(workdir, 100)
+      shutil.rmtree(workdir / "checkpoints/step_100")
+      image.write_bytes(sound)  # Restored: what was void is so again.
+      finish(start(folder, workdir))
+      assert_identical(end, checkpoint(workdir, 100))
+    else:
+      assert code == 2 and "Example images/train/07, needed in step" in run.output and "07.png" in run.output, (
+        run.output
+      )
+      image.write_bytes(sound)
+      finish(start(folder, workdir))  # Goes on from the last checkpoint.

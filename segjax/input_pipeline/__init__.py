@@ -19,6 +19,7 @@ import numpy as np
 
 from segjax import config as config_lib
 from segjax.input_pipeline import datasets, order
+from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.input_pipeline.cityscapes import CityscapesSource
 from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
@@ -135,14 +136,23 @@ def load_example(source, canvas_size: tuple[int, int], index: int, border: bool 
 
 
 def _batches(
-  source, canvas_size, data, ids, rows, start: int, stop: int, border: bool = False
+  source, canvas_size, data, ids, rows, start: int, stop: int, border: bool = False, bad: BadExamples | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of the steps [start, stop); `ids(step)` gives the global batch, `rows` this host's part of it."""
   ids = functools.lru_cache(maxsize=64)(ids)
 
   def load(position: int) -> dict[str, np.ndarray]:
     step, row = divmod(int(position), len(rows))
-    return load_example(source, canvas_size, ids(step)[rows[row]], border)
+    row = int(rows[row])
+    index = int(ids(step)[row])
+    if bad is None:
+      return load_example(source, canvas_size, index, border)
+    try:
+      if (step, row) not in bad:
+        return load_example(source, canvas_size, index, border)
+    except DataError as error:
+      bad.add(step, row, source.describe(index), error)
+    return load_example(source, canvas_size, order.PADDING, border) | dict(id=np.array(index, np.int32))
 
   loader = importlib.import_module(_LOADERS[data.loader])
   positions = range(start * len(rows), stop * len(rows))
@@ -150,7 +160,7 @@ def _batches(
 
 
 def train_batches(
-  source, data, *, seed, batch_size, rows, start_step, num_steps, border=False
+  source, data, *, seed, batch_size, rows, start_step, num_steps, border=False, bad=None
 ) -> Iterator[dict[str, np.ndarray]]:
   """Training batches of steps start_step .. num_steps - 1, the same whatever the loader and the number of hosts.
 
@@ -159,12 +169,13 @@ def train_batches(
     batch_size: of the global batch.
     rows: the rows of the global batch that this host loads.
     border: whether batches have `border`, for loss.border_weight.
+    bad: the `BadExamples` of a run, whose unreadable examples are all void, up to a number. None: the first one raises.
   """
 
   def ids(step):
     return order.train_ids(seed, step, batch_size, len(source))
 
-  return _batches(source, canvas_of(source, data), data, ids, rows, start_step, num_steps, border)
+  return _batches(source, canvas_of(source, data), data, ids, rows, start_step, num_steps, border, bad)
 
 
 def eval_batches(source, data, *, batch_size, rows) -> Iterator[dict[str, np.ndarray]]:

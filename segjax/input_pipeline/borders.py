@@ -51,9 +51,12 @@ def cached_border_map(path: pathlib.Path, meaning: str, read: Callable[[], np.nd
     meaning: how it does so.
 
   Raises:
-    DataError: the cache cannot be written.
+    DataError: the file is gone, or the cache cannot be written.
   """
-  state = path.stat()
+  try:
+    state = path.stat()
+  except OSError as error:
+    raise DataError(f"{path}: cannot be read ({error.strerror}). Restore it, or set loss.border_weight = 0.") from error
   key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{meaning}|{sigma}"
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   folder = pathlib.Path(home) / "segjax" / "borders"

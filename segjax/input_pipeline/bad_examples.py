@@ -1,0 +1,85 @@
+"""Training examples that can no longer be read in mid-run: how many a run puts up with, and that it stays repeatable."""
+
+import json
+import pathlib
+import threading
+
+from segjax.input_pipeline import images
+from segjax.input_pipeline.images import DataError
+
+
+class BadExamples:
+  """The examples that a training run could not read. Each is all void in the step that needed it.
+
+  Which those are is written down before the step is taken, a JSON line each in `workdir`/bad_examples_PROCESS.jsonl.
+  A run that resumes has them void in these steps again, whether or not the files can be read by then, and so ends as if
+  it had never stopped. In any other step a file is tried anew: once restored, it counts again.
+
+  Attributes:
+    most: how many examples may be bad; one more stops the run.
+
+  Args:
+    workdir: of the run; all of its processes see the same one.
+    most: see above.
+    process: index of this process, which writes a file of its own.
+
+  Raises:
+    DataError: more are written down already, or a file that is damaged.
+  """
+
+  def __init__(self, workdir, most: int, process: int = 0):
+    self._folder, self.most, self._process = pathlib.Path(workdir), most, process
+    self._lock = threading.Lock()
+    known = self._read()
+    self._places = {(line["step"], line["row"]) for line in known}
+    names = sorted({line["name"] for line in known})
+    if len(names) > most:
+      raise DataError(
+        f"{self._folder}/bad_examples_*.jsonl: this run met {len(names)} bad examples ({images.listed(names)}), more than"
+        f" data.max_bad_examples = {most}. Raise it to {len(names)} or more to go on."
+      )
+
+  def __contains__(self, place: tuple[int, int]) -> bool:
+    """Whether the example in (step, row of the global batch), both from 0, was bad."""
+    return place in self._places
+
+  def add(self, step: int, row: int, name: str, error: DataError) -> None:
+    """Takes note of the example in row `row` of a step, which cannot be read.
+
+    Raises:
+      DataError: it is one too many; names it, and says what is wrong with it.
+    """
+    with self._lock:
+      names = sorted({line["name"] for line in self._read()} | {name})
+      if len(names) > self.most:
+        others = f" (the others: {images.listed(n for n in names if n != name)})" if len(names) > 1 else ""
+        raise DataError(
+          f"Example {name}, needed in step {step + 1}: {error}\nIt is bad example {len(names)}{others};"
+          f" data.max_bad_examples = {self.most}. Once the file is restored, or with a larger number, the same command"
+          " goes on."
+        ) from error
+      with (self._folder / f"bad_examples_{self._process}.jsonl").open("a") as file:
+        file.write(json.dumps(dict(step=step, row=row, name=name, error=str(error))) + "\n")
+      self._places.add((step, row))
+    print(f"BAD EXAMPLE {name}, void in step {step + 1} ({len(names)} of at most {self.most}): {error}", flush=True)
+
+  def count(self, steps: int) -> int:
+    """How many different examples were bad in the first `steps` steps, on all processes."""
+    with self._lock:
+      return len({line["name"] for line in self._read() if line["step"] < steps})
+
+  def _read(self) -> list[dict]:
+    lines = []
+    for path in sorted(self._folder.glob("bad_examples_*.jsonl")):
+      for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):  # Else cut short when its run was killed, before its step was taken.
+          lines.append(_parse(path, line))
+    return lines
+
+
+def _parse(path: pathlib.Path, line: str) -> dict:
+  try:
+    parsed = json.loads(line)
+    return dict(step=int(parsed["step"]), row=int(parsed["row"]), name=str(parsed["name"]))
+  except (ValueError, KeyError, TypeError) as error:
+    raise DataError(f"{path}: not a list of bad examples ({line.strip()[:80]!r}). Remove that line.") from error
