@@ -119,6 +119,9 @@ class Checkpoints:
     keep: how many of the last ones stay, beside the best.
     read_only: nothing is written; what is restored is checked first (a run that goes on has had `set_aside_damaged` do
       so).
+
+  Raises:
+    ConfigError: a score that cannot be read.
   """
 
   def __init__(self, workdir, keep: int = 1, read_only: bool = False):
@@ -137,7 +140,14 @@ class Checkpoints:
       read_only=read_only,
       temporary_path_class=_Checksummed,
     )
-    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    try:
+      self._manager = ocp.CheckpointManager(self.folder, options=options)  # Reads the score of each.
+    except ValueError as error:
+      found = [line for step in _steps(self.folder) for line in damage(self.folder / f"step_{step}")]
+      raise ConfigError(
+        f"{self.folder} cannot be opened: {'; '.join(found) or error}. Restore what is damaged, or move that checkpoint"
+        " elsewhere."
+      ) from error
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint, or None."""
@@ -185,14 +195,17 @@ class Checkpoints:
     """The whole state as NumPy arrays, {"step", "params", ...}, whatever its model and the devices that saved it.
 
     Raises:
-      ConfigError: it is damaged.
+      ConfigError: it is damaged, or was not written by segjax.
     """
     self._check(step)
     # Not `self._manager`: without a target it wants the very devices that saved.
     folder = self.folder / f"step_{step}" / "default"
     with ocp.StandardCheckpointer() as checkpointer:
-      stored = checkpointer.metadata(folder).item_metadata.tree
-      return checkpointer.restore(folder, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored))
+      try:
+        stored = checkpointer.metadata(folder).item_metadata.tree
+        return checkpointer.restore(folder, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored))
+      except Exception as error:  # A forged one has sound checksums; TensorStore and Orbax raise what they like.
+        raise ConfigError(f"{folder} is no checkpoint of segjax ({type(error).__name__}: {error}).") from error
 
   def restore_variables(self, step: int) -> dict:
     """{"params", "batch_stats"} of any checkpoint, whatever its model, on the host; the averages where there are any.

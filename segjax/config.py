@@ -301,9 +301,11 @@ def validate(config: config_dict.ConfigDict) -> None:
   """Checks ranges and combinations that types cannot express.
 
   Raises:
-    ConfigError: all problems at once, each naming its field, its value and the remedy.
+    ConfigError: all problems at once, each naming its field, its value and the remedy; first those of types.
   """
-  problems = []
+  problems = _wrong_types(config)
+  if problems:
+    raise ConfigError("The config cannot run:\n  " + "\n  ".join(problems))
 
   def check(ok: bool, field: str, remedy: str):
     if not ok:
@@ -401,6 +403,28 @@ def validate(config: config_dict.ConfigDict) -> None:
     raise ConfigError("The config cannot run:\n  " + "\n  ".join(problems))
 
 
+def _wrong_types(config: config_dict.ConfigDict) -> list[str]:
+  """What ml_collections lets pass: None anywhere, and anything inside a tuple."""
+
+  def kind(value) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+    return names[type(value)] if type(value) in names else "something else"
+
+  problems, defaults = [], fields(default_config(config.model.name, config.data.name))
+  for name, value in fields(config).items():
+    default = defaults[name]
+    if not isinstance(default, tuple):
+      wanted, found = {kind(default)}, {kind(value)}
+    elif isinstance(value, tuple):
+      numbers = default and all(kind(item) == "a number" for item in default)
+      wanted, found = {"a number"} if numbers else {"a number", "text"}, {kind(item) for item in value}
+    else:
+      wanted, found = {"a tuple"}, {kind(value)}
+    if not found <= wanted:
+      problems.append(f"config.{name} = {value!r}: must hold {' or '.join(sorted(wanted))}.")
+  return problems
+
+
 def to_json(config: config_dict.ConfigDict) -> str:
   """The resolved config as indented JSON."""
   return json.dumps(config.to_dict(), indent=2) + "\n"
@@ -426,7 +450,7 @@ def load(workdir: str | os.PathLike) -> config_dict.ConfigDict:
     saved = config_dict.ConfigDict(json.loads(path.read_text()))
     config = default_config(model=saved.model.name, data=saved.data.name)
     have, want = fields(saved), fields(config)
-  except (ValueError, AttributeError) as error:
+  except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
     raise ConfigError(
       f"{path}: not a saved config ({error}). Restore the file, or start with a new --workdir."
     ) from error
@@ -436,7 +460,10 @@ def load(workdir: str | os.PathLike) -> config_dict.ConfigDict:
       f" {sorted(want.keys() - have.keys())}. Use that version, or start with a new --workdir."
     )
   for name, value in have.items():
-    _set(config, name, tuple(value) if isinstance(value, (list, tuple)) else value)
+    try:
+      _set(config, name, tuple(value) if isinstance(value, (list, tuple)) else value)
+    except (TypeError, ValueError, OverflowError) as error:
+      raise ConfigError(f"{path}: {name} = {value!r} is of the wrong type ({error}). Restore the file.") from error
   return config
 
 

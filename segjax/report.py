@@ -38,7 +38,7 @@ class Writer:
       return
     self._workdir.mkdir(parents=True, exist_ok=True)
     if start_step is not None and self._path.exists():
-      lines = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
+      lines = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= start_step]
       temporary = self._path.with_suffix(".tmp")
       temporary.write_text("".join(line + "\n" for line in lines))
       temporary.replace(self._path)

@@ -243,7 +243,7 @@ def check_examples(source, workdir: pathlib.Path) -> None:
     path.with_suffix(".tmp").write_text("".join(f"{name}\n" for name in names))
     path.with_suffix(".tmp").replace(path)
     return
-  before = path.read_text().split("\n")[:-1]
+  before = path.read_text(errors="replace").split("\n")[:-1]
   if names != before:
     gone, new = sorted(set(before) - set(names)), sorted(set(names) - set(before))
     changes = [f"missing {images.listed(gone)}"] if gone else []
@@ -408,7 +408,11 @@ def make_class_weights(config, source, workdir: pathlib.Path) -> np.ndarray | No
 def _label_statistics(source, workdir: pathlib.Path) -> tuple[list[int], list[int]]:
   cache = workdir / "label_statistics.json"
   if cache.exists():
-    saved = json.loads(cache.read_text())
+    try:
+      saved = json.loads(cache.read_text())
+      return list(saved["pixels"]), list(saved["images_with_class"])
+    except (ValueError, KeyError, TypeError) as error:
+      raise ConfigError(f"{cache}: damaged ({error}). Remove it: it is made again from the labels.") from error
   else:
     pixels, images_with_class = check_data.label_statistics(source)
     saved = dict(pixels=pixels.tolist(), images_with_class=images_with_class.tolist())

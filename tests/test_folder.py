@@ -1,5 +1,9 @@
 """Your own images and masks: every layout and encoding that works, and every mistake named with its remedy."""
 
+import struct
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -256,3 +260,31 @@ def test_camvid_is_read_with_the_published_pixel_shares(shared):
   want = [16.845, 23.259, 0.983, 31.658, 4.486, 9.724, 1.173, 1.127, 5.866, 0.639, 0.292]
   np.testing.assert_allclose(shares[:11], want, atol=6e-4)
   assert shares[255] == pytest.approx(3.948, abs=6e-4) and not problems
+
+
+def png_that_claims(height, width):
+  """A PNG of 100 bytes with a sound header."""
+
+  def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+  header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+  return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(300))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(60000, 60000), (16385, 16384), (1, 2**31 - 1)])
+def test_an_image_that_claims_too_many_pixels_is_refused_before_it_takes_memory(tmp_path, size):
+  path = tmp_path / "bomb.png"
+  path.write_bytes(png_that_claims(*size))
+  for read in (images.read_size, images.read_image, images.read_mask):
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"bomb.png: (claims \d+x\d+ pixels, more than|not a readable|damaged)"):
+      read(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_masks_of_other_colour_modes_are_refused(tmp_path):
+  Image.new("CMYK", (4, 4)).save(tmp_path / "m.tif")
+  with pytest.raises(DataError, match="m.tif: CMYK pixels are no labels"):
+    images.read_mask(tmp_path / "m.tif")

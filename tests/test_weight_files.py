@@ -1,5 +1,8 @@
 """Tensors by name from the files of other frameworks."""
 
+import pathlib
+import pickle
+
 import numpy as np
 import pytest
 
@@ -67,6 +70,31 @@ def test_two_state_dicts_in_one_file_are_named(tmp_path):
   torch.save({"model": state, "ema": state}, tmp_path / "w.pth")
   with pytest.raises(ConfigError, match=r"holds \['ema', 'model'\]. Save the one you mean"):
     files.load_arrays(str(tmp_path / "w.pth"))
+
+
+class Malicious:
+  """Runs something when it is unpickled."""
+
+  def __init__(self, path):
+    self.path = path
+
+  def __reduce__(self):
+    return pathlib.Path.touch, (self.path,)
+
+
+def test_no_file_of_weights_executes_code(tmp_path):
+  torch = pytest.importorskip("torch", reason="torch is not installed")
+  ran = tmp_path / "ran"
+  torch.save({"a": torch.zeros(1), "b": Malicious(ran)}, tmp_path / "w.pth")
+  (tmp_path / "w.pt").write_bytes(pickle.dumps(Malicious(ran)))
+  torch.save(Malicious(ran), tmp_path / "w.bin", _use_new_zipfile_serialization=False)
+  np.savez(tmp_path / "w.npz", a=np.array([Malicious(ran)], dtype=object))
+  for suffix in (".pth", ".pt", ".bin", ".npz"):
+    with pytest.raises(ConfigError, match=rf"w\{suffix}: cannot be read"):
+      files.load_arrays(str(tmp_path / f"w{suffix}"))
+    assert not ran.exists(), suffix
+  torch.load(tmp_path / "w.pth", weights_only=False)
+  assert ran.exists()  # So it would have.
 
 
 def test_bad_files_say_what_to_do(tmp_path):

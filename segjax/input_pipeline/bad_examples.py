@@ -71,7 +71,7 @@ class BadExamples:
   def _read(self) -> list[dict]:
     lines = []
     for path in sorted(self._folder.glob("bad_examples_*.jsonl")):
-      for line in path.read_text().splitlines(keepends=True):
+      for line in path.read_text(errors="replace").splitlines(keepends=True):
         if line.endswith("\n"):  # Else cut short when its run was killed, before its step was taken.
           lines.append(_parse(path, line))
     return lines

@@ -72,7 +72,7 @@ def read_classes(root: pathlib.Path) -> tuple[str, ...]:
       "The classes have no names: set data.classes, e.g. --config.data.classes=background,cell, or write them to"
       f" {path}, one a line, in the order of the mask values."
     )
-  return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+  return tuple(images_lib.read_lines(path))
 
 
 class FolderSource(Source):
@@ -189,7 +189,7 @@ class FolderSource(Source):
       path = self._root / list_file.format(split=split)
       if not path.is_file():
         raise DataError(f"{path}: no such list file. Check data.list and the split {split!r}.")
-      entries = [line.split() for line in path.read_text().splitlines() if line.strip()]
+      entries = [line.split() for line in images_lib.read_lines(path)]
     else:
       entries = None
     if entries and all(len(entry) == 2 for entry in entries):

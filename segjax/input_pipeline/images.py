@@ -18,32 +18,61 @@ class DataError(Exception):
 
 
 _BAD = 254  # Marks label values that mean nothing; the most classes are 254, numbered 0 to 253.
-_READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+# Height times width; a few bytes may claim any. 16384 x 16384 in RGB are 0.8 GB. Pillow would warn from 2^26 on.
+MAX_PIXELS = 2**28
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+def read_lines(path: pathlib.Path) -> list[str]:
+  """The lines of a list file that hold anything, without the spaces around it.
+
+  Raises:
+    DataError: it cannot be read, or is no text.
+  """
+  try:
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+  except (OSError, ValueError) as error:
+    raise DataError(f"{path}: not a readable text file ({error}). Restore it, in UTF-8.") from error
+
+
+def _check_pixels(path, image) -> None:
+  if image.width * image.height > MAX_PIXELS:
+    raise DataError(
+      f"{path}: claims {image.height}x{image.width} pixels, more than {MAX_PIXELS} in all. Cut it into parts, or replace it"
+      " if that cannot be true."
+    )
 
 
 def read_size(path: pathlib.Path | str, file: BinaryIO | None = None) -> tuple[int, int]:
   """(H, W) from the header of the file at `path`, without decoding; arguments as of `read_image`.
 
   Raises:
-    DataError: missing, or not an image.
+    DataError: missing, not an image, or one of more than `MAX_PIXELS`, which none of these functions reads.
   """
   try:
     with Image.open(file or path) as opened:
+      _check_pixels(path, opened)
       return opened.height, opened.width
+  except DataError:
+    raise
   except FileNotFoundError as error:
     raise DataError(f"{path}: no such file. Restore it, or remove its name from the split.") from error
-  except _READ_ERRORS as error:
+  except Exception as error:  # Each of Pillow's decoders has its own.
     raise DataError(f"{path}: not a readable image ({error}). Replace the file, or remove it.") from error
 
 
 def _decode(path: pathlib.Path | str, file: BinaryIO | None, convert):
   try:
     with Image.open(file or path) as opened:
+      _check_pixels(path, opened)
       opened.load()
       return convert(opened)
+  except DataError:
+    raise
   except FileNotFoundError as error:
     raise DataError(f"{path}: no such file. Restore it, or remove its name from the split.") from error
-  except _READ_ERRORS as error:
+  except Exception as error:
     raise DataError(f"{path}: damaged or truncated ({error}). Replace the file, or remove it.") from error
 
 
@@ -85,6 +114,8 @@ def read_mask(path: pathlib.Path | str, file: BinaryIO | None = None) -> np.ndar
     if image.mode == "F":
       raise DataError(f"{path}: floating-point pixels are no labels. Export masks with integer pixels.")
     mask = np.asarray(image)
+    if mask.ndim != 2:
+      raise DataError(f"{path}: {image.mode} pixels are no labels. Export masks as palette, grey or RGB.")
     return mask.astype(np.uint8) if mask.dtype == bool else mask
 
   return _decode(path, file, convert)

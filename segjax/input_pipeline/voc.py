@@ -53,7 +53,7 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
       "Make it from VOC and SBD: python -m segjax.prepare voc --devkit=VOCdevkit/VOC2012 --sbd=benchmark_RELEASE/dataset"
     )  # fmt: skip
     raise DataError(f"{path}: no such list. {remedy}")
-  names = path.read_text().split()
+  names = [name for line in images.read_lines(path) for name in line.split()]
   if not names:
     raise DataError(f"{path}: the split {split!r} is empty. Restore the list.")
   if len(set(names)) < len(names):
