@@ -281,10 +281,6 @@ def validate(config: config_dict.ConfigDict) -> None:
     if not ok:
       problems.append(f"config.{field} = {fields(config)[field]!r}: {remedy}")
 
-  # XLA gives these two wrong gradients on a 2x4 mesh, in silence (tests/test_sharding.py has it as a known failure).
-  unsplit = config.model.name == "fcn" or (config.model.name == "unet" and config.model.padding == "valid")
-  check(config.mesh.space == 1 or not unsplit, "mesh.space",
-        "an FCN or unpadded U-Net cannot be split over the image height yet: set it to 1.")  # fmt: skip
   for field, choices in CHOICES.items():
     if field in fields(config):
       check(fields(config)[field] in choices, field, f"choose one of {', '.join(choices)}.")

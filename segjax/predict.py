@@ -23,7 +23,7 @@ def predictions(config, source, graphdef, variables: dict, mesh) -> Iterator[tup
     graphdef: of `state.build`. variables: to evaluate with.
 
   Raises:
-    ConfigError: a batch or canvas that the mesh does not divide.
+    ConfigError: a batch that the mesh does not divide.
   """
   step = evaluate.make_evaluator(config, source, graphdef, mesh).step
   rows = sharding.local_rows(mesh, config.eval.batch_size)

@@ -43,6 +43,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     leaves the state as it was but for `failed_step`.
   """
 
+  @sharding.on(mesh)
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     network = merge(graphdef, state.variables())
@@ -52,8 +53,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
       ignore_label=IGNORE_LABEL, margin=network.border, **augmentation,
     )  # fmt: skip
     context = dict(context=True) if network.border else {}
-    image = jax.lax.with_sharding_constraint(image, sharding.batch_sharding(mesh, image.ndim))
-    label = jax.lax.with_sharding_constraint(label, sharding.batch_sharding(mesh, label.ndim))
+    image, label = sharding.split_height(image), sharding.split_height(label)
 
     def loss_fn(params):
       model = merge(graphdef, dict(params=params, batch_stats=state.batch_stats))
@@ -106,9 +106,11 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
     {"params", "batch_stats"}. Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
   """
 
+  @sharding.on(mesh)
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
-    image = model.preprocess(inference.blank_padding(batch["image"], batch["size"], model.mean))
+    image = sharding.split_height(inference.blank_padding(batch["image"], batch["size"], model.mean))
+    image = model.preprocess(image)
     scores = inference.class_scores(model, image, **protocol)
     out = {}
     if sigmoid:
@@ -117,9 +119,10 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
       out["sweep"] = jnp.stack([metrics.confusion_matrix(batch["label"], probability > t, 2) for t in THRESHOLDS])
     else:
       prediction = scores.argmax(-1).astype(jnp.uint8)
+    prediction = sharding.split_height(prediction)  # Whole images are put together from it, not from the scores.
     confusion = metrics.confusion_matrix(batch["label"], prediction, num_classes)
     return out | dict(confusion=confusion, prediction=prediction)
 
-  out = dict(confusion=sharding.replicated(mesh), prediction=sharding.batch_sharding(mesh, 3))
+  out = dict(confusion=sharding.replicated(mesh), prediction=sharding.batch_sharding(mesh))
   out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
   return jax.jit(eval_step, out_shardings=out)

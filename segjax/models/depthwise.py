@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from segjax import sharding
+
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) in pixels.
 
 
@@ -35,9 +37,11 @@ def _forward(x, kernel, stride, rate, padding):
 
 def _backward(stride, rate, padding, saved, g):
   x, kernel = saved
-  weights = functools.partial(_kernel_gradient_by_rows, kernel=kernel, stride=stride, rate=rate, padding=padding)
+  rows = functools.partial(_kernel_gradient_by_rows, kernel=kernel, stride=stride, rate=rate, padding=padding)
   sums = functools.partial(_kernel_gradient_by_sums, kernel=kernel, stride=stride, rate=rate, padding=padding)
-  kernel_gradient = jax.lax.platform_dependent(x, g, cpu=weights, default=sums)
+  # A loop over rows would gather those that are split over devices.
+  by_rows = {} if sharding.splits_height() else dict(cpu=rows)
+  kernel_gradient = jax.lax.platform_dependent(x, g, **by_rows, default=sums)
   # The input gradient is a convolution of stride 1 with the filter turned by 180 degrees, over g with the zeros that
   # the stride left out put back. On the far side x may have pixels that no output pixel looked at.
   spread = ((0, 0, 0), *((0, 0, stride - 1),) * 2, (0, 0, 0))
