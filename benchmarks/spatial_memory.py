@@ -11,13 +11,13 @@ import argparse
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from segjax import hlo, losses, sharding, state, steps  # noqa: E402
-from segjax.config import default_config  # noqa: E402
+from segjax import hlo, losses, sharding, state, steps
+from segjax.config import default_config
 
 CASES = {"eval": (1024, 2048), "train": (769, 769)}  # (H, W) of the image, of the crop.
 CANVAS = (1024, 2048)
@@ -31,9 +31,7 @@ def compile_step(case: str, space: int):
   graphdef, optimizer, _, init = state.build(config, 19)
   abstract = state.with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
   shapes = dict(image=((1, *CANVAS, 3), jnp.uint8), label=((1, *CANVAS), jnp.uint8), size=((1, 2), jnp.int32))
-  batch = {
-    name: jax.ShapeDtypeStruct(*shape, sharding=sharding.batch_sharding(mesh)) for name, shape in shapes.items()
-  }
+  batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding.batch_sharding(mesh)) for name, shape in shapes.items()}
   if case == "eval":
     step = steps.make_eval_step(graphdef, mesh, num_classes=19, protocol={})
     return step.lower(abstract.eval_variables(), batch).compile()
