@@ -305,10 +305,6 @@ def validate(config: config_dict.ConfigDict) -> None:
     if not ok:
       problems.append(f"config.{field} = {fields(config)[field]!r}: {remedy}")
 
-  # XLA gives these two wrong gradients on a 2x4 mesh, in silence (tests/test_sharding.py has it as a known failure).
-  unsplit = config.model.name == "fcn" or (config.model.name == "unet" and config.model.padding == "valid")
-  check(config.mesh.space == 1 or not unsplit, "mesh.space",
-        "an FCN or unpadded U-Net cannot be split over the image height yet: set it to 1.")  # fmt: skip
   for field, choices in CHOICES.items():
     if field in fields(config):
       choices = choices[config.data.name] if isinstance(choices, dict) else choices

@@ -52,6 +52,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     leaves the state as it was but for `failed_step`.
   """
 
+  @sharding.on(mesh)
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
@@ -65,6 +66,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     labelled = jnp.maximum((label != IGNORE_LABEL).sum(), 1)
 
     def loss_fn(params, batch_stats, image, label, border, key):
+      image, label = sharding.split_height(image), sharding.split_height(label)
       model = merge(graphdef, dict(params=params, batch_stats=batch_stats))
       endpoints = {}
       logits = model(model.preprocess(image), train=True, key=key, endpoints=endpoints, **context)
@@ -129,12 +131,14 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
     Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
   """
 
+  @sharding.on(mesh)
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
     if outside == "mirror":
       image = inference.mirrored_padding(batch["image"], batch["size"])
     else:
       image = inference.blank_padding(batch["image"], batch["size"], model.mean)
+    image = sharding.split_height(image)
     image = model.preprocess(image)
     scores = inference.class_scores(model, image, **protocol)
     out = {}
@@ -146,10 +150,12 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
       out["sweep"] = jnp.stack([metrics.confusion_matrix(batch["label"], probability > t, 2) for t in THRESHOLDS])
     else:
       prediction = scores.argmax(-1).astype(jnp.uint8)
+    prediction = sharding.split_height(prediction)  # Whole images are put together from it, not from the scores.
     confusion = metrics.confusion_matrix(batch["label"], prediction, num_classes)
     return out | dict(confusion=confusion, prediction=prediction)
 
-  out = dict(confusion=sharding.replicated(mesh), prediction=sharding.batch_sharding(mesh, 3))
-  out |= dict(probability=sharding.batch_sharding(mesh, 3)) if num_classes == 2 else {}
+  images = sharding.batch_sharding(mesh)
+  out = dict(confusion=sharding.replicated(mesh), prediction=images)
+  out |= dict(probability=images) if num_classes == 2 else {}
   out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
   return jax.jit(eval_step, out_shardings=out)

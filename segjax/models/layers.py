@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from segjax import sharding
 from segjax.models import depthwise
 
 # Mean and standard deviation of ImageNet's training images, RGB in [0, 255] (the field's customary numbers).
@@ -105,11 +106,15 @@ class Conv(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, in] -> [B, ceil(H / stride), ceil(W / stride), out]."""
+    padding = paddings(x.shape[1:3], self.kernel.shape[0], self.stride, self.rate, self.padding)
+    rows = x.shape[1]
+    out_rows = (rows + sum(padding[0]) - (self.kernel.shape[0] - 1) * self.rate - 1) // self.stride + 1
     x = jax.lax.conv_general_dilated(
-      x.astype(self.dtype), self.kernel[...].astype(self.dtype), (self.stride, self.stride),
-      paddings(x.shape[1:3], self.kernel.shape[0], self.stride, self.rate, self.padding),
-      rhs_dilation=(self.rate, self.rate), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      sharding.split_height(x.astype(self.dtype), out_rows), self.kernel[...].astype(self.dtype),
+      (self.stride, self.stride), padding, rhs_dilation=(self.rate, self.rate),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
+    x = sharding.split_height(x, rows)
     return x if self.bias is None else x + per_channel(self.bias).astype(self.dtype)
 
 
@@ -127,7 +132,9 @@ class DepthwiseConv(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), C]."""
     padding = paddings(x.shape[1:3], 3, self.stride, self.rate, self.padding)
-    return depthwise.depthwise_conv(x.astype(self.dtype), self.depthwise_kernel[...], self.stride, self.rate, padding)
+    x = sharding.split_height(x.astype(self.dtype))
+    x = depthwise.depthwise_conv(x, self.depthwise_kernel[...], self.stride, self.rate, padding)
+    return sharding.split_height(x)
 
 
 class ConvTranspose2x2(nnx.Module):
