@@ -143,7 +143,8 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
   config.batch_size = 8  # Images per update over all devices and hosts; batch norm sees all of them,
   # but for this: each update in so many parts, one after another, for batches that do not fit into memory. Without
   # batch norm (or with frozen ones) and dropout the update is that of the whole batch under cross_entropy, bce and focal;
-  # batch norm sees the part, and hard_fraction, dice, jaccard and lovasz rank and compare its pixels only.
+  # batch norm sees the part, and hard_fraction, dice, jaccard and lovasz rank and compare its pixels only. Slow on CPU,
+  # whose fast convolutions XLA does not use in loops.
   config.accumulate_steps = 1
   config.crop_size = (256, 256)  # (H, W) of a training crop, pixels.
   config.dtype = "float32"  # Of the computation. Parameters, statistics and loss: float32 (or float64 with float64).

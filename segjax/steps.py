@@ -90,7 +90,11 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     parts = sharding.split_batch((image, label, border), accumulate_steps, mesh)
     keys = jax.random.split(dropout_key, accumulate_steps)
     nothing = variables["batch_stats"], jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros((), int)
-    sums, _ = jax.lax.scan(add_part, nothing, (*parts, keys), unroll=accumulate_steps == 1)
+    if accumulate_steps == 1:
+      # Not a loop of one turn: XLA:CPU brings convolutions into a form it has fast code for outside of loops only.
+      sums, _ = add_part(nothing, jax.tree.map(lambda x: x[0], (*parts, keys)))
+    else:
+      sums, _ = jax.lax.scan(add_part, nothing, (*parts, keys))
     batch_stats, gradient, value, correct = sums
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))

@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -125,6 +126,18 @@ def test_the_train_step_gathers_no_activations_or_images(model):
   # Sums, and keys and scalars of the augmentation: a number or two for each example.
   assert found["all-reduce"] and {kind for kind, sizes in found.items() if sizes} <= {"all-reduce", "all-gather"}
   assert all(size <= 16 * config.batch_size for size in found["all-gather"]), found["all-gather"]
+
+
+@pytest.mark.parametrize("model", ["unet", *(pytest.param(name, marks=SLOW) for name in ("fcn", "deeplab"))])
+def test_the_train_step_has_only_convolutions_that_xla_cpu_has_fast_code_for(model):
+  """Kernel gradients in loops keep a form that it runs as a plain loop, some fifty times slower."""
+  config, mesh = experiment.make_config(model, "float32"), mesh_of(1)
+  step, current = experiment.make_step(config, mesh)
+  text = step.lower(current, batch_of(config, mesh)).compile().as_text()
+  forms = set(
+    re.findall(r"dim_labels=\S+->(\w+)", "\n".join(line for line in text.splitlines() if "convolution(" in line))
+  )
+  assert forms == {"b01f"}
 
 
 def test_local_rows_cover_the_batch_and_to_device_keeps_order():
