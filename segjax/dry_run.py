@@ -61,7 +61,7 @@ def abstract_batch(mesh, batch_size: int, canvas: tuple[int, int], border: bool 
   shapes |= dict(border=(canvas, np.float16)) if border else {}
   return {
     name: jax.ShapeDtypeStruct(
-      (batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh, 1 + len(shape))
+      (batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh)
     )
     for name, (shape, dtype) in shapes.items()
   }  # fmt: skip
@@ -103,9 +103,8 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   data, (batch_size, eval_size) = config.data, (config.batch_size, config.eval.batch_size)
   num_classes, canvas, note = input_pipeline.facts(data, data.train_split)
   _, eval_canvas, _ = input_pipeline.facts(data, data.eval_split)
-  for height in (canvas[0], config.crop_size[0]):
-    sharding.check_batch(mesh, "batch_size", batch_size, height, config.accumulate_steps)
-  sharding.check_batch(mesh, "eval.batch_size", eval_size, eval_canvas[0])
+  sharding.check_batch(mesh, "batch_size", batch_size, config.accumulate_steps)
+  sharding.check_batch(mesh, "eval.batch_size", eval_size)
   say(
     f"dry run: {mesh.size} x {device.device_kind}, mesh data={mesh.shape['data']} space={mesh.shape['space']},"
     f" {jax.process_count()} process(es); nothing is trained or written\n"

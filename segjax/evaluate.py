@@ -79,7 +79,7 @@ class Evaluator:
 
 
 def local(array: jax.Array) -> np.ndarray:
-  """This host's rows of a batch-sharded array; with `space` sharding, whole images are put together again."""
+  """This host's rows of a batch-sharded array; the devices of `space` hold the same."""
   if array.is_fully_addressable:
     return np.asarray(array)
   parts = {shard.index[0].start: np.asarray(shard.data) for shard in array.addressable_shards}
@@ -90,10 +90,9 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   """The evaluator of one split under `config.eval`.
 
   Raises:
-    ConfigError: a batch or canvas that the mesh does not divide.
+    ConfigError: a batch that the mesh does not divide.
   """
-  canvas = input_pipeline.canvas_of(source, config.data)
-  sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size, canvas[0])
+  sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
   return Evaluator(source, make_step(config, graphdef, mesh, len(source.classes)), config, mesh)
 
 

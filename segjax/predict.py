@@ -102,7 +102,7 @@ def predict(
 
   groups = collections.defaultdict(list)
   for photo in photos:
-    groups[loose.canvas_for(photo.size, found.canvas_size, tile, mesh.shape["space"])].append(photo)
+    groups[loose.canvas_for(photo.size, found.canvas_size, tile)].append(photo)
   workers = config.data.workers or os.cpu_count()
   try:
     (out / "ids").mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ def predict(
       writing = collections.deque()
       for canvas, group in sorted(groups.items()):
         batch_size = config.eval.batch_size if canvas == found.canvas_size else mesh.shape["data"]
-        sharding.check_batch(mesh, "eval.batch_size", batch_size, canvas[0])
+        sharding.check_batch(mesh, "eval.batch_size", batch_size)
         before = len(problems)
         ahead = min(workers, AHEAD // max(h * w for h, w in (photo.size for photo in group)) + 1)
         tiles = _Tiles(canvas, model.stride, model.border, problems)

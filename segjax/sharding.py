@@ -2,9 +2,14 @@
 
 Axes: `data` splits the batch, `space` the image height. Axis types are Auto: arrays carry `NamedSharding`s and XLA
 inserts the collectives, so batch norm and the loss are over the global batch by construction.
+
+Batches come with whole images on each device of `space`, and the height is split inside the jitted step, where a size
+need not divide. Left alone there, XLA splits some maps over a part of the axis, and its convolutions then have wrong
+kernel gradients (see `split_height`).
 """
 
 import collections
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -76,35 +81,62 @@ def split_batch(batch, parts: int, mesh: Mesh):
 
   def split(x: jax.Array) -> jax.Array:
     x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    spec = batch_sharding(mesh, x.ndim - 1).spec
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, *spec)))
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, "data", *rest)))
 
   return jax.tree.map(split, batch)
 
 
-def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-  """Batch over `data`; images and labels (ndim >= 3) also height over `space`."""
-  return NamedSharding(mesh, PartitionSpec("data", "space") if ndim >= 3 else PartitionSpec("data"))
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Batch over `data`, whole images."""
+  return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch(mesh: Mesh, field: str, batch_size: int, height: int, parts: int = 1) -> None:
-  """Raises ConfigError, naming `field`, where the mesh does not divide the batch, each of its parts, or the height."""
+@contextlib.contextmanager
+def on(mesh: Mesh) -> Iterator[None]:
+  """While a function is traced under it (or decorated with it), `split_height` splits over this mesh."""
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    yield
+
+
+def splits_height() -> bool:
+  """Whether what is being traced is for a mesh that splits the image height, see `on`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.shape["space"] > 1
+
+
+def split_height(x: jax.Array, *others: int) -> jax.Array:
+  """Pins [B, H, ...] to batch over `data` and height over `space`; x itself where there is no mesh (see `on`).
+
+  Convolutions need it on both sides, for the value and, as its transpose is itself, for the gradient. XLA (jax 0.10.2
+  and 0.12.0) gives silently wrong gradients of a convolution whose map is split over a part of an axis (it multiplies
+  the kernel's by the size of the rest), as it chooses for 10 rows on 4 devices; or which leaves a device without rows.
+  So a map is split over all of `space`, each device having at least one row, or not at all.
+
+  Args:
+    others: heights of the maps that x becomes or came from in the same convolution: all are split, or none.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  space = mesh.shape["space"]
+  empty = any((space - 1) * -(-rows // space) >= rows for rows in (x.shape[1], *others))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec("data", None if empty else "space"))
+
+
+def check_batch(mesh: Mesh, field: str, batch_size: int, parts: int = 1) -> None:
+  """Raises ConfigError, naming `field`, where the mesh does not divide the batch, or each of its parts."""
   if batch_size % (mesh.shape["data"] * parts):
     each = f" times accumulate_steps = {parts}" if parts > 1 else ""
     raise ConfigError(
       f"config.{field} = {batch_size} is not divisible by the {mesh.shape['data']} devices of mesh.data{each}. Change"
       " one."
     )
-  if height % mesh.shape["space"]:
-    raise ConfigError(
-      f"Images of height {height} cannot be split over mesh.space = {mesh.shape['space']}. Set data.canvas_size (and"
-      " crop_size) to a height it divides."
-    )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   """The rows of the global batch that this process must load: those of its own devices, ascending."""
-  indices = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
+  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
@@ -112,10 +144,7 @@ def to_device(batches: Iterator[dict], mesh: Mesh, depth: int = 2) -> Iterator[d
   """Turns host batches (this process's rows) into global arrays, keeping `depth` transfers ahead of their use."""
 
   def put(batch):
-    return {
-      name: jax.make_array_from_process_local_data(batch_sharding(mesh, value.ndim), value)
-      for name, value in batch.items()
-    }
+    return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), value) for name, value in batch.items()}
 
   ahead = collections.deque()
   for batch in batches:

@@ -52,6 +52,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     leaves the state as it was but for `failed_step`.
   """
 
+  @sharding.on(mesh)
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
@@ -65,6 +66,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     labelled = jnp.maximum((label != IGNORE_LABEL).sum(), 1)
 
     def loss_fn(params, batch_stats, image, label, border, key):
+      image, label = sharding.split_height(image), sharding.split_height(label)
       model = merge(graphdef, dict(params=params, batch_stats=batch_stats))
       endpoints = {}
       logits = model(model.preprocess(image), train=True, key=key, endpoints=endpoints, **context)
@@ -88,7 +90,11 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     parts = sharding.split_batch((image, label, border), accumulate_steps, mesh)
     keys = jax.random.split(dropout_key, accumulate_steps)
     nothing = variables["batch_stats"], jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros((), int)
-    sums, _ = jax.lax.scan(add_part, nothing, (*parts, keys), unroll=accumulate_steps == 1)
+    if accumulate_steps == 1:
+      # Not a loop of one turn: XLA:CPU brings convolutions into a form it has fast code for outside of loops only.
+      sums, _ = add_part(nothing, jax.tree.map(lambda x: x[0], (*parts, keys)))
+    else:
+      sums, _ = jax.lax.scan(add_part, nothing, (*parts, keys))
     batch_stats, gradient, value, correct = sums
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))
@@ -129,12 +135,14 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
     Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
   """
 
+  @sharding.on(mesh)
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
     if outside == "mirror":
       image = inference.mirrored_padding(batch["image"], batch["size"])
     else:
       image = inference.blank_padding(batch["image"], batch["size"], model.mean)
+    image = sharding.split_height(image)
     image = model.preprocess(image)
     scores = inference.class_scores(model, image, **protocol)
     out = {}
@@ -146,10 +154,12 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
       out["sweep"] = jnp.stack([metrics.confusion_matrix(batch["label"], probability > t, 2) for t in THRESHOLDS])
     else:
       prediction = scores.argmax(-1).astype(jnp.uint8)
+    prediction = sharding.split_height(prediction)  # Whole images are put together from it, not from the scores.
     confusion = metrics.confusion_matrix(batch["label"], prediction, num_classes)
     return out | dict(confusion=confusion, prediction=prediction)
 
-  out = dict(confusion=sharding.replicated(mesh), prediction=sharding.batch_sharding(mesh, 3))
-  out |= dict(probability=sharding.batch_sharding(mesh, 3)) if num_classes == 2 else {}
+  images = sharding.batch_sharding(mesh)
+  out = dict(confusion=sharding.replicated(mesh), prediction=images)
+  out |= dict(probability=images) if num_classes == 2 else {}
   out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
   return jax.jit(eval_step, out_shardings=out)

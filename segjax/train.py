@@ -68,8 +68,7 @@ def train(config, workdir) -> dict[str, float]:
   # Data: opened, paired and probed before anything slow.
   train_source = input_pipeline.make_source(config.data, config.data.train_split)
   eval_source = input_pipeline.make_source(config.data, config.data.eval_split)
-  for height in (input_pipeline.canvas_of(train_source, config.data)[0], config.crop_size[0]):
-    sharding.check_batch(mesh, "batch_size", config.batch_size, height, config.accumulate_steps)
+  sharding.check_batch(mesh, "batch_size", config.batch_size, config.accumulate_steps)
   say(
     f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in"
     f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {config.data.loader}"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from segjax import augment, sharding
 
@@ -138,7 +139,7 @@ def test_one_and_eight_devices_draw_the_same():
   color = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
   alone = run(image, label, color=color)
   mesh = sharding.make_mesh()
-  put = [jax.device_put(x, sharding.batch_sharding(mesh, 3)) for x in (image, label)]
+  put = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "space"))) for x in (image, label)]
   sharded = run(*put, color=color)
   np.testing.assert_allclose(sharded[0], alone[0], atol=2e-2)  # Grey levels: XLA fuses each batch size differently.
   np.testing.assert_array_equal(sharded[1], alone[1])

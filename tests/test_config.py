@@ -183,16 +183,6 @@ def test_phases_of_deeplab_voc_and_what_a_wrong_one_says(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("model, options", [("fcn", {}), ("unet", dict(padding="valid"))])
-def test_models_that_cannot_be_split_over_height_are_refused(model, options):
-  config = default_config(model=model, data="synthetic")
-  config.model.update(options)
-  config_lib.validate(config)
-  config.mesh.space = 2
-  with pytest.raises(ConfigError, match="config.mesh.space = 2: an FCN or unpadded U-Net cannot be split"):
-    config_lib.validate(config)
-
-
 @pytest.mark.parametrize("holdout", [0.0, -1.0, 1.5])
 def test_a_holdout_is_a_share_or_a_whole_number(holdout):
   config = default_config(data="folder")

@@ -13,8 +13,8 @@ from segjax import config as config_lib
 from segjax import flops, input_pipeline, sharding
 from segjax.config import ConfigError
 from segjax.dry_run import abstract_batch, compile_step, device_memory, dry_run
+from tests.experiment import host_batches, make_step, mesh_of
 from tests.test_config import CONFIGS
-from tests.test_sharding import host_batches, make
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,7 +30,8 @@ def test_dry_run_tells_what_the_real_step_holds_and_writes_nothing(config, tmp_p
   config.mesh.data, config.shard_state, config.eval.batch_size = 8, True, 16
   programs = dry_run(config, tmp_path / "run")
   assert list(tmp_path.iterdir()) == []
-  mesh, _, _, current = make(config, 8, 1)
+  mesh = mesh_of(8)
+  _, current = make_step(config, mesh)
   batch = next(sharding.to_device(iter(host_batches(config, 1)), mesh))
   del batch["id"]  # The step does not read it.
   held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves((current, batch)))
@@ -64,7 +65,8 @@ def test_multiply_adds_count_every_part_and_what_is_computed_again(config):
   def count(**fields):
     other = config.copy_and_resolve_references()
     other.update(fields)
-    mesh, _, step, current = make(other, 1, 1)
+    mesh = mesh_of(1)
+    step, current = make_step(other, mesh)
     return flops.multiply_adds(step, current, abstract_batch(mesh, 8, (24, 32)))
 
   whole, parts, remat = count(), count(accumulate_steps=4), count(remat=True)

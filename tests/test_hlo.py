@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from segjax import hlo, sharding
 
@@ -48,7 +49,7 @@ def test_bytes_follow_the_type(shape, size):
 
 def test_what_xla_inserts_in_a_loop_and_behind_it_is_found():
   mesh = sharding.make_mesh(2, 4)
-  split = sharding.batch_sharding(mesh, 3)
+  split = NamedSharding(mesh, PartitionSpec("data", "space"))
 
   def program(x):
     x, _ = jax.lax.scan(lambda x, _: (jnp.roll(x, 1, axis=1), None), x, None, length=7)

@@ -17,7 +17,7 @@ from segjax import hlo, losses, models, sharding, state, steps
 from segjax import train as train_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
-from tests.test_sharding import deeplab, fcn, host_batches, make, run_in_float64
+from tests.experiment import host_batches, make_step, mesh_of
 from tests.test_train import assert_identical, checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,6 +30,45 @@ def config(tiny_config):
   tiny_config.model.width, tiny_config.model.depth = 16, 1
   tiny_config.augment.scale = (0.3, 1.5)
   return tiny_config
+
+
+def deeplab(config):
+  """The run with a DeepLabV3+ that has every kind of layer: inverted residuals, atrous branches, pooling, decoder."""
+  other = config_lib.default_config(model="deeplab_v3plus", data="synthetic")
+  for name in config:
+    if name != "model":
+      other[name] = config[name]
+  other.model.update(backbone="mobilenet_v2", output_stride=8, atrous_rates=(1, 2, 3), bn_momentum=0.9)
+  other.crop_size = (32, 33)
+  return other
+
+
+def fcn(config):
+  """The run with an FCN-8s on crops that no stride divides, and every geometric augmentation on."""
+  other = config_lib.default_config(model="fcn", data="synthetic")
+  for name in config:
+    if name != "model":
+      other[name] = config[name]
+  other.model.update(width=2, fuse="features")  # Whose score layers do not begin with zeros.
+  other.crop_size = (40, 36)
+  other.augment.update(rotation=20.0, shear=5.0, shift=0.1, zoom=0.1, elastic=1.0, hsv=(0.1, 0.1, 0.1))
+  return other
+
+
+def run_in_float64(config, data, space, num_steps):
+  """Losses and states. SGD without momentum leaves the gradients in the parameters: states compare every gradient."""
+  config.dtype = "float64"
+  config.optimizer.momentum, config.optimizer.base_lr, config.optimizer.schedule = 0.0, 1.0, "constant"
+  with jax.enable_x64(True):
+    mesh = mesh_of(data, space)
+    step, current = make_step(config, mesh)
+    losses = []
+    for batch in sharding.to_device(iter(host_batches(config, num_steps)), mesh):
+      current, metrics = step(current, batch)
+      losses.append(float(metrics["loss"]))
+    result = jax.device_get(dict(losses=losses, params=current.params, stats=current.batch_stats, ema=current.ema))
+  assert {leaf.dtype for leaf in jax.tree.leaves(result["params"])} == {np.dtype("float64")}
+  return result
 
 
 def changed(config, **fields):
@@ -59,7 +98,8 @@ def test_sharded_state_trains_as_the_replicated_one_in_float64(config, model, da
 
 def test_sharded_state_splits_large_arrays_and_gathers_only_parameters(config):
   config = changed(config, shard_state=True)
-  mesh, _, step, current = make(config, 8, 1)
+  mesh = mesh_of(8)
+  step, current = make_step(config, mesh)
   sizes = [leaf.nbytes for leaf in jax.tree.leaves(current)]
   large = sum(size for size in sizes if size > 4 * sharding.WHOLE)
   assert large > sum(sizes) / 2
@@ -170,7 +210,8 @@ def test_split_batch_takes_every_nth_row():
 
 def test_accumulation_moves_no_images_between_devices(config):
   config = changed(config, accumulate_steps=2)
-  mesh, _, step, current = make(config, 4, 1)
+  mesh = mesh_of(4)
+  step, current = make_step(config, mesh)
   batch = next(sharding.to_device(iter(host_batches(config, 1)), mesh))
   found = hlo.collectives(step.lower(current, batch).compile().as_text())
   label_bytes = 16 * 24 * 4  # Of one crop.
@@ -180,7 +221,7 @@ def test_accumulation_moves_no_images_between_devices(config):
 
 def test_a_batch_that_parts_and_devices_do_not_divide_says_so():
   with pytest.raises(ConfigError, match="batch_size = 8 is not divisible by the 4 devices .* accumulate_steps = 4"):
-    sharding.check_batch(sharding.make_mesh(4, 2), "batch_size", 8, 16, parts=4)
+    sharding.check_batch(sharding.make_mesh(4, 2), "batch_size", 8, parts=4)
 
 
 @pytest.mark.parametrize(

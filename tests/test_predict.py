@@ -174,7 +174,6 @@ def test_a_canvas_follows_from_the_images_own_size():
   assert loose.canvas_for((6000, 8000), (360, 480), 1025) == (1025, 1025)
   assert loose.canvas_for((6000, 300), (360, 480), 1025) == (1025, 321)
   assert loose.canvas_for((1500, 8000), (1025, 2049), 1025) == (1025, 2049)
-  assert loose.canvas_for((361, 400), (360, 480), 1025, divisor=2) == (386, 449)
 
 
 @pytest.mark.parametrize("canvas, stride, border", [(1025, 16, 0), (1025, 16, 188), (129, 32, 0), (65, 4, 20)])

@@ -104,7 +104,7 @@ def read_ahead(photos: Sequence[Photo], workers: int) -> Iterator[tuple[Photo, n
       yield first, future.result()
 
 
-def canvas_for(size: tuple[int, int], known: tuple[int, int] | None, tile: int, divisor: int = 1) -> tuple[int, int]:
+def canvas_for(size: tuple[int, int], known: tuple[int, int] | None, tile: int) -> tuple[int, int]:
   """(H, W) of the canvas that an image is predicted on; smaller than the image where it takes tiles.
 
   1. An image that fits the evaluation's canvas lies there, as in evaluation.
@@ -116,13 +116,11 @@ def canvas_for(size: tuple[int, int], known: tuple[int, int] | None, tile: int, 
     size: (h, w) of the image.
     known: the evaluation's canvas, None where it is not known.
     tile: pixels.
-    divisor: of the height, for a mesh that splits it.
   """
   if known and all(n <= m for n, m in zip(size, known)):
     return known
   limits = tuple(max(tile, m) for m in known or (0, 0))
-  h, w = (min(-(-(n - 1) // ROUNDING) * ROUNDING + 1, limit) for n, limit in zip(size, limits))
-  return -(-h // divisor) * divisor, w
+  return tuple(min(-(-(n - 1) // ROUNDING) * ROUNDING + 1, limit) for n, limit in zip(size, limits))
 
 
 @dataclasses.dataclass(frozen=True)

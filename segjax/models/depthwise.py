@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from segjax import sharding
+
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) in pixels.
 
 
@@ -26,7 +28,14 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padd
   """
   plain = functools.partial(_plain, stride=stride, rate=rate, padding=padding)
   shifted = functools.partial(_shifted, stride=stride, rate=rate, padding=padding)
-  return jax.lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+  return jax.lax.platform_dependent(x, kernel, **_on_cpu(shifted), default=plain)
+
+
+def _on_cpu(form) -> dict:
+  """The form for CPUs, unless rows are split over devices: there each shift would be an exchange of rows of its own,
+  with a copy of the map, and a loop over rows would gather them all.
+  """
+  return {} if sharding.splits_height() else dict(cpu=form)
 
 
 def _forward(x, kernel, stride, rate, padding):
@@ -35,9 +44,9 @@ def _forward(x, kernel, stride, rate, padding):
 
 def _backward(stride, rate, padding, saved, g):
   x, kernel = saved
-  weights = functools.partial(_kernel_gradient_by_rows, kernel=kernel, stride=stride, rate=rate, padding=padding)
+  rows = functools.partial(_kernel_gradient_by_rows, kernel=kernel, stride=stride, rate=rate, padding=padding)
   sums = functools.partial(_kernel_gradient_by_sums, kernel=kernel, stride=stride, rate=rate, padding=padding)
-  kernel_gradient = jax.lax.platform_dependent(x, g, cpu=weights, default=sums)
+  kernel_gradient = jax.lax.platform_dependent(x, g, **_on_cpu(rows), default=sums)
   # The input gradient is a convolution of stride 1 with the filter turned by 180 degrees, over g with the zeros that
   # the stride left out put back. On the far side x may have pixels that no output pixel looked at.
   spread = ((0, 0, 0), *((0, 0, stride - 1),) * 2, (0, 0, 0))
@@ -93,11 +102,16 @@ def _shifted(x, kernel, *, stride, rate, padding):
 
 
 def _kernel_gradient_by_sums(x, g, *, kernel, stride, rate, padding):
-  """Per tap, the sum over batch and pixels of g times the shifted x."""
+  """Per tap, the sum over batch and pixels of g times the shifted x.
+
+  Rows are shifted before columns: split over devices, they are then exchanged once for all taps of a row.
+  """
   padded, taps, (h, w) = _taps(x, kernel, stride, rate, padding)
+  lines = {row: padded[:, row : row + (h - 1) * stride + 1 : stride] for row in {row for _, row, _ in taps}}
+  lines = {row: sharding.split_height(line) for row, line in lines.items()}
   gradient = {}
   for tap, row, col in taps:
-    view = padded[:, row : row + (h - 1) * stride + 1 : stride, col : col + (w - 1) * stride + 1 : stride]
+    view = lines[row][:, :, col : col + (w - 1) * stride + 1 : stride]
     gradient[tap] = (view.astype(kernel.dtype) * g.astype(kernel.dtype)).sum((0, 1, 2))
   return _assemble(gradient, kernel)
 

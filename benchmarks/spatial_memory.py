@@ -1,0 +1,68 @@
+"""Memory of a device when the image height is split: DeepLabV3+ on Xception-65, compiled for fake CPU devices.
+
+  python benchmarks/spatial_memory.py                          # all six; prints the rows of benchmarks/spatial.md
+  python benchmarks/spatial_memory.py --case=train --space=2   # one
+
+Nothing is computed: the numbers are the compiler's (`memory_analysis`). `temp` is what a step holds beside its
+arguments and results: the activations.
+"""
+
+import argparse
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
+
+import jax
+import jax.numpy as jnp
+
+from segjax import hlo, losses, sharding, state, steps
+from segjax.config import default_config
+
+CASES = {"eval": (1024, 2048), "train": (769, 769)}  # (H, W) of the image, of the crop.
+CANVAS = (1024, 2048)
+
+
+def compile_step(case: str, space: int):
+  """The compiled step for one image on `space` devices."""
+  config = default_config(model="deeplab_v3plus", data="synthetic")
+  config.crop_size = CASES[case]
+  mesh = sharding.make_mesh(1, space, devices=jax.devices()[:space])
+  graphdef, optimizer, _, init = state.build(config, 19)
+  abstract = state.with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
+  shapes = dict(image=((1, *CANVAS, 3), jnp.uint8), label=((1, *CANVAS), jnp.uint8), size=((1, 2), jnp.int32))
+  batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding.batch_sharding(mesh)) for name, shape in shapes.items()}
+  if case == "eval":
+    step = steps.make_eval_step(graphdef, mesh, num_classes=19, protocol={})
+    return step.lower(abstract.eval_variables(), batch).compile()
+  step = steps.make_train_step(
+    graphdef, optimizer, mesh, seed=0, crop_size=config.crop_size, augmentation=dict(config.augment),
+    loss=losses.make_loss(ignore_label=255), auxiliary_weight=0.4, ema_decay=0.0,
+  )  # fmt: skip
+  return step.lower(abstract, batch).compile()
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--case", choices=CASES, action="append")
+  parser.add_argument("--space", type=int, choices=(1, 2, 4), action="append")
+  args = parser.parse_args()
+  print(f"jax {jax.__version__}")
+  print("| step | space | temp, MiB | arguments, MiB | peak, MiB | collectives (number, MiB) |")
+  print("|---|---|---|---|---|---|")
+  for case in args.case or CASES:
+    for space in args.space or (1, 2, 4):
+      compiled = compile_step(case, space)
+      memory = compiled.memory_analysis()
+      temp, arguments, peak = (
+        f"{n / 2**20:.0f}"
+        for n in (memory.temp_size_in_bytes, memory.argument_size_in_bytes, memory.peak_memory_in_bytes)
+      )
+      found = {kind: sizes for kind, sizes in hlo.collectives(compiled.as_text()).items() if sizes}
+      found = ", ".join(f"{kind} {len(sizes)}, {sum(sizes) / 2**20:.0f}" for kind, sizes in found.items())
+      size = "x".join(map(str, CASES[case]))
+      print(f"| {case} {size} | {space} | {temp} | {arguments} | {peak} | {found or 'none'} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()

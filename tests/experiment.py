@@ -1,0 +1,118 @@
+"""Five steps of a small network on any mesh, in this process or in several, for the law that all are one experiment.
+
+As a program, one of several processes: python -m tests.experiment COORDINATOR NUM_PROCESSES PROCESS_ID MODEL OUT
+"""
+
+import pickle
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segjax import cluster, distributed, input_pipeline, sharding, state, steps, train
+from segjax.config import default_config
+
+BATCH_SIZE = 16
+
+
+def make_config(model: str, dtype: str = "float64"):
+  """A run on synthetic shapes with everything random on.
+
+  Args:
+    model: "unet"; "published_unet", unpadded and without batch norm; "fcn", on crops that no stride divides;
+      "deeplab", with every kind of layer: inverted residuals, atrous branches, pooling, decoder.
+  """
+  names = dict(unet="unet", published_unet="unet", fcn="fcn", deeplab="deeplab_v3plus")
+  config = default_config(model=names[model], data="synthetic")
+  config.batch_size, config.crop_size, config.dtype = BATCH_SIZE, (16, 24), dtype
+  config.data.update(image_size=(22, 32), num_train=20, loader="grain", workers=1)
+  config.augment.update(brightness=0.2, hue=0.1)
+  # SGD without momentum leaves the gradients in the parameters: where these agree, so does every gradient.
+  config.optimizer.update(momentum=0.0, base_lr=0.1, schedule="constant", ema_decay=0.9)
+  if model == "fcn":
+    config.model.update(width=2, fuse="features")  # Whose score layers do not begin with zeros.
+    config.crop_size = (40, 36)
+    config.augment.update(rotation=20.0, shear=5.0, shift=0.1, zoom=0.1, elastic=1.0, hsv=(0.1, 0.1, 0.1))
+  elif model == "deeplab":
+    config.model.update(backbone="mobilenet_v2", output_stride=8, atrous_rates=(1, 2, 3), bn_momentum=0.9)
+    config.crop_size = (32, 33)
+    # At 0.1 this net is chaotic: 3e-15 between two meshes after a step becomes 1e-11 after three, 3e-4 after five.
+    config.optimizer.base_lr = 0.01
+  else:
+    config.model.update(width=4, depth=2, dropout=0.3)
+  if model == "published_unet":
+    config.model.update(padding="valid", batch_norm=False, depth=1)
+  return config
+
+
+def make_step(config, mesh, loss=None):
+  """The training step under `config`, and its initial state.
+
+  Args:
+    loss: in place of the config's.
+  """
+  graphdef, optimizer, _, init = state.build(config, 6)
+  placed = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
+  if loss is None:
+    step = train.make_step(config, graphdef, optimizer, mesh, placed, None)
+  else:
+    step = steps.make_train_step(
+      graphdef, optimizer, mesh, state_sharding=placed, seed=0, crop_size=config.crop_size,
+      augmentation=dict(config.augment), loss=loss, auxiliary_weight=0.4, ema_decay=config.optimizer.ema_decay,
+    )  # fmt: skip
+  return step, state.materialize(init, placed)
+
+
+def mesh_of(data, space=1):
+  """A mesh of the first devices."""
+  return sharding.make_mesh(data, space, devices=jax.devices()[: data * space])
+
+
+def host_batches(config, num_steps):
+  """Global batches on the host."""
+  source = input_pipeline.make_source(config.data, "train")
+  config.data.loader = "grain"
+  return list(
+    input_pipeline.train_batches(
+      source, config.data, seed=0, batch_size=config.batch_size, rows=np.arange(config.batch_size), start_step=0,
+      num_steps=num_steps,
+    )
+  )  # fmt: skip
+
+
+def label_checksum(logits, label, step, border):
+  """A loss that tells the labels which the step made, 20 bits at any precision: a random number per pixel and value."""
+  bits = jax.random.bits(jax.random.key(1), (*label.shape, 8), jnp.uint32)
+  chosen = jnp.take_along_axis(bits, jnp.minimum(label, 7)[..., None], axis=-1)
+  return (chosen.sum(dtype=jnp.uint32) >> 12).astype(logits.dtype)
+
+
+def run(config, mesh, num_steps: int = 5) -> dict:
+  """{"ids" [steps, rows of this process], "labels" [steps] checksums, "losses" [steps], "params", "stats", "ema"}."""
+  with jax.enable_x64(config.dtype == "float64"):
+    source = input_pipeline.make_source(config.data, "train")
+    batches = list(
+      input_pipeline.train_batches(
+        source, config.data, seed=0, batch_size=config.batch_size, rows=sharding.local_rows(mesh, config.batch_size),
+        start_step=0, num_steps=num_steps,
+      )
+    )  # fmt: skip
+    found = dict(ids=np.stack([batch["id"] for batch in batches]))
+    for name, loss in (("labels", label_checksum), ("losses", None)):
+      step, current = make_step(config, mesh, loss)
+      found[name] = []
+      for batch in sharding.to_device(iter(batches), mesh):
+        current, metrics = step(current, batch)
+        found[name].append(float(metrics["loss"]))
+    found |= jax.device_get(dict(params=current.params, stats=current.batch_stats, ema=current.ema))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found["params"])} == {np.dtype(config.dtype)}
+  return found
+
+
+if __name__ == "__main__":
+  coordinator, num_processes, process_id, model, out = sys.argv[1:]
+  with distributed.connected(cluster.find_processes({}, coordinator, int(num_processes), int(process_id)), timeout=120):
+    result = run(make_config(model), sharding.make_mesh())
+    with open(out, "wb") as file:
+      pickle.dump(result, file)
