@@ -42,9 +42,11 @@ def main(argv: list[str]) -> None:
   if unknown or not _WHAT.value:
     raise app.UsageError(f"--what={','.join(_WHAT.value)}: choose from {', '.join(WHAT)}.")
   with commandline.readable_errors():
-    config = commandline.config(data_dir="absent")
+    config = commandline.config(data_dir="absent")  # Only `input` without --generate needs one.
     print(f"python -m segjax.benchmark {' '.join(sys.argv[1:])}")
-    print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
+    print(
+      f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True
+    )
     if "input" in _WHAT.value:
       from segjax import input_speed
 
@@ -62,7 +64,8 @@ def _steps(config, kinds: list[str]) -> str:
   jax.config.update("jax_enable_compilation_cache", False)  # Compilation is measured too.
   forms = tuple(_TORCH_FORMS.value or step_speed.TORCH_FORMS) if _COMPARE.value else ()
   rows = []
-  for config.dtype in _DTYPES.value or [config.dtype]:
+  for dtype in _DTYPES.value or [config.dtype]:
+    config.dtype = dtype
     for kind in kinds:
       row = step_speed.measure(config, kind, seconds=_SECONDS.value, torch_forms=forms)
       rows.append(row)

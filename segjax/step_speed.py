@@ -21,7 +21,11 @@ ROUNDS = 4  # Of measurements in turn.
 TORCH_PROGRAM = pathlib.Path(__file__).parents[1] / "benchmarks" / "torch_speed.py"
 # As FORMS of benchmarks/torch_speed.py, and the options of config.model that its networks follow.
 TORCH_FORMS = ("nchw", "channels_last", "compiled", "compiled_channels_last")
-TORCH_OPTIONS = {"unet": ("width", "depth"), "fcn": ("width", "stride"), "deeplab_v3plus": ("backbone", "output_stride")}
+TORCH_OPTIONS = {
+  "unet": ("width", "depth"),
+  "fcn": ("width", "stride"),
+  "deeplab_v3plus": ("backbone", "output_stride"),
+}
 
 
 @dataclasses.dataclass
@@ -106,7 +110,8 @@ def eval_program(config, mesh) -> Program:
   def run(batch=batch):
     jax.block_until_ready(compiled(variables, batch))
 
-  size, protocol = batch["image"].shape[1:3], evaluate.protocol(config)
+  size, e = batch["image"].shape[1:3], config.eval
+  protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
   image = jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32)
   count = _count(graphdef, init, lambda model, image: inference.class_scores(model, image, **protocol), image)
   return Program(
@@ -123,7 +128,7 @@ def _source(config, split: str):
   if config.data.name == "synthetic" or pathlib.Path(config.data.dir).expanduser().is_dir():
     source = input_pipeline.make_source(config.data, split)
     return source, len(source.classes)
-  return None, input_pipeline.num_classes(config.data)
+  return None, len(input_pipeline.named_classes(config.data)[0])
 
 
 def _noise(batch_size: int, size: tuple[int, int], classes: int, mesh) -> dict:
@@ -144,14 +149,14 @@ def _compile(step, *arguments):
 
 def _memory(compiled) -> int:
   used = compiled.memory_analysis()
-  return (
-    used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
-  )
+  return used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
 
 
 def _count(graphdef, init, forward, image) -> int:
   variables = jax.eval_shape(init).variables()
-  return flops.multiply_adds(lambda variables, image: forward(steps.merge(graphdef, variables), image), variables, image)
+  return flops.multiply_adds(
+    lambda variables, image: forward(steps.merge(graphdef, variables), image), variables, image
+  )
 
 
 def _wait_share(batches, run, seconds: float) -> float:
