@@ -1,168 +1,33 @@
-"""Speed, measured: python -m segjax.benchmark --what=input --config=configs/x.py
+"""Speed, measured: python -m segjax.benchmark --config=configs/x.py [--what=train,eval,input] [--compare=torch]
 
-`input` reads, decodes and batches training images as a run would, without any device, and prints a table of images per
-second. Per core means per second of CPU time, of all threads together, so that other work on the machine hardly counts.
-With --generate=N it makes N examples of the sizes of the config's benchmark (VOC or Cityscapes) in a temporary folder
-and measures both formats, the benchmark's own folders and TFDS's shards.
+`train` and `eval` time the compiled steps of a run: on its data, and how long they wait for it, where config.data.dir is at
+hand; else on noise of config.crop_size. --compare=torch has PyTorch run the same network in turn. `input` reads and
+decodes without any device. The JSON lines of --json hold all figures, the table the main ones.
 """
 
+import json
 import os
 import pathlib
 import platform
 import sys
-import tempfile
 import time
-import zipfile
 
-import numpy as np
 from absl import app, flags
-from PIL import Image
 
-from segjax import commandline, input_pipeline, prepare
-from segjax.config import IGNORE_LABEL, ConfigError
-from segjax.input_pipeline import cityscapes, datasets, voc
+from segjax import commandline
 
-_WHAT = flags.DEFINE_enum("what", "input", ("input",), "What to measure.")
-_GENERATE = flags.DEFINE_integer("generate", 0, "Measure this many generated examples instead of config.data.dir.")
+_WHAT = flags.DEFINE_list("what", ["train", "eval"], "What to measure, of train, eval, input.")
+_COMPARE = flags.DEFINE_enum("compare", None, ("torch",), "What to measure beside it, in turn.")
+_TORCH_FORMS = flags.DEFINE_list("torch_forms", None, "Forms of PyTorch of which the best is taken. None: all four.")
+_DTYPES = flags.DEFINE_list("dtypes", None, "Measure under each of these types. None: config.dtype.")
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "Least duration of a measurement.")
-LOADERS = ("tf_data", "grain")
+_GENERATE = flags.DEFINE_integer("generate", 0, "input: measure this many generated examples, not config.data.dir.")
+_JSON = flags.DEFINE_string("json", None, "File that the figures are appended to, a JSON object a line.")
+WHAT = ("train", "eval", "input")
 
 
-def speed(batches, batch_size: int, seconds: float) -> tuple[float, float]:
-  """Images per second of wall time and of CPU time, over at least `seconds`, after two batches to start up."""
-  for _ in range(2):
-    next(batches)
-  count, wall, cpu = 0, time.perf_counter(), time.process_time()
-  while time.perf_counter() - wall < seconds:
-    next(batches)
-    count += batch_size
-  return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
-
-
-def input_table(config, formats: dict[str, str], seconds: float) -> str:
-  """Markdown rows of the training split of `config`: decoding alone, then each format with each loader.
-
-  Args:
-    formats: {data.format: data.dir}; {"": dir} for a source without formats.
-    seconds: least duration of each measurement.
-  """
-  rows = ["| format | loader | threads | images/s | images/s per core |", "|---|---|---|---|---|"]
-  for format, folder in formats.items():
-    data = config.data.copy_and_resolve_references()
-    data.dir = folder
-    if format:
-      data.format = format
-    source = input_pipeline.make_source(data, data.train_split)
-    canvas = input_pipeline.canvas_of(source, data)
-
-    def decoded(source=source):
-      for step in range(1 << 30):
-        yield [source[i] for i in input_pipeline.order.train_ids(config.seed, step, config.batch_size, len(source))]
-
-    def row(loader, threads, rates, format=format):
-      rows.append(f"| {format or config.data.name} | {loader} | {threads} | {rates[0]:.0f} | {rates[1]:.0f} |")
-
-    row("none, decoding alone", 1, speed(decoded(), config.batch_size, seconds))
-    for data.loader in LOADERS:
-      batches = input_pipeline.train_batches(
-        source, data, seed=config.seed, batch_size=config.batch_size, rows=np.arange(config.batch_size), start_step=0,
-        num_steps=1 << 30,
-      )  # fmt: skip
-      row(data.loader, data.workers or os.cpu_count(), speed(batches, config.batch_size, seconds))
-      batches.close()
-  return "\n".join(rows) + f"\n\ncanvas {canvas[0]}x{canvas[1]}, batches of {config.batch_size}"
-
-
-def _picture(rng, size: tuple[int, int], grain: float) -> np.ndarray:
-  """[H, W, 3] uint8 with detail at all scales; `grain`, grey levels of noise, decides how many bytes it compresses to."""
-  total = np.zeros((*size, 3), np.float32)
-  for level in range(2, 9):
-    shape = [max(n >> (9 - level), 2) for n in size]
-    noise = rng.normal(0, 1, (*shape, 3)).astype(np.float32)
-    channels = [Image.fromarray(noise[..., c]).resize(size[::-1], Image.Resampling.BICUBIC) for c in range(3)]
-    total += np.stack([np.asarray(channel) for channel in channels], -1) * 2.0 ** -(level - 2)
-  return np.clip(128 + 35 * total + rng.normal(0, grain, total.shape), 0, 255).astype(np.uint8)
-
-
-def _mask(rng, size: tuple[int, int], values: np.ndarray) -> np.ndarray:
-  """[H, W] uint8 of some large regions."""
-  cells = Image.fromarray(rng.choice(values, (7, 9)).astype(np.uint8))
-  return np.asarray(cells.resize(size[::-1], Image.Resampling.NEAREST))
-
-
-def generate_voc(folder: pathlib.Path, count: int) -> dict[str, str]:
-  """`count` training images of VOC's common size, 375x500, as a VOC2012 folder and as TFDS shards.
-
-  The files are as large as VOC's, about 105 kB an image. Returns {data.format: data.dir}.
-  """
-  rng, root = np.random.default_rng(0), folder / "VOC2012"
-  names = [f"2007_{i:06d}" for i in range(count + 1)]
-  for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-    (root / name).mkdir(parents=True)
-  for split, ids in (("train", names[1:-1]), ("trainaug", names[:-1]), ("val", names[-1:])):
-    voc.list_file(root, split).write_text("\n".join(ids))
-  for name in names:
-    Image.fromarray(_picture(rng, (375, 500), 23)).save(root / "JPEGImages" / f"{name}.jpg", quality=90)
-    mask = Image.fromarray(_mask(rng, (375, 500), np.array([0, 0, 0, 1, 15, IGNORE_LABEL])))
-    mask.putpalette(datasets.palette(256).reshape(-1).tolist())
-    mask.save(root / "SegmentationClass" / f"{name}.png")
-  prepare.store_voc(root, str(folder / "tfds"))
-  return {"tree": str(root), "tfds": str(folder / "tfds")}
-
-
-def generate_cityscapes(folder: pathlib.Path, count: int) -> dict[str, str]:
-  """`count` training images of 1024x2048, as zips, unzipped and as TFDS shards.
-
-  The files are as large as Cityscapes', about 2.3 MB an image. Returns {data.format: data.dir}.
-  """
-  rng = np.random.default_rng(0)
-  with (
-    zipfile.ZipFile(folder / prepare.CITYSCAPES_ZIPS[0], "w") as left,
-    zipfile.ZipFile(folder / prepare.CITYSCAPES_ZIPS[1], "w") as fine,
-  ):
-    for i, split in enumerate(["train"] * count + ["val", "test"]):
-      place = f"{split}/aachen/aachen_{i:06d}_000019"
-      for archive, name, pixels in (
-        (left, f"{cityscapes.IMAGES}/{place}{cityscapes.IMAGE_SUFFIX}", _picture(rng, (1024, 2048), 1)),
-        (fine, f"gtFine/{place}_gtFine_labelIds.png", _mask(rng, (1024, 2048), np.arange(34))),
-      ):
-        with archive.open(name, "w") as file:
-          Image.fromarray(pixels).save(file, "PNG")
-  prepare.unpack_cityscapes(folder, folder)
-  prepare.store_cityscapes(folder, str(folder / "tfds"))
-  return {"tree": str(folder), "tfds": str(folder / "tfds")}
-
-
-GENERATORS = {"voc": generate_voc, "cityscapes": generate_cityscapes}
-
-
-def file_sizes(source_dir: str, pattern: str) -> str:
-  """Mean size of the files below a folder that match, in kB."""
-  sizes = [path.stat().st_size for path in pathlib.Path(source_dir).rglob(pattern)]
-  return f"{pattern}: {np.mean(sizes) / 1e3:.0f} kB"
-
-
-def benchmark_input(config, generate: int, seconds: float) -> str:
-  """The whole report: what was measured, on what machine, and the table.
-
-  Raises:
-    ConfigError: `generate` for a data set that is neither VOC nor Cityscapes.
-    DataError: the data set cannot be used.
-  """
-  title = f"{time.strftime('%Y-%m-%d')}, {_processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
-  if not generate:
-    format = config.data.format if "format" in config.data else ""
-    return f"{title}{config.data.dir or config.data.name}\n\n" + input_table(config, {format: config.data.dir}, seconds)
-  if config.data.name not in GENERATORS:
-    raise ConfigError(f"--generate makes {' or '.join(GENERATORS)}, not {config.data.name}. Leave it out.")
-  with tempfile.TemporaryDirectory() as folder:
-    formats = GENERATORS[config.data.name](pathlib.Path(folder), generate)
-    patterns = ("*.jpg", "*.png") if config.data.name == "voc" else ("*_leftImg8bit.png", "*_labelIds.png")
-    sizes = ", ".join(file_sizes(formats["tree"], pattern) for pattern in patterns)
-    return f"{title}{generate} generated examples; {sizes}\n\n" + input_table(config, formats, seconds)
-
-
-def _processor() -> str:
+def processor() -> str:
+  """The name of the CPU."""
   info = pathlib.Path("/proc/cpuinfo")
   names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
     if info.exists() else []  # fmt: skip
@@ -173,10 +38,42 @@ def main(argv: list[str]) -> None:
   """The command line."""
   if len(argv) > 1:
     raise app.UsageError(f"Unknown argument {argv[1]!r}; options look like --config.batch_size=16.")
+  unknown = [name for name in _WHAT.value if name not in WHAT]
+  if unknown or not _WHAT.value:
+    raise app.UsageError(f"--what={','.join(_WHAT.value)}: choose from {', '.join(WHAT)}.")
   with commandline.readable_errors():
-    config = commandline.config(data_dir="generated" if _GENERATE.value else "")
+    config = commandline.config(data_dir="absent")  # Only `input` without --generate needs one.
     print(f"python -m segjax.benchmark {' '.join(sys.argv[1:])}")
-    print(dict(input=benchmark_input)[_WHAT.value](config, _GENERATE.value, _SECONDS.value))
+    print(
+      f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True
+    )
+    if "input" in _WHAT.value:
+      from segjax import input_speed
+
+      print(input_speed.report(config, _GENERATE.value, _SECONDS.value))
+    kinds = [kind for kind in WHAT if kind in _WHAT.value and kind != "input"]
+    if kinds:
+      print(_steps(config, kinds))
+
+
+def _steps(config, kinds: list[str]) -> str:
+  import jax
+
+  from segjax import step_speed
+
+  jax.config.update("jax_enable_compilation_cache", False)  # Compilation is measured too.
+  forms = tuple(_TORCH_FORMS.value or step_speed.TORCH_FORMS) if _COMPARE.value else ()
+  rows = []
+  for dtype in _DTYPES.value or [config.dtype]:
+    config.dtype = dtype
+    for kind in kinds:
+      row = step_speed.measure(config, kind, seconds=_SECONDS.value, torch_forms=forms)
+      rows.append(row)
+      print(json.dumps(row), flush=True)
+      if _JSON.value:
+        with pathlib.Path(_JSON.value).open("a") as file:
+          file.write(json.dumps(dict(date=time.strftime("%Y-%m-%d"), jax=jax.__version__, **row)) + "\n")
+  return f"\njax {jax.__version__}, {rows[0]['devices']} x {rows[0]['device']}\n\n" + step_speed.table(rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ LAYERS = [
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
   {"warm_start"},
-  {"check_data", "evaluate", "predict", "submission", "train", "prepare", "benchmark", "dry_run"},
+  {"check_data", "evaluate", "predict", "submission", "train", "prepare", "dry_run", "input_speed", "step_speed", "benchmark"},
   {"main"},
 ]  # fmt: skip
 
