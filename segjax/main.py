@@ -49,9 +49,8 @@ def main(argv: list[str]) -> None:
   with (
     commandline.readable_errors(),
     distributed.connected(processes, _START_TIMEOUT.value),
-    commandline.readable_errors(
-      NonFiniteLoss, WorkdirError
-    ),  # Before `connected` ends a process that fails among several.
+    # Before `connected` ends a process that fails among several.
+    commandline.readable_errors(NonFiniteLoss, WorkdirError),
   ):
     run = {"train": train, "eval": evaluate, "predict": submit, "dry_run": dry_run}[_MODE.value]
     run(config, _WORKDIR.value)

@@ -412,13 +412,11 @@ def _label_statistics(source, workdir: pathlib.Path) -> tuple[list[int], list[in
       return list(saved["pixels"]), list(saved["images_with_class"])
     except (ValueError, KeyError, TypeError) as error:
       raise ConfigError(f"{cache}: damaged ({error}). Remove it: it is made again from the labels.") from error
-  else:
-    pixels, images_with_class = check_data.label_statistics(source)
-    saved = dict(pixels=pixels.tolist(), images_with_class=images_with_class.tolist())
-    temporary = cache.with_suffix(".tmp")
-    temporary.write_text(json.dumps(saved))
-    temporary.replace(cache)
-  return saved["pixels"], saved["images_with_class"]
+  pixels, images_with_class = (counts.tolist() for counts in check_data.label_statistics(source))
+  temporary = cache.with_suffix(".tmp")
+  temporary.write_text(json.dumps(dict(pixels=pixels, images_with_class=images_with_class)))
+  temporary.replace(cache)
+  return pixels, images_with_class
 
 
 def check_finite(config, state: TrainState, schedule, source, checkpoints: Checkpoints, bad: BadExamples) -> None:
