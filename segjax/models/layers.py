@@ -125,7 +125,7 @@ def _convolve_patches(x: jax.Array, kernel: jax.Array, rate: int, padding) -> ja
   """A convolution of stride 1 as one matrix product, for maps smaller than the kernel.
 
   Such is VGG's fc6 on images of less than 224 pixels. XLA:CPU has no fast form for them: 2.9 s on 4x6x6x256 with 7x7x512,
-  this 0.03 s (benchmarks/kernels.py).
+  this 0.03 s on two busy CPU cores.
   """
   h, w = (n + sum(pad) - (kernel.shape[0] - 1) * rate for n, pad in zip(x.shape[1:3], padding))
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
