@@ -44,8 +44,7 @@ def measure(workdir: pathlib.Path) -> str:
   source = input_pipeline.make_source(config.data, config.data.eval_split)
   graphdef, _, _, init = build(config, len(source.classes))
   variables, step, _ = evaluate.trained_variables(config, workdir, None, init, mesh)
-  e = config.eval
-  protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
+  protocol = evaluate.protocol(config)
 
   @jax.jit
   def probability(variables, image):

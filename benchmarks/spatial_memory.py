@@ -14,9 +14,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
-import jax.numpy as jnp
 
-from segjax import hlo, losses, sharding, state, steps
+from segjax import dry_run, evaluate, hlo, sharding, state, train
 from segjax.config import default_config
 
 CASES = {"eval": (1024, 2048), "train": (769, 769)}  # (H, W) of the image, of the crop.
@@ -29,17 +28,12 @@ def compile_step(case: str, space: int):
   config.crop_size = CASES[case]
   mesh = sharding.make_mesh(1, space, devices=jax.devices()[:space])
   graphdef, optimizer, _, init = state.build(config, 19)
-  abstract = state.with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
-  shapes = dict(image=((1, *CANVAS, 3), jnp.uint8), label=((1, *CANVAS), jnp.uint8), size=((1, 2), jnp.int32))
-  batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding.batch_sharding(mesh)) for name, shape in shapes.items()}
+  placed = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
+  abstract = state.with_sharding(jax.eval_shape(init), placed)
+  batch = dry_run.abstract_batch(mesh, 1, CANVAS)
   if case == "eval":
-    step = steps.make_eval_step(graphdef, mesh, num_classes=19, protocol={})
-    return step.lower(abstract.eval_variables(), batch).compile()
-  step = steps.make_train_step(
-    graphdef, optimizer, mesh, seed=0, crop_size=config.crop_size, augmentation=dict(config.augment),
-    loss=losses.make_loss(ignore_label=255), auxiliary_weight=0.4, ema_decay=0.0,
-  )  # fmt: skip
-  return step.lower(abstract, batch).compile()
+    return evaluate.make_step(config, graphdef, mesh, 19).lower(abstract.eval_variables(), batch).compile()
+  return train.make_step(config, graphdef, optimizer, mesh, placed, None).lower(abstract, batch).compile()
 
 
 def main():

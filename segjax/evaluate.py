@@ -96,13 +96,17 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   return Evaluator(source, make_step(config, graphdef, mesh, len(source.classes)), config, mesh)
 
 
+def protocol(config) -> dict:
+  """The keywords of `inference.class_scores` that `config.eval` gives."""
+  e = config.eval
+  return dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
+
+
 def make_step(config, graphdef, mesh, num_classes: int):
   """The step by which everything is scored and predicted under `config.eval`, see `steps.make_eval_step`."""
-  e = config.eval
-  protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
   return steps.make_eval_step(
-    graphdef, mesh, num_classes=num_classes, protocol=protocol, outside=e.outside, sigmoid=config.head == "sigmoid",
-    threshold=e.threshold,
+    graphdef, mesh, num_classes=num_classes, protocol=protocol(config), outside=config.eval.outside,
+    sigmoid=config.head == "sigmoid", threshold=config.eval.threshold,
   )  # fmt: skip
 
 

@@ -110,8 +110,7 @@ def eval_program(config, mesh) -> Program:
   def run(batch=batch):
     jax.block_until_ready(compiled(variables, batch))
 
-  size, e = batch["image"].shape[1:3], config.eval
-  protocol = dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
+  size, protocol = batch["image"].shape[1:3], evaluate.protocol(config)
   image = jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32)
   count = _count(graphdef, init, lambda model, image: inference.class_scores(model, image, **protocol), image)
   return Program(
