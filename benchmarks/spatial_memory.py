@@ -15,25 +15,20 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.envir
 
 import jax
 
-from segjax import dry_run, evaluate, hlo, sharding, state, train
+from segjax import programs, sharding
 from segjax.config import default_config
 
 CASES = {"eval": (1024, 2048), "train": (769, 769)}  # (H, W) of the image, of the crop.
 CANVAS = (1024, 2048)
 
 
-def compile_step(case: str, space: int):
+def compile_program(case: str, space: int) -> programs.Program:
   """The compiled step for one image on `space` devices."""
   config = default_config(model="deeplab_v3plus", data="synthetic")
-  config.crop_size = CASES[case]
+  config.crop_size, config.batch_size, config.eval.batch_size = CASES[case], 1, 1
   mesh = sharding.make_mesh(1, space, devices=jax.devices()[:space])
-  graphdef, optimizer, _, init = state.build(config, 19)
-  placed = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
-  abstract = state.with_sharding(jax.eval_shape(init), placed)
-  batch = dry_run.abstract_batch(mesh, 1, CANVAS)
-  if case == "eval":
-    return evaluate.make_step(config, graphdef, mesh, 19).lower(abstract.eval_variables(), batch).compile()
-  return train.make_step(config, graphdef, optimizer, mesh, placed, None).lower(abstract, batch).compile()
+  compile_step = {"eval": programs.compile_eval, "train": programs.compile_train}[case]
+  return compile_step(config, mesh, 19, CANVAS)
 
 
 def main():
@@ -46,13 +41,9 @@ def main():
   print("|---|---|---|---|---|---|")
   for case in args.case or CASES:
     for space in args.space or (1, 2, 4):
-      compiled = compile_step(case, space)
-      memory = compiled.memory_analysis()
-      temp, arguments, peak = (
-        f"{n / 2**20:.0f}"
-        for n in (memory.temp_size_in_bytes, memory.argument_size_in_bytes, memory.peak_memory_in_bytes)
-      )
-      found = {kind: sizes for kind, sizes in hlo.collectives(compiled.as_text()).items() if sizes}
+      program = compile_program(case, space)
+      temp, arguments, peak = (f"{n / 2**20:.0f}" for n in (program.temporary, program.arguments, program.peak))
+      found = {kind: sizes for kind, sizes in program.collectives.items() if sizes}
       found = ", ".join(f"{kind} {len(sizes)}, {sum(sizes) / 2**20:.0f}" for kind, sizes in found.items())
       size = "x".join(map(str, CASES[case]))
       print(f"| {case} {size} | {space} | {temp} | {arguments} | {peak} | {found or 'none'} |", flush=True)

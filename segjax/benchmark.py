@@ -1,8 +1,8 @@
-"""Speed, measured: python -m segjax.benchmark --config=configs/x.py [--what=train,eval,input] [--compare=torch]
+"""Speed, measured: python -m segjax.benchmark --config=configs/x.py [--what=train,eval,compile,input] [--compare=torch]
 
 `train` and `eval` time the compiled steps of a run: on its data, and how long they wait for it, where config.data.dir is at
-hand; else on noise of config.crop_size. --compare=torch has PyTorch run the same network in turn. `input` reads and
-decodes without any device. The JSON lines of --json hold all figures, the table the main ones.
+hand; else on noise of config.crop_size. --compare=torch has PyTorch run the same network in turn. `compile` compiles both
+steps, anew and from JAX's cache, and runs neither. `input` reads and decodes without any device. The JSON lines of --json hold all figures, the table the main ones.
 """
 
 import json
@@ -16,14 +16,14 @@ from absl import app, flags
 
 from segjax import commandline
 
-_WHAT = flags.DEFINE_list("what", ["train", "eval"], "What to measure, of train, eval, input.")
+_WHAT = flags.DEFINE_list("what", ["train", "eval"], "What to measure, of train, eval, compile, input.")
 _COMPARE = flags.DEFINE_enum("compare", None, ("torch",), "What to measure beside it, in turn.")
 _TORCH_FORMS = flags.DEFINE_list("torch_forms", None, "Forms of PyTorch of which the best is taken. None: all four.")
 _DTYPES = flags.DEFINE_list("dtypes", None, "Measure under each of these types. None: config.dtype.")
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "Least duration of a measurement.")
 _GENERATE = flags.DEFINE_integer("generate", 0, "input: measure this many generated examples, not config.data.dir.")
 _JSON = flags.DEFINE_string("json", None, "File that the figures are appended to, a JSON object a line.")
-WHAT = ("train", "eval", "input")
+WHAT = ("train", "eval", "compile", "input")
 
 
 def processor() -> str:
@@ -63,17 +63,25 @@ def _steps(config, kinds: list[str]) -> str:
 
   jax.config.update("jax_enable_compilation_cache", False)  # Compilation is measured too.
   forms = tuple(_TORCH_FORMS.value or step_speed.TORCH_FORMS) if _COMPARE.value else ()
-  rows = []
+  rows, compilations = [], []
   for dtype in _DTYPES.value or [config.dtype]:
     config.dtype = dtype
     for kind in kinds:
-      row = step_speed.measure(config, kind, seconds=_SECONDS.value, torch_forms=forms)
-      rows.append(row)
-      print(json.dumps(row), flush=True)
-      if _JSON.value:
-        with pathlib.Path(_JSON.value).open("a") as file:
-          file.write(json.dumps(dict(date=time.strftime("%Y-%m-%d"), jax=jax.__version__, **row)) + "\n")
-  return f"\njax {jax.__version__}, {rows[0]['devices']} x {rows[0]['device']}\n\n" + step_speed.table(rows)
+      if kind == "compile":
+        found = [step_speed.measure_compilation(config, step) for step in step_speed.STEPS]
+        compilations += found
+      else:
+        found = [step_speed.measure(config, kind, seconds=_SECONDS.value, torch_forms=forms)]
+        rows += found
+      for row in found:
+        line = json.dumps(dict(date=time.strftime("%Y-%m-%d"), jax=jax.__version__, **row))
+        print(line, flush=True)
+        if _JSON.value:
+          with pathlib.Path(_JSON.value).open("a") as file:
+            file.write(line + "\n")
+  first = (rows or compilations)[0]
+  tables = [step_speed.table(rows)] * bool(rows) + [step_speed.compilation_table(compilations)] * bool(compilations)
+  return f"\njax {jax.__version__}, {first['devices']} x {first['device']}\n\n" + "\n\n".join(tables)
 
 
 if __name__ == "__main__":

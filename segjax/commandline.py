@@ -1,6 +1,7 @@
 """Flags and error messages that the commands of segjax share."""
 
 import contextlib
+import pathlib
 import runpy
 import sys
 
@@ -79,6 +80,18 @@ def enable_float64(config) -> None:
     import jax  # Not earlier: --help and config errors should not wait for it.
 
     jax.config.update("jax_enable_x64", True)
+
+
+def enable_compilation_cache(config, workdir: str) -> None:
+  """Lets JAX keep what it compiles where `config.compilation_cache` says; before anything is compiled."""
+  import jax
+
+  folder = config.compilation_cache
+  if folder == "auto":
+    if jax.config.jax_compilation_cache_dir is not None:  # Of the environment.
+      return
+    folder = str(pathlib.Path(workdir).absolute().parent / "compilation_cache")
+  jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ SOURCES = {
 # schedule, which train.py says aloud).
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
-  "eval", "init",
+  "profile_steps", "compilation_cache", "eval", "init",
   "data.dir", "data.eval_split", "data.loader", "data.workers", "data.max_bad_examples", "data.format",
   "policy.early_stop",
 )  # fmt: skip
@@ -162,6 +162,13 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
   # Memory of activations: the backward pass computes those inside blocks again, a third more multiply-adds. For GPU and
   # TPU: XLA:CPU drops the barriers that put this off until it is needed, and saves nothing.
   config.remat = False
+
+  # Steps (first, last) to trace, into WORKDIR/profile, for TensorBoard or ui.perfetto.dev; (0, 0): none. Not the first
+  # one, which compiles.
+  config.profile_steps = (0, 0)
+  # Folder where compiled programs are kept, so that a restart need not compile: "auto": compilation_cache beside the
+  # workdir, unless JAX_COMPILATION_CACHE_DIR names another; "": none.
+  config.compilation_cache = "auto"
 
   config.model = config_dict.ConfigDict(dict(name=model, **copy.deepcopy(MODELS[model])))
   config.data = config_dict.ConfigDict(
@@ -327,6 +334,9 @@ def validate(config: config_dict.ConfigDict) -> None:
     check(len(size) == 2 and all(isinstance(n, int) and n >= least for n in size), field, "must be (H, W) in pixels.")
   check(config.data.name == "synthetic" or bool(config.data.dir), "data.dir",
         "name the data set's root folder, e.g. --config.data.dir=/data/camvid.")  # fmt: skip
+  steps = config.profile_steps
+  check(len(steps) == 2 and (steps == (0, 0) or 1 <= steps[0] <= steps[1]), "profile_steps",
+        "must be (first, last), from 1 on, or (0, 0) for none.")  # fmt: skip
   check(config.data.max_bad_examples >= 0, "data.max_bad_examples", "must be 0 (stop at the first) or more.")
   check(config.data.workers >= 0, "data.workers", "must be 0 (one per core) or more.")
   scale = config.augment.scale

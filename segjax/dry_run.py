@@ -1,70 +1,15 @@
 """What a config needs of its devices, found by compiling its steps and running none."""
 
-import dataclasses
 import math
 import os
-import time
 
 import jax
-import numpy as np
 
-from segjax import evaluate, flops, hlo, input_pipeline, report, sharding
+from segjax import input_pipeline, programs, report, sharding
+from segjax.programs import Program
 from segjax.state import build, with_sharding
-from segjax.train import make_step
 
 AHEAD = 2  # Batches that `sharding.to_device` keeps on the device beside the one in use.
-
-
-@dataclasses.dataclass
-class Program:
-  """A compiled step; bytes are those of one device.
-
-  Attributes:
-    arguments, outputs, temporary: bytes, outputs without what is written over arguments.
-    multiply_adds: of the whole batch, on all devices.
-    collectives: {kind: [bytes, ...]}, see `hlo.collectives`.
-    seconds: that compilation took.
-  """
-
-  arguments: int
-  outputs: int
-  temporary: int
-  multiply_adds: int
-  collectives: dict[str, list[int]]
-  seconds: float
-
-  @property
-  def peak(self) -> int:
-    """All that it holds at once, at most."""
-    return self.arguments + self.outputs + self.temporary
-
-
-def compile_step(step, *arguments) -> Program:
-  """Compiles a jitted step for abstract arguments that have shardings."""
-  begin = time.perf_counter()
-  compiled = step.lower(*arguments).compile()
-  seconds = time.perf_counter() - begin
-  memory = compiled.memory_analysis()
-  return Program(
-    arguments=memory.argument_size_in_bytes,
-    outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    temporary=memory.temp_size_in_bytes,
-    multiply_adds=flops.multiply_adds(step, *arguments),
-    collectives=hlo.collectives(compiled.as_text()),
-    seconds=seconds,
-  )
-
-
-def abstract_batch(mesh, batch_size: int, canvas: tuple[int, int], border: bool = False) -> dict:
-  """The shapes of a global batch on its canvas, see `input_pipeline`."""
-  shapes = dict(image=((*canvas, 3), np.uint8), label=(canvas, np.uint8), size=((2,), np.int32), id=((), np.int32))
-  shapes |= dict(border=(canvas, np.float16)) if border else {}
-  return {
-    name: jax.ShapeDtypeStruct(
-      (batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh)
-    )
-    for name, (shape, dtype) in shapes.items()
-  }  # fmt: skip
 
 
 def bytes_per_device(tree) -> int:
@@ -113,7 +58,7 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
     f" accumulate_steps={config.accumulate_steps}"
   )
 
-  graphdef, optimizer, _, init = build(config, num_classes)
+  _, _, _, init = build(config, num_classes)
   abstract = jax.eval_shape(init)
   state_sharding = sharding.of_state(mesh, abstract, config.shard_state)
   state = with_sharding(abstract, state_sharding)
@@ -126,17 +71,11 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
     flush=True,
   )
 
-  # Of their numbers, class weights only have to be there.
-  class_weights = np.ones(num_classes, np.float32) if config.loss.class_weights else None
-  train_step = make_step(config, graphdef, optimizer, mesh, state_sharding, class_weights)
-  eval_step = evaluate.make_step(config, graphdef, mesh, num_classes)
-  batch = abstract_batch(mesh, batch_size, canvas, config.loss.border_weight > 0)
-  programs = {}
-  for name, step, arguments in (
-    ("train", train_step, (state, batch)),
-    ("evaluation", eval_step, (variables, abstract_batch(mesh, eval_size, eval_canvas))),
-  ):
-    program = programs[name] = compile_step(step, *arguments)
+  compiled = {}
+  for name, compile_step, size in (
+    ("train", programs.compile_train, canvas), ("evaluation", programs.compile_eval, eval_canvas),
+  ):  # fmt: skip
+    program = compiled[name] = compile_step(config, mesh, num_classes, size)
     found = {kind: sizes for kind, sizes in program.collectives.items() if sizes}
     communication = ", ".join(f"{len(sizes)} {kind} ({mib(sum(sizes))})" for kind, sizes in found.items())
     say(
@@ -152,14 +91,15 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
 
   # During an evaluation the rest of the state stays where it is; with shard_state, all of it.
   beside = at_rest - (0 if config.shard_state else bytes_per_device(variables))
-  needed = max(programs["train"].peak + AHEAD * bytes_per_device(batch), programs["evaluation"].peak + beside)
+  batch = programs.abstract_batch(mesh, batch_size, canvas, config.loss.border_weight > 0)
+  needed = max(compiled["train"].peak + AHEAD * bytes_per_device(batch), compiled["evaluation"].peak + beside)
   available, meaning = device_memory(device)
   verdict = "fits" if needed <= available else (
     "DOES NOT FIT. Set remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"
     " shard_state=True, or mesh.space above 1"
   )  # fmt: skip
   say(f"training with evaluation needs at most {mib(needed)} of {mib(available)} ({meaning}): {verdict}", flush=True)
-  return programs
+  return compiled
 
 
 def mib(size: int) -> str:

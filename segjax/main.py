@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
   from segjax.train import NonFiniteLoss, WorkdirError, train
 
   commandline.enable_float64(config)
+  if _MODE.value != "dry_run":  # Which writes nothing, and tells how long compilation takes.
+    commandline.enable_compilation_cache(config, _WORKDIR.value)
   with (
     commandline.readable_errors(),
     distributed.connected(processes, _START_TIMEOUT.value),

@@ -79,6 +79,46 @@ def _step_of(line: str) -> float:
     return float("inf")  # A line cut short when its run was killed.
 
 
+class Profiler:
+  """Traces some steps of a run, on the host and on its devices, into `workdir`/profile; for a `with` block.
+
+  For TensorBoard (with its profile plugin), and as perfetto_trace.json.gz for ui.perfetto.dev.
+
+  Args:
+    steps: (first, last), counted from 1; (0, 0): none.
+  """
+
+  def __init__(self, workdir, steps: tuple[int, int]):
+    self._folder, (self._first, self._last) = pathlib.Path(workdir) / "profile", steps
+    self._running = False
+
+  def __enter__(self) -> "Profiler":
+    return self
+
+  def __exit__(self, *error) -> None:
+    if self._running:  # The run ended before the last of them.
+      self._stop()
+
+  def step(self, step: int):
+    """A context for the call of a step."""
+    if step == self._first:
+      jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+      self._running = True
+    return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+  def after(self, step: int, result) -> bool:
+    """Ends the trace when the last of the steps has given its `result`; whether it just did."""
+    if not self._running or step < self._last:
+      return False
+    jax.block_until_ready(result)
+    self._stop()
+    return True
+
+  def _stop(self) -> None:
+    self._running = False
+    jax.profiler.stop_trace()
+
+
 class Progress:
   """Speed, share of time spent waiting for data, and time left, between progress lines."""
 

@@ -1,19 +1,22 @@
 """How fast the compiled steps are: the train and eval part of segjax.benchmark, alone or in turn with PyTorch."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from segjax import config as config_lib
-from segjax import evaluate, flops, inference, input_pipeline, sharding, state, steps, train
+from segjax import evaluate, flops, inference, input_pipeline, programs, sharding, state, steps
 from segjax.config import ConfigError
 
 TRAINING = 3  # A backward pass costs about two forward passes, so a step of training counts as three.
@@ -29,73 +32,65 @@ TORCH_OPTIONS = {
 
 
 @dataclasses.dataclass
-class Program:
+class Measured:
   """A compiled step with its arguments on the devices; `run()` runs it once, to its end.
 
   Attributes:
     size: (H, W) of the images that the network sees. batch_size: of all devices.
-    compile_seconds: tracing, lowering and compilation, no cache.
-    memory: bytes on each device while the step runs: arguments, results and what it needs between.
-    multiply_adds: of one step's forward passes.
+    program: the compiler's account of it.
+    forward: multiply-adds of its forward passes, all devices.
     run, wait_share: `wait_share(seconds)` runs on the config's data for that long, and gives the share of the time that
       was spent waiting for it; None without data.
   """
 
   size: tuple[int, int]
   batch_size: int
-  compile_seconds: float
-  memory: int
-  multiply_adds: int
+  program: programs.Program
+  forward: int
   run: Callable[[], None]
   wait_share: Callable[[float], float] | None
 
 
-def train_program(config, mesh) -> Program:
+def of_train(config, mesh) -> Measured:
   """The train step of a config. Where its data is at hand, on the first batch of it, else on noise.
 
   Raises:
     ConfigError, DataError: what training raises.
   """
   source, classes = _source(config, config.data.train_split)
-  graphdef, optimizer, _, init = state.build(config, classes)
-  placed = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
-  weights = np.ones(classes, np.float32) if config.loss.class_weights else None  # Which ones costs the same.
-  step = train.make_step(config, graphdef, optimizer, mesh, placed, weights)
+  border = config.loss.border_weight > 0
   rows = sharding.local_rows(mesh, config.batch_size)
 
   def batches():
     data = input_pipeline.train_batches(
       source, config.data, seed=config.seed, batch_size=config.batch_size, rows=rows, start_step=0, num_steps=1 << 30,
-      border=config.loss.border_weight > 0,
+      border=border,
     )  # fmt: skip
     return sharding.to_device(data, mesh)
 
-  batch = next(batches()) if source else _noise(config.batch_size, config.crop_size, classes, mesh)
-  current = state.materialize(init, placed)
-  compiled, seconds = _compile(step, current, batch)
-  holder = [current]  # The state is donated, so each call takes the last one's.
+  batch = next(batches()) if source else _noise(config.batch_size, config.crop_size, classes, mesh, border)
+  program = programs.compile_train(config, mesh, classes, batch["image"].shape[1:3])
+  graphdef, _, _, init = state.build(config, classes)
+  # The state is donated, so each call takes the last one's.
+  holder = [state.materialize(init, sharding.of_state(mesh, jax.eval_shape(init), config.shard_state))]
 
   def run(batch=batch):
-    holder[0], metrics = compiled(holder[0], batch)
+    holder[0], metrics = program.compiled(holder[0], batch)
     jax.block_until_ready(metrics)
 
   model = steps.merge(graphdef, jax.eval_shape(init).variables())
   size = tuple(n + 2 * model.border for n in config.crop_size)
-  forward = jax.ShapeDtypeStruct((config.batch_size, *size, 3), jnp.float32)
+  image = jax.ShapeDtypeStruct((config.batch_size, *size, 3), jnp.float32)
   context = dict(context=True) if model.border else {}
-  count = _count(graphdef, init, lambda model, image: model(model.preprocess(image), **context), forward)
-  return Program(
-    tuple(config.crop_size), config.batch_size, seconds, _memory(compiled), count, run,
-    (lambda seconds: _wait_share(batches(), run, seconds)) if source else None,
-  )  # fmt: skip
+  forward = _count(graphdef, init, lambda model, image: model(model.preprocess(image), **context), image)
+  wait_share = (lambda seconds: _wait_share(batches(), run, seconds)) if source else None
+  return Measured(tuple(config.crop_size), config.batch_size, program, forward, run, wait_share)
 
 
-def eval_program(config, mesh) -> Program:
-  """The eval step of a config, with its scales, mirror images and windows; otherwise as `train_program`."""
+def of_eval(config, mesh) -> Measured:
+  """The eval step of a config, with its scales, mirror images and windows; otherwise as `of_train`."""
   source, classes = _source(config, config.data.eval_split)
-  graphdef, _, _, init = state.build(config, classes)
-  step = evaluate.make_step(config, graphdef, mesh, classes)
-  size, batch_size = config.crop_size, config.eval.batch_size
+  batch_size = config.eval.batch_size
   rows = sharding.local_rows(mesh, batch_size)
 
   def batches():
@@ -103,23 +98,22 @@ def eval_program(config, mesh) -> Program:
       data = input_pipeline.eval_batches(source, config.data, batch_size=batch_size, rows=rows)
       yield from sharding.to_device(data, mesh)
 
-  batch = next(batches()) if source else _noise(batch_size, size, classes, mesh)
-  variables = sharding.gather(state.materialize(init, sharding.replicated(mesh)).variables(), mesh)
-  compiled, seconds = _compile(step, variables, batch)
+  batch = next(batches()) if source else _noise(batch_size, config.crop_size, classes, mesh)
+  size = batch["image"].shape[1:3]
+  program = programs.compile_eval(config, mesh, classes, size)
+  graphdef, _, _, init = state.build(config, classes)
+  variables = sharding.gather(state.materialize(init, sharding.replicated(mesh)).eval_variables(), mesh)
 
   def run(batch=batch):
-    jax.block_until_ready(compiled(variables, batch))
+    jax.block_until_ready(program.compiled(variables, batch))
 
-  size, protocol = batch["image"].shape[1:3], evaluate.protocol(config)
-  image = jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32)
-  count = _count(graphdef, init, lambda model, image: inference.class_scores(model, image, **protocol), image)
-  return Program(
-    size, batch_size, seconds, _memory(compiled), count, run,
-    (lambda seconds: _wait_share(batches(), run, seconds)) if source else None,
-  )  # fmt: skip
+  image, protocol = jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32), evaluate.protocol(config)
+  forward = _count(graphdef, init, lambda model, image: inference.class_scores(model, image, **protocol), image)
+  wait_share = (lambda seconds: _wait_share(batches(), run, seconds)) if source else None
+  return Measured(size, batch_size, program, forward, run, wait_share)
 
 
-PROGRAMS = {"train": train_program, "eval": eval_program}
+STEPS = {"train": of_train, "eval": of_eval}
 
 
 def _source(config, split: str):
@@ -130,25 +124,16 @@ def _source(config, split: str):
   return None, len(input_pipeline.named_classes(config.data)[0])
 
 
-def _noise(batch_size: int, size: tuple[int, int], classes: int, mesh) -> dict:
+def _noise(batch_size: int, size: tuple[int, int], classes: int, mesh, border: bool = False) -> dict:
   rng = np.random.default_rng(0)
   batch = dict(
     image=rng.integers(0, 256, (batch_size, *size, 3), np.uint8),
     label=rng.integers(0, classes, (batch_size, *size), np.uint8),
     size=np.full((batch_size, 2), size, np.int32), id=np.arange(batch_size, dtype=np.int32),
   )  # fmt: skip
+  if border:
+    batch["border"] = np.zeros((batch_size, *size), np.float16)
   return next(sharding.to_device(iter([batch]), mesh, depth=0))
-
-
-def _compile(step, *arguments):
-  start = time.perf_counter()
-  compiled = step.lower(*arguments).compile()
-  return compiled, time.perf_counter() - start
-
-
-def _memory(compiled) -> int:
-  used = compiled.memory_analysis()
-  return used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes - used.alias_size_in_bytes
 
 
 def _count(graphdef, init, forward, image) -> int:
@@ -193,18 +178,18 @@ class Torch:
 
   Args:
     kind: "train" or "eval".
-    program: whose batch and size it takes.
+    ours: whose batch and size it takes.
 
   Raises:
     ConfigError: model options that its network has not, or no PyTorch here.
   """
 
-  def __init__(self, config, kind: str, program: Program, num_classes: int):
+  def __init__(self, config, kind: str, ours: Measured, num_classes: int):
     _check_torch_options(config)
     options = {name: config.model[name] for name in TORCH_OPTIONS[config.model.name]}
     spec = dict(
-      network=config.model.name, options=options, num_classes=num_classes, batch_size=program.batch_size,
-      size=program.size, dtype=config.dtype,
+      network=config.model.name, options=options, num_classes=num_classes, batch_size=ours.batch_size,
+      size=ours.size, dtype=config.dtype,
     )  # fmt: skip
     self._kind = kind
     self._process = subprocess.Popen(
@@ -259,18 +244,18 @@ def measure(config, kind: str, *, seconds: float, torch_forms: tuple[str, ...] =
     ConfigError, DataError: what the config's run would raise, and what `Torch` raises.
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
-  program = PROGRAMS[kind](config, mesh)
-  first = _timed(program.run, 2)[-1]
+  ours = STEPS[kind](config, mesh)
+  first = _timed(ours.run, 2)[-1]
   count = max(int(seconds / ROUNDS / first), 2)
   times, rival = [], {}
   if torch_forms:
-    torch = Torch(config, kind, program, _source(config, config.data.train_split)[1])
+    torch = Torch(config, kind, ours, _source(config, config.data.train_split)[1])
     try:
       trials = {form: float(np.median(torch.steps(form, 3))) for form in torch_forms}
       best = min(trials, key=trials.get)
       theirs = []
       for _ in range(ROUNDS):
-        times += _timed(program.run, count)
+        times += _timed(ours.run, count)
         theirs += torch.steps(best, max(int(seconds / ROUNDS / trials[best]), 2))
     finally:
       torch.close()
@@ -280,21 +265,78 @@ def measure(config, kind: str, *, seconds: float, torch_forms: tuple[str, ...] =
       ratio=float(np.median(theirs) / np.median(times)),
     )  # fmt: skip
   else:
-    times = _timed(program.run, ROUNDS * count)
+    times = _timed(ours.run, ROUNDS * count)
   step = float(np.median(times))
-  work = 2 * program.multiply_adds * (TRAINING if kind == "train" else 1)
+  work = 2 * ours.forward * (TRAINING if kind == "train" else 1)
   peak = matrix_peak(config.dtype) * mesh.size
   device = mesh.devices.flat[0]
   allocated = (device.memory_stats() or {}).get("peak_bytes_in_use")  # CPUs keep no such count.
   return dict(
-    what=kind, model=config.model.name, dtype=config.dtype, batch_size=program.batch_size, size=list(program.size),
+    what=kind, model=config.model.name, dtype=config.dtype, batch_size=ours.batch_size, size=list(ours.size),
     device=device.device_kind, devices=mesh.size, steps=len(times), median_ms=1e3 * step,
     p10_ms=1e3 * float(np.percentile(times, 10)), p90_ms=1e3 * float(np.percentile(times, 90)),
-    images_per_s=program.batch_size / step, compile_s=program.compile_seconds, memory_bytes=program.memory,
-    peak_bytes_in_use=allocated, multiply_adds=program.multiply_adds, tflops=work / step / 1e12,
+    images_per_s=ours.batch_size / step, compile_s=ours.program.seconds, memory_bytes=ours.program.peak,
+    peak_bytes_in_use=allocated, multiply_adds=ours.forward, tflops=work / step / 1e12,
     share_of_peak=work / step / peak,
-    data_wait_share=program.wait_share(seconds / 2) if program.wait_share else None, **rival,
+    data_wait_share=ours.wait_share(seconds / 2) if ours.wait_share else None, **rival,
   )  # fmt: skip
+
+
+def measure_compilation(config, kind: str) -> dict:
+  """One row of --what=compile: the step compiled anew, and once more from JAX's cache on disk.
+
+  Returns:
+    Names and numbers: compile_s, from_cache_s, memory of one device, multiply-adds (backward pass included), bytes of the
+    collectives. Nothing is run.
+
+  Raises:
+    ConfigError, DataError: what the config's run would raise.
+  """
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
+  source, classes = _source(config, config.data.train_split if kind == "train" else config.data.eval_split)
+  canvas = input_pipeline.canvas_of(source, config.data) if source else tuple(config.crop_size)
+  compile_step = {"train": programs.compile_train, "eval": programs.compile_eval}[kind]
+  with tempfile.TemporaryDirectory() as folder, _cache_in(folder):
+    program = compile_step(config, mesh, classes, canvas)
+    jax.clear_caches()
+    again = compile_step(config, mesh, classes, canvas)
+  return dict(
+    what="compile", step=kind, model=config.model.name, dtype=config.dtype, device=mesh.devices.flat[0].device_kind,
+    devices=mesh.size, compile_s=program.seconds, from_cache_s=again.seconds, arguments_bytes=program.arguments,
+    temporary_bytes=program.temporary, multiply_adds=program.multiply_adds,
+    collective_bytes=sum(map(sum, program.collectives.values())),
+  )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _cache_in(folder: str):
+  """JAX's cache of compiled programs in a folder, for any program however small; off again afterwards."""
+  names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in zip(names, (True, folder, 0)):
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # It looks at its settings once.
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def compilation_table(rows: list[dict]) -> str:
+  """Rows of `measure_compilation` in Markdown."""
+  lines = [
+    "| | compile, s | from the cache, s | arguments, GiB | temporary, GiB | GMAC | collectives, MiB |",
+    "|---" * 7 + "|",
+  ]
+  for row in rows:
+    lines.append(
+      f"| {row['model']} {row['step']} {row['dtype']} | {row['compile_s']:.1f} | {row['from_cache_s']:.1f} |"
+      f" {row['arguments_bytes'] / 2**30:.2f} | {row['temporary_bytes'] / 2**30:.2f} | {row['multiply_adds'] / 1e9:.1f} |"
+      f" {row['collective_bytes'] / 2**20:.1f} |"
+    )
+  return "\n".join(lines)
 
 
 def table(rows: list[dict]) -> str:

@@ -92,6 +92,7 @@ def train(config, workdir) -> dict[str, float]:
     claim_workdir(config, workdir, say) as lock,
     open_checkpoints(workdir, config.keep_checkpoints, say) as checkpoints,
     distributed.StopSignal() as stop,
+    report.Profiler(workdir, config.profile_steps) as profiler,
   ):
     if jax.process_index() == 0:
       task.of_split(eval_source, config.data).save(workdir)
@@ -162,7 +163,10 @@ def train(config, workdir) -> dict[str, float]:
           flush=True,
         )
         raise distributed.Preempted
-      state, step_metrics = train_step(state, progress.wait(batches))
+      with profiler.step(step):
+        state, step_metrics = train_step(state, progress.wait(batches))
+      if profiler.after(step, step_metrics):
+        say(f"profile of the steps {config.profile_steps[0]} to {step}: {workdir / 'profile'}", flush=True)
       recent.append(step_metrics)  # Stays on the device: the host waits for it at log steps only.
       evaluation_due = step == config.num_steps or step % config.eval_every == 0
       checkpoint_due = evaluation_due or step % config.checkpoint_every == 0

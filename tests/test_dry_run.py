@@ -12,7 +12,8 @@ import pytest
 from segjax import config as config_lib
 from segjax import flops, input_pipeline, sharding
 from segjax.config import ConfigError
-from segjax.dry_run import abstract_batch, compile_step, device_memory, dry_run
+from segjax.dry_run import device_memory, dry_run
+from segjax.programs import abstract_batch, compile_step
 from tests.experiment import host_batches, make_step, mesh_of
 from tests.test_config import CONFIGS
 
@@ -53,7 +54,8 @@ def test_dry_run_tells_what_the_real_step_holds_and_writes_nothing(config, tmp_p
 def test_a_run_too_large_for_its_devices_is_told_so_with_remedies(config, capsys, monkeypatch):
   monkeypatch.setattr("segjax.dry_run.device_memory", lambda device: (10_000, "memory"))
   program = dataclasses.replace(compile_step(jax.jit(lambda x: x + 1), 1.0), temporary=20_000)
-  monkeypatch.setattr("segjax.dry_run.compile_step", lambda *arguments: program)
+  for name in ("compile_train", "compile_eval"):
+    monkeypatch.setattr(f"segjax.programs.{name}", lambda *arguments: program)
   dry_run(config)
   assert "DOES NOT FIT. Set remat=True, a larger accumulate_steps" in capsys.readouterr().out
   monkeypatch.undo()

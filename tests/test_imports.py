@@ -12,7 +12,7 @@ LAYERS = [
   {"config", "input_pipeline.datasets"},
   {"models.resize"},
   {"losses", "metrics", "optimizer", "sharding", "augment", "hlo"},
-  {"models", "models.depthwise", "models.layers", "models.strides", "models.details", "models.aspp",
+  {"models", "models.convolution", "models.depthwise", "models.layers", "models.strides", "models.details", "models.aspp",
    "models.xception", "models.resnet", "models.mobilenet_v2", "models.vgg", "models.backbones", "models.unet",
    "models.fcn", "models.dilated_fcn", "models.deeplab", "models.classifier", "flops", "inference"},
   {"pretrained", "pretrained.files", "pretrained.state_dict", "pretrained.tf_deeplab", "pretrained.torch_parts",
@@ -25,7 +25,7 @@ LAYERS = [
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
   {"warm_start"},
-  {"check_data", "evaluate", "predict", "submission", "train", "prepare", "dry_run", "input_speed", "step_speed", "benchmark"},
+  {"check_data", "evaluate", "predict", "submission", "train", "prepare", "programs", "dry_run", "input_speed", "step_speed", "benchmark"},
   {"main"},
 ]  # fmt: skip
 

@@ -75,15 +75,15 @@ def values_and_gradients(name, function, kernel, rows, mesh):
   return jax.device_get(jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*args, x))
 
 
-QUICK = ["conv 3x3", "conv stride 2", "depthwise", "max pool 2x2"]
+QUICK = ["conv 3x3", "conv stride 2", "depthwise", "depthwise stride 2", "max pool 2x2"]
 
 
 @pytest.mark.parametrize(
   "data, space, heights, names",
   [
-    (2, 4, (3, 10), QUICK),
+    (2, 4, (3, 4, 10), QUICK),
     *(
-      pytest.param(data, space, (1, 2, 3, 5, 10), None, marks=SLOW)
+      pytest.param(data, space, (1, 2, 3, 5, 8, 10), None, marks=SLOW)
       for data, space in ((2, 1), (8, 1), (4, 2), (2, 4), (1, 8))
     ),
   ],

@@ -44,17 +44,26 @@ def test_without_its_data_a_config_is_measured_on_noise():
   config = default_config(model="unet", data="voc")
   config.data.dir, config.mesh.data, config.crop_size, config.batch_size = "absent", 1, (16, 16), 2
   config.model.width, config.model.depth = 2, 1
-  program = step_speed.train_program(config, sharding.make_mesh(1, 1))
+  program = step_speed.of_train(config, sharding.make_mesh(1, 1))
   program.run()
   assert program.wait_share is None and program.size == (16, 16)
 
 
 def test_a_train_step_that_is_measured_learns(config):
   """It is the run's own step, on a state that goes on."""
-  program = step_speed.train_program(config, sharding.make_mesh(1, 1))
+  program = step_speed.of_train(config, sharding.make_mesh(1, 1))
   for _ in range(3):
     program.run()
-  assert program.multiply_adds > 0
+  assert program.forward > 0
+
+
+def test_compilation_is_measured_anew_and_from_the_cache_and_nothing_is_run(config):
+  rows = [step_speed.measure_compilation(config, kind) for kind in ("train", "eval")]
+  assert all(0 < row["from_cache_s"] < row["compile_s"] for row in rows), rows
+  assert rows[0]["multiply_adds"] > 2 * rows[1]["multiply_adds"] * (16 * 24) / (24 * 32)
+  assert rows[0]["temporary_bytes"] > rows[1]["temporary_bytes"] and rows[0]["collective_bytes"] == 0
+  header, rule, *lines = step_speed.compilation_table(rows).splitlines()
+  assert {line.count("|") for line in (header, rule, *lines)} == {8} and "| unet eval float32 |" in lines[1]
 
 
 def test_what_pytorch_cannot_follow_is_refused():
@@ -115,4 +124,4 @@ def test_the_command_appends_json_lines(tmp_path):
   row = json.loads(line)
   assert row["what"] == "eval" and np.isfinite(row["median_ms"]) and row["jax"] == jax.__version__
   result = subprocess.run([*command, "--what=trian"], capture_output=True, text=True, check=False, cwd=ROOT)
-  assert result.returncode != 0 and "choose from train, eval, input" in result.stdout + result.stderr
+  assert result.returncode != 0 and "choose from train, eval, compile, input" in result.stdout + result.stderr

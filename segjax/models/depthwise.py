@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from segjax import sharding
-
-Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) in pixels.
+from segjax.models.convolution import Padding, output_size
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -67,17 +66,12 @@ def _plain(x, kernel, *, stride, rate, padding):
   )  # fmt: skip
 
 
-def _output_size(x, kernel, stride, rate, padding) -> tuple[int, int]:
-  reach = (kernel.shape[0] - 1) * rate
-  return tuple((n + sum(pad) - reach - 1) // stride + 1 for n, pad in zip(x.shape[1:3], padding))
-
-
 def _taps(x, kernel, stride, rate, padding):
   """x padded as far as needed, and for each tap that ever meets x (tap, its first row, its first column) in it.
 
   At large rates on small maps most taps see only padding (rate 18 on 5x5: all but the middle one); they are left out.
   """
-  size = _output_size(x, kernel, stride, rate, padding)
+  size = output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   starts = []  # Per axis: {tap index: first position looked at, in x's coordinates}, for taps that meet x.
   for n, out, (low, _) in zip(x.shape[1:3], size, padding):
     first = {i: i * rate - low for i in range(kernel.shape[0])}

@@ -1,0 +1,85 @@
+"""The steps of a config, compiled and not run: their memory, work and communication as the compiler tells them."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from segjax import evaluate, flops, hlo, sharding, state, train
+
+
+@dataclasses.dataclass
+class Program:
+  """A compiled step; bytes are those of one device.
+
+  Attributes:
+    compiled: to be called with arrays in the shardings of `train` or `eval`'s abstract arguments.
+    arguments, outputs, temporary: bytes, outputs without what is written over arguments.
+    multiply_adds: of the whole batch, on all devices; of a train step, backward pass included.
+    collectives: {kind: [bytes, ...]}, see `hlo.collectives`.
+    seconds: that tracing, lowering and compilation took.
+  """
+
+  compiled: jax.stages.Compiled
+  arguments: int
+  outputs: int
+  temporary: int
+  multiply_adds: int
+  collectives: dict[str, list[int]]
+  seconds: float
+
+  @property
+  def peak(self) -> int:
+    """All that it holds at once, at most."""
+    return self.arguments + self.outputs + self.temporary
+
+
+def compile_step(step, *arguments) -> Program:
+  """Compiles a jitted step for abstract arguments that have shardings."""
+  begin = time.perf_counter()
+  compiled = step.lower(*arguments).compile()
+  seconds = time.perf_counter() - begin
+  memory = compiled.memory_analysis()
+  return Program(
+    compiled=compiled,
+    arguments=memory.argument_size_in_bytes,
+    outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    temporary=memory.temp_size_in_bytes,
+    multiply_adds=flops.multiply_adds(step, *arguments),
+    collectives=hlo.collectives(compiled.as_text()),
+    seconds=seconds,
+  )
+
+
+def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Program:
+  """The train step of a config: compiled(state, batch), on a mesh, for images on a canvas (H, W).
+
+  Raises:
+    ConfigError: what `state.build` raises.
+  """
+  graphdef, optimizer, _, init = state.build(config, num_classes)
+  abstract = jax.eval_shape(init)
+  placed = sharding.of_state(mesh, abstract, config.shard_state)
+  weights = np.ones(num_classes, np.float32) if config.loss.class_weights else None  # They only have to be there.
+  step = train.make_step(config, graphdef, optimizer, mesh, placed, weights)
+  batch = abstract_batch(mesh, config.batch_size, canvas, config.loss.border_weight > 0)
+  return compile_step(step, state.with_sharding(abstract, placed), batch)
+
+
+def compile_eval(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Program:
+  """The eval step of a config: compiled(variables, batch), all variables on every device; otherwise as `compile_train`."""
+  graphdef, _, _, init = state.build(config, num_classes)
+  variables = state.with_sharding(jax.eval_shape(init).eval_variables(), sharding.replicated(mesh))
+  batch = abstract_batch(mesh, config.eval.batch_size, canvas)
+  return compile_step(evaluate.make_step(config, graphdef, mesh, num_classes), variables, batch)
+
+
+def abstract_batch(mesh, batch_size: int, canvas: tuple[int, int], border: bool = False) -> dict:
+  """The shapes of a global batch on its canvas, see `input_pipeline`."""
+  shapes = dict(image=((*canvas, 3), np.uint8), label=(canvas, np.uint8), size=((2,), np.int32), id=((), np.int32))
+  shapes |= dict(border=(canvas, np.float16)) if border else {}
+  return {
+    name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+    for name, (shape, dtype) in shapes.items()
+  }
