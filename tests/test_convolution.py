@@ -20,6 +20,9 @@ CASES = [
   ((8, 7), 4, 6, 1, 1, 1, "same"),
   ((9, 8), 4, 6, 1, 2, 1, "same"),
   ((5, 6), 3, 4, 7, 1, 1, "same"),  # A map smaller than the kernel.
+  ((2, 3), 3, 12, 7, 1, 1, "same"),  # And fewer pixels than filters, here and below.
+  ((3, 4), 2, 24, 3, 2, 1, "same"),
+  ((2, 2), 3, 8, 3, 1, 2, "same"),
   ((5, 9), 3, 4, 3, 1, 2, "same"),
 ]
 

@@ -172,29 +172,3 @@ def test_resize_to_the_same_size_is_the_identity_and_reproduces_linear_ramps():
   assert resize.resize_bilinear(x, (5, 7)) is x
   ramp = jnp.broadcast_to(jnp.linspace(-1, 1, 9).reshape(1, 9, 1, 1), (1, 9, 4, 1))
   np.testing.assert_allclose(resize.resize_bilinear(ramp, (23, 4))[0, :, 0, 0], np.linspace(-1, 1, 23), atol=1e-6)
-
-
-@pytest.mark.parametrize("size, kernel_size, rate, padding", [((6, 9), 7, 1, "same"), ((2, 2), 3, 2, "same"),
-                                                              ((7, 6), 7, 1, "fixed")])  # fmt: skip
-def test_a_convolution_on_a_map_smaller_than_its_kernel_equals_lax_in_value_and_gradients(
-  size, kernel_size, rate, padding
-):
-  conv = layers.Conv(3, 4, kernel_size, rate=rate, padding=padding, rngs=nnx.Rngs(0))
-  graphdef, kernel = nnx.graphdef(conv), conv.kernel[...]
-  x, weight = random(2, *size, 3), random(2, *size, 4, seed=1)
-  reach = (kernel_size - 1) * rate // 2
-
-  def plain(x, kernel):
-    order = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-      x, kernel, (1, 1), ((reach, reach),) * 2, rhs_dilation=(rate, rate), dimension_numbers=order
-    )
-
-  def ours(x, kernel):
-    return nnx.merge(graphdef, {"kernel": kernel}, copy=True)(x)
-
-  assert "dot_general" in str(jax.make_jaxpr(ours)(x, kernel))
-  with jax.default_matmul_precision("highest"):
-    got, want = (jax.vjp(f, x, kernel) for f in (ours, plain))
-    for a, b in zip((got[0], *got[1](weight)), (want[0], *want[1](weight))):
-      np.testing.assert_allclose(a, b, atol=2e-5)

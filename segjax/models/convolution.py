@@ -1,9 +1,9 @@
 """Dense convolutions, with the forms that XLA:CPU runs fast; other platforms have libraries for them.
 
-XLA:CPU has one fast convolution, the forward one. Kernel gradients it turns into convolutions with kernels as large as the
-map, after transposing both maps: 1.2-1.7 s on 4x256x256x64 with 64 filters of 3x3, where the forward takes 0.13; here they
-are matrix products over patches, 0.36 s. A convolution of 1x1 is a matrix product altogether, and so is one whose kernel is
-larger than the map. All figures are in benchmarks/kernels.md.
+XLA:CPU has one fast convolution, the forward one on maps of many pixels. Kernel gradients it turns into convolutions with
+kernels as large as the map, after transposing both maps: 1.2-1.7 s on 4x256x256x64 with 64 filters of 3x3, where the forward
+takes 0.13; here they are matrix products over patches, 0.36 s. Where there are fewer pixels than filters everything is a
+matrix product over patches, and a convolution of 1x1 is one on every platform. All figures are in benchmarks/kernels.md.
 """
 
 import functools
@@ -23,12 +23,9 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Paddi
   Args:
     stride, rate: same for height and width; rate is the dilation.
   """
-  size = kernel.shape[0]
-  if size == 1:
+  if kernel.shape[0] == 1:
     x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if any(map(any, padding)) else x
     return matmul(x[:, ::stride, ::stride], kernel[0, 0])
-  if stride == 1 and min(x.shape[1:3]) < size:
-    return _over_patches(x, kernel, rate, padding)
   return _conv(x, kernel, stride, rate, padding)
 
 
@@ -48,15 +45,6 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _over_patches(x, kernel, rate, padding):
-  """A convolution of stride 1 as one matrix product, for maps smaller than the kernel.
-
-  Such is VGG's fc6 on images of less than 224 pixels. XLA:CPU has no fast form for them.
-  """
-  patches = jnp.concatenate(_views(x, kernel.shape[0], 1, rate, padding), axis=-1)
-  return matmul(patches, kernel.reshape(-1, kernel.shape[-1]))
-
-
 def _views(x, size: int, stride: int, rate: int, padding: Padding) -> list[jax.Array]:
   """For each tap of a kernel, row by row, what it looks at: size**2 of [B, H', W', in]."""
   h, w = output_size(x.shape[1:3], size, stride, rate, padding)
@@ -67,15 +55,37 @@ def _views(x, size: int, stride: int, rate: int, padding: Padding) -> list[jax.A
   ]
 
 
+def on_cpu(form) -> dict:
+  """{"cpu": form}, unless rows of pixels are split over devices: there each shift would be an exchange of rows of its own,
+  with a copy of the map, and a loop over rows would gather them all.
+  """
+  return {} if sharding.splits_height() else dict(cpu=form)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x, kernel, stride, rate, padding):
-  return _xla(x, kernel, stride, rate, padding)
+  options = dict(stride=stride, rate=rate, padding=padding)
+  form = _over_patches if _few_pixels(x, kernel, **options) else _xla
+  forms = on_cpu(functools.partial(form, **options))
+  return jax.lax.platform_dependent(x, kernel, **forms, default=functools.partial(_xla, **options))
 
 
-def _xla(x, kernel, stride, rate, padding):
+def _few_pixels(x, kernel, stride, rate, padding) -> bool:
+  """Whether the patches of all pixels take no more memory than the kernel, which is read in any case."""
+  h, w = output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
+  return x.shape[0] * h * w <= kernel.shape[-1]
+
+
+def _xla(x, kernel, *, stride, rate, padding):
   return jax.lax.conv_general_dilated(
     x, kernel, (stride, stride), padding, rhs_dilation=(rate, rate), dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
+
+
+def _over_patches(x, kernel, **options):
+  """A convolution as one matrix product."""
+  patches = jnp.concatenate(_views(x, kernel.shape[0], **options), axis=-1)
+  return matmul(patches, kernel.reshape(-1, kernel.shape[-1]))
 
 
 def _forward(x, kernel, stride, rate, padding):
@@ -85,14 +95,21 @@ def _forward(x, kernel, stride, rate, padding):
 def _backward(stride, rate, padding, saved, g):
   x, kernel = saved
   options = dict(stride=stride, rate=rate, padding=padding)
-  (input_gradient,) = jax.vjp(lambda x: _xla(x, kernel, **options), x)[1](g)
-  forms = dict(default=functools.partial(_kernel_gradient_by_xla, kernel=kernel, **options))
-  if not sharding.splits_height():
-    # Over several devices a sum in the loop would be a collective for every row.
-    by_rows = kernel.size < LARGE_KERNEL and not sharding.splits_batch()
-    form = _kernel_gradient_by_rows if by_rows else _kernel_gradient_by_taps
-    forms["cpu"] = functools.partial(form, kernel=kernel, **options)
-  return input_gradient, jax.lax.platform_dependent(x, g, **forms)
+  if few := _few_pixels(x, kernel, **options):
+    form = _kernel_gradient_by_patches
+  elif kernel.size >= LARGE_KERNEL or sharding.splits_batch():  # Where a sum in a loop would be a collective per row.
+    form = _kernel_gradient_by_taps
+  else:
+    form = _kernel_gradient_by_rows
+
+  def input_gradient(form, g):
+    return jax.vjp(lambda x: form(x, kernel, **options), x)[1](g)[0]
+
+  by_patches = on_cpu(functools.partial(input_gradient, _over_patches)) if few else {}
+  to_input = jax.lax.platform_dependent(g, **by_patches, default=functools.partial(input_gradient, _xla))
+  xla = functools.partial(_kernel_gradient_by_xla, kernel=kernel, **options)
+  to_kernel = jax.lax.platform_dependent(x, g, **on_cpu(functools.partial(form, kernel=kernel, **options)), default=xla)
+  return to_input, to_kernel
 
 
 _conv.defvjp(_forward, _backward)
@@ -100,6 +117,13 @@ _conv.defvjp(_forward, _backward)
 
 def _kernel_gradient_by_xla(x, g, *, kernel, **options):
   return jax.vjp(lambda kernel: _xla(x, kernel, **options), kernel)[1](g)[0]
+
+
+def _kernel_gradient_by_patches(x, g, *, kernel, **options):
+  """The patches of all pixels, as rows, with g."""
+  patches = jnp.concatenate(_views(x, kernel.shape[0], **options), axis=-1)
+  total = _gram(patches.reshape(-1, patches.shape[-1]), g.reshape(-1, g.shape[-1]))
+  return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _kernel_gradient_by_taps(x, g, *, kernel, **options):

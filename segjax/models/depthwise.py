@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from segjax import sharding
-from segjax.models.convolution import Padding, output_size
+from segjax.models.convolution import Padding, on_cpu, output_size
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -27,14 +27,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padd
   """
   plain = functools.partial(_plain, stride=stride, rate=rate, padding=padding)
   shifted = functools.partial(_shifted, stride=stride, rate=rate, padding=padding)
-  return jax.lax.platform_dependent(x, kernel, **_on_cpu(shifted), default=plain)
-
-
-def _on_cpu(form) -> dict:
-  """The form for CPUs, unless rows are split over devices: there each shift would be an exchange of rows of its own,
-  with a copy of the map, and a loop over rows would gather them all.
-  """
-  return {} if sharding.splits_height() else dict(cpu=form)
+  return jax.lax.platform_dependent(x, kernel, **on_cpu(shifted), default=plain)
 
 
 def _forward(x, kernel, stride, rate, padding):
@@ -45,7 +38,7 @@ def _backward(stride, rate, padding, saved, g):
   x, kernel = saved
   rows = functools.partial(_kernel_gradient_by_rows, kernel=kernel, stride=stride, rate=rate, padding=padding)
   sums = functools.partial(_kernel_gradient_by_sums, kernel=kernel, stride=stride, rate=rate, padding=padding)
-  kernel_gradient = jax.lax.platform_dependent(x, g, **_on_cpu(rows), default=sums)
+  kernel_gradient = jax.lax.platform_dependent(x, g, **on_cpu(rows), default=sums)
   # The input gradient is a convolution of stride 1 with the filter turned by 180 degrees, over g with the zeros that
   # the stride left out put back. On the far side x may have pixels that no output pixel looked at.
   spread = ((0, 0, 0), *((0, 0, stride - 1),) * 2, (0, 0, 0))
