@@ -45,6 +45,7 @@ setuptools.setup(
     "test": [
       "cityscapesscripts",  # The official score to compare with.
       "pytest>=8",
+      "pytest-xdist",  # Tests on all cores.
       "ruff==0.17.5",  # Pinned: another ruff formats differently and would fail CI by itself.
       *TFDS,
     ],

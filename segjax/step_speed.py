@@ -161,10 +161,11 @@ def matrix_peak(dtype: str) -> float:
   x = jnp.ones((n, n), dtype)
   multiply = jax.jit(lambda x: x @ x)
   jax.block_until_ready(multiply(x))
-  return 2 * n**3 / min(_timed(lambda: jax.block_until_ready(multiply(x)), 8))
+  return 2 * n**3 / min(timed(lambda: jax.block_until_ready(multiply(x)), 8))
 
 
-def _timed(run: Callable[[], None], count: int) -> list[float]:
+def timed(run: Callable[[], None], count: int) -> list[float]:
+  """Seconds of each of so many runs."""
   seconds = []
   for _ in range(count):
     start = time.perf_counter()
@@ -245,7 +246,7 @@ def measure(config, kind: str, *, seconds: float, torch_forms: tuple[str, ...] =
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   ours = STEPS[kind](config, mesh)
-  first = _timed(ours.run, 2)[-1]
+  first = timed(ours.run, 2)[-1]
   count = max(int(seconds / ROUNDS / first), 2)
   times, rival = [], {}
   if torch_forms:
@@ -255,7 +256,7 @@ def measure(config, kind: str, *, seconds: float, torch_forms: tuple[str, ...] =
       best = min(trials, key=trials.get)
       theirs = []
       for _ in range(ROUNDS):
-        times += _timed(ours.run, count)
+        times += timed(ours.run, count)
         theirs += torch.steps(best, max(int(seconds / ROUNDS / trials[best]), 2))
     finally:
       torch.close()
@@ -265,7 +266,7 @@ def measure(config, kind: str, *, seconds: float, torch_forms: tuple[str, ...] =
       ratio=float(np.median(theirs) / np.median(times)),
     )  # fmt: skip
   else:
-    times = _timed(ours.run, ROUNDS * count)
+    times = timed(ours.run, ROUNDS * count)
   step = float(np.median(times))
   work = 2 * ours.forward * (TRAINING if kind == "train" else 1)
   peak = matrix_peak(config.dtype) * mesh.size

@@ -1,5 +1,6 @@
 """Whole runs, through the functions and through the command line: scores, resume, refusal, divergence."""
 
+import gzip
 import json
 import logging
 import pathlib
@@ -159,6 +160,21 @@ def test_steps_are_compiled_once_over_epochs_and_evaluations(tiny_config, tmp_pa
   compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
   for name in ("train_step", "eval_step"):
     assert sum(f"jit({name})" in message or f"Compiling {name}" in message for message in compiled) == 1, compiled
+
+
+def test_a_run_keeps_what_it_compiled_and_traces_the_steps_it_is_told_to(tiny_config, tmp_path):
+  options = f"--config.compilation_cache={tmp_path / 'cache'}", "--config.profile_steps=2,3"
+  output = finish(start(tiny_config, tmp_path / "a", *options))
+  assert f"profile of the steps 2 to 3: {tmp_path / 'a' / 'profile'}" in output
+  (trace,) = (tmp_path / "a/profile").glob("**/perfetto_trace.json.gz")
+  events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+  assert {int(event["args"]["step_num"]) for event in events if event.get("name") == "train"} == {2, 3}
+  assert list((tmp_path / "a/profile").glob("**/*.xplane.pb"))  # What TensorBoard reads.
+  programs = {path.name for path in (tmp_path / "cache").glob("*-cache")}
+  assert any("train_step" in name for name in programs), programs
+  finish(start(tiny_config, tmp_path / "b", options[0]))
+  assert {path.name for path in (tmp_path / "cache").glob("*-cache")} == programs
+  assert not (tmp_path / "b/profile").exists()
 
 
 def test_divergence_stops_the_run_names_it_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path):

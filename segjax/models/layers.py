@@ -170,7 +170,7 @@ class ConvTranspose(nnx.Module):
 
   Each output pixel sees 2x2 input pixels, so it is one matrix product over four shifted copies of x and a
   depth-to-space. The same numbers as `lax.conv_transpose`, whose gradient is 3-12x slower on XLA:CPU
-  (benchmarks/transposed_convolution.py).
+  (benchmarks/kernels.md).
 
   Args:
     stride: the factor of upsampling.

@@ -1,0 +1,53 @@
+"""What XLA makes of each model's train step: guards of its speed that need no clock."""
+
+import re
+
+import pytest
+
+from segjax import programs
+from tests import experiment
+from tests.experiment import mesh_of
+
+pytestmark = pytest.mark.parametrize("model", ["unet", "fcn", "deeplab"])
+CANVAS, CLASSES = (22, 32), 6
+TRANSPOSE = re.compile(r" = \w+\[([\d,]+)\]\S* transpose\(")  # " = f32[16,8,12,4]{3,2,1,0} transpose("
+
+
+def compiled(model, devices):
+  """(config, train step) of a small network of each kind of layer."""
+  config = experiment.make_config(model, "float32")
+  return config, programs.compile_train(config, mesh_of(devices), CLASSES, CANVAS)
+
+
+def test_it_gathers_no_activations_or_images(model):
+  config, program = compiled(model, devices=8)
+  print(model, {kind: (len(sizes), sum(sizes)) for kind, sizes in program.collectives.items() if sizes})
+  # Sums, and keys and scalars of the augmentation: a number or two for each example.
+  kinds = {kind for kind, sizes in program.collectives.items() if sizes}
+  assert "all-reduce" in kinds and kinds <= {"all-reduce", "all-gather"}
+  sizes = program.collectives["all-gather"]
+  assert all(size <= 16 * config.batch_size for size in sizes), sizes
+
+
+def test_on_cpu_it_has_only_forms_that_run_fast(model):
+  """Others take fifty times longer: convolutions in a layout of their own, as kernel gradients are, or by groups; the
+  maximum's gradient as XLA writes it.
+  """
+  _, program = compiled(model, devices=1)
+  text = program.compiled.as_text()
+  convolutions = "\n".join(line for line in text.splitlines() if " convolution(" in line)
+  assert set(re.findall(r"dim_labels=(\w+)_\w+->(\w+)", convolutions)) == {("b01f", "b01f")}
+  for slow in ("feature_group_count", "batch_group_count", "select-and-scatter(", " scatter(", " sort("):
+    assert slow not in text, slow
+
+
+def test_between_layers_maps_are_transposed_only_to_be_resized(model):
+  """DeepLab resizes three maps along two axes, and their gradients, each by a product and what comes back from it; a
+  convolution that wants another layout than its neighbours would double that.
+  """
+  config, program = compiled(model, devices=1)
+  moved = [
+    match for line in program.compiled.as_text().splitlines() if "jvp" in line for match in TRANSPOSE.findall(line)
+  ]
+  maps = [dims for dims in moved if re.fullmatch(rf"{config.batch_size}(,\d+){{3}}", dims)]
+  assert len(maps) <= (16 if model == "deeplab" else 0), maps
