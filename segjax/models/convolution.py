@@ -145,11 +145,12 @@ def _kernel_gradient_by_rows(x, g, *, kernel, stride, rate, padding):
     ]  # [B, W + padding, in] each
     starts = [j * rate for j in range(size)]
     patches = jnp.concatenate([line[:, j : j + (w - 1) * stride + 1 : stride] for line in lines for j in starts], -1)
-    return total + _gram(patches.reshape(b * w, -1), row), None
+    return total + _gram(row, patches.reshape(b * w, -1)), None
 
-  nothing = jnp.zeros((kernel.size // out, out), jnp.promote_types(x.dtype, jnp.float32))
+  # [out, patch], not the other way round: XLA:CPU copies the left factor of such a product, so it had better be the small.
+  nothing = jnp.zeros((out, kernel.size // out), jnp.promote_types(x.dtype, jnp.float32))
   total, _ = jax.lax.scan(add_row, nothing, jnp.arange(h))
-  return total.reshape(kernel.shape).astype(kernel.dtype)
+  return total.T.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _gram(a, b):
