@@ -58,6 +58,20 @@ def separable(size, features, *, stride=1, rate=1, batch=2):
   return name, [(batch, *size, features), (3, 3, 1, features)], forms
 
 
+def normalising(size, features, batch=2):
+  """A row of batch norms."""
+  graphdef, variables = nnx.split(layers.BatchNorm(features))
+
+  def ours(x):
+    return nnx.merge(graphdef, variables, copy=True)(x, True)
+
+  def autodiff(x):
+    mean = x.mean((0, 1, 2), keepdims=True)
+    return (x - mean) * lax.rsqrt(jnp.square(x - mean).mean((0, 1, 2), keepdims=True) + 1e-5)
+
+  return f"batch norm {features}", [(batch, *size, features)], {"segjax": ours, "autodiff": autodiff}
+
+
 def pooling(size, features, window, batch=2):
   """A row of max-pools."""
   ours = {2: layers.max_pool_2x2, 3: layers.max_pool_3x3}[window]
@@ -149,6 +163,7 @@ ROWS = {
     lambda: dense((33, 33), (512, 256), rate=18),
   ],
   "fc6": [lambda: dense((6, 8), (256, 2048), 7, batch=4), lambda: dense((7, 7), (512, 4096), 7)],
+  "norm": [lambda: normalising((129, 129), 128), lambda: normalising((17, 17), 728), lambda: normalising((128, 128), 16, 16)],
   "pool": [lambda: pooling((256, 256), 64, 2, 4), lambda: pooling((64, 64), 256, 2, 4), lambda: pooling((129, 129), 64, 3)],
   "transposed": [
     lambda: transposed((15, 15), 21, 2), lambda: transposed((60, 60), 21, 8), lambda: transposed((30, 30), 21, 16),

@@ -140,6 +140,26 @@ def test_batch_norm_equals_torch(momentum, epsilon):
   np.testing.assert_array_equal(norm.var[...], before)
 
 
+def test_batch_norm_has_the_gradients_of_its_formula():
+  rng = np.random.default_rng(0)
+  with jax.enable_x64(True):
+    x, weight = (jnp.asarray(rng.normal(size=(3, 4, 5, 2)) + 2) for _ in range(2))
+    scale, bias = jnp.asarray([0.5, -2.0]), jnp.asarray([1.0, 3.0])
+    graphdef, _, statistics = nnx.split(layers.BatchNorm(2, dtype=jnp.float64), nnx.Param, ...)
+
+    def ours(x, scale, bias):
+      return nnx.merge(graphdef, {"scale": scale, "bias": bias}, statistics, copy=True)(x, True)
+
+    def formula(x, scale, bias):
+      deviation = jnp.sqrt(x.var((0, 1, 2), keepdims=True) + 1e-5)
+      normal = (x - x.mean((0, 1, 2), keepdims=True)) / deviation
+      return normal * scale.reshape(1, 1, 1, 2) + bias.reshape(1, 1, 1, 2)
+
+    (y, pull), (want, pull_want) = (jax.vjp(function, x, scale, bias) for function in (ours, formula))
+    for a, b in zip((y, *pull(weight)), (want, *pull_want(weight))):
+      np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_batch_norm_keeps_its_digits_where_the_mean_is_large():
   norm = layers.BatchNorm(1)
   x = 1000 + 0.1 * random(8, 16, 16, 1)

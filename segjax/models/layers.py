@@ -253,6 +253,40 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
   return x
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _by_batch_statistics(x, scale, bias, epsilon):
+  """([B, H, W, C] normalised, mean, variance), all in the type of `scale`, [1, 1, 1, C]; only the first has gradients.
+
+  Autodiff would take twice as many sums for them, and keep x - mean beside x: 1.4 to 1.8 times the time on CPU
+  (benchmarks/kernels.md).
+  """
+  wide = x.astype(scale.dtype)
+  mean = wide.mean((0, 1, 2), keepdims=True)
+  var = jnp.square(wide - mean).mean((0, 1, 2), keepdims=True)
+  # The mean comes off first: folded into the shift, it would cost the digits by which it exceeds the deviation.
+  return (wide - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias, mean, var
+
+
+def _by_batch_statistics_forward(x, scale, bias, epsilon):
+  results = _by_batch_statistics(x, scale, bias, epsilon)
+  return results, (x, scale, *results[1:])
+
+
+def _by_batch_statistics_backward(epsilon, saved, gradients):
+  x, scale, mean, var = saved
+  g, _, _ = gradients
+  inverse = jax.lax.rsqrt(var + epsilon)
+  normal = (x.astype(scale.dtype) - mean) * inverse
+  bias_gradient = g.sum((0, 1, 2), keepdims=True)
+  scale_gradient = (g * normal).sum((0, 1, 2), keepdims=True)
+  count = x.shape[0] * x.shape[1] * x.shape[2]
+  input_gradient = scale * inverse * (g - bias_gradient / count - normal * (scale_gradient / count))
+  return input_gradient.astype(x.dtype), scale_gradient, bias_gradient
+
+
+_by_batch_statistics.defvjp(_by_batch_statistics_forward, _by_batch_statistics_backward)
+
+
 class BatchNorm(nnx.Module):
   """Batch normalisation (Ioffe & Szegedy 2015) over batch, height and width.
 
@@ -279,19 +313,16 @@ class BatchNorm(nnx.Module):
     """[B, H, W, C] -> the same, in `dtype`. With `train`, and unless frozen, by the batch's statistics, which update the
     running ones.
     """
+    scale, bias = per_channel(self.scale), per_channel(self.bias)
     if train and not self.frozen:
-      wide = x.astype(param_dtype(self.dtype))
-      mean = wide.mean((0, 1, 2), keepdims=True)
-      var = jnp.square(wide - mean).mean((0, 1, 2), keepdims=True)  # [1, 1, 1, C]
+      y, mean, var = _by_batch_statistics(x, scale, bias, self.epsilon)
       count = x.shape[0] * x.shape[1] * x.shape[2]
       for running, batch in ((self.mean, mean), (self.var, var * (count / max(count - 1, 1)))):
-        batch = jax.lax.stop_gradient(batch).reshape(-1)
-        running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
+        running[...] = self.momentum * running[...] + (1 - self.momentum) * batch.reshape(-1)
     else:
       mean, var = per_channel(self.mean), per_channel(self.var)
-    factor = per_channel(self.scale) * jax.lax.rsqrt(var + self.epsilon)
-    # The mean comes off first: folded into the shift, it would cost the digits by which it exceeds the deviation.
-    return ((x.astype(factor.dtype) - mean) * factor + per_channel(self.bias)).astype(self.dtype)
+      y = (x.astype(scale.dtype) - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+    return y.astype(self.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
