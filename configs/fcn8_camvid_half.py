@@ -2,7 +2,8 @@
 
 python -m segjax.main --config=configs/fcn8_camvid_half.py --config.data.dir=CAMVID --workdir=runs/fcn8_camvid_half
 
-From scratch, and narrower than VGG-16; scored like the U-Net. Ours: not run to its end.
+From scratch, and narrower than VGG-16; scored like the U-Net. Ours: val mean IoU 0.519 after 1600 steps (101 images, seed 0,
+one run; U-Net 0.558, DeepLabV3+ 0.533), in 85 minutes on two cores that much else used too (1.4 s a step alone).
 """
 
 from configs import unet_camvid_half
