@@ -2,7 +2,8 @@
 
 `train` and `eval` time the compiled steps of a run: on its data, and how long they wait for it, where config.data.dir is at
 hand; else on noise of config.crop_size. --compare=torch has PyTorch run the same network in turn. `compile` compiles both
-steps, anew and from JAX's cache, and runs neither. `input` reads and decodes without any device. The JSON lines of --json hold all figures, the table the main ones.
+steps, anew and from JAX's cache, and runs neither. `input` reads and decodes without any device. The JSON lines of --json
+hold all figures, the table the main ones.
 """
 
 import json

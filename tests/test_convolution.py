@@ -50,6 +50,14 @@ def test_each_form_equals_xlas_in_value_and_gradients(
       np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_with_fewer_pixels_than_filters_nothing_is_left_to_xlas_convolution():
+  """It has no fast code for maps smaller than the kernel."""
+  x, kernel = jnp.ones((2, 2, 3, 3)), jnp.ones((7, 7, 3, 12))
+  function = functools.partial(gradients, lambda x, k: convolution.conv(x, k, 1, 1, ((3, 3), (3, 3))))
+  text = jax.jit(function).lower(x, kernel).compile().as_text()
+  assert " convolution(" not in text and " dot(" in text
+
+
 @pytest.mark.parametrize("large", [0, 2**20])
 def test_gradients_in_bfloat16_are_summed_in_float32(large, monkeypatch):
   """4,096 ones sum to 4,096; in bfloat16 they would stall at 256."""

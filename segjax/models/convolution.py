@@ -1,8 +1,8 @@
 """Dense convolutions, with the forms that XLA:CPU runs fast; other platforms have libraries for them.
 
 XLA:CPU has one fast convolution, the forward one on maps of many pixels. Kernel gradients it turns into convolutions with
-kernels as large as the map, after transposing both maps: 1.2-1.7 s on 4x256x256x64 with 64 filters of 3x3, where the forward
-takes 0.13; here they are matrix products over patches, 0.36 s. Where there are fewer pixels than filters everything is a
+kernels as large as the map, after transposing both maps: 4x256x256x64 with 64 filters of 3x3 takes 1.6 s with both gradients,
+and 0.1 forward; here they are matrix products over patches, 0.45 s with both. Where there are fewer pixels than filters everything is a
 matrix product over patches, and a convolution of 1x1 is one on every platform. All figures are in benchmarks/kernels.md.
 """
 

@@ -169,7 +169,7 @@ class ConvTranspose(nnx.Module):
   """Transposed convolution without bias whose kernel is twice its stride, as FCNs upsample their scores.
 
   Each output pixel sees 2x2 input pixels, so it is one matrix product over four shifted copies of x and a
-  depth-to-space. The same numbers as `lax.conv_transpose`, whose gradient is 3-12x slower on XLA:CPU
+  depth-to-space. The same numbers as `lax.conv_transpose`, whose gradient is 6-90x slower on XLA:CPU
   (benchmarks/kernels.md).
 
   Args:
@@ -221,7 +221,7 @@ def upsample_bilinear(x: jax.Array, stride: int) -> jax.Array:
 def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
   """[B, H, W, C] -> [B, H/2, W/2, C]. Where values tie, the gradient is shared.
 
-  Pairwise maxima of strided views: the gradient of lax.reduce_window is a select-and-scatter, 15x slower on XLA:CPU
+  Pairwise maxima of strided views: the gradient of lax.reduce_window is a select-and-scatter, 3-7x slower on XLA:CPU
   and not deterministic on GPU.
 
   Args:
@@ -253,18 +253,23 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
   return x
 
 
+def _normalize(x, mean, var, scale, bias, epsilon):
+  """x in the type of `scale`, by statistics [1, 1, 1, C]."""
+  # The mean comes off first: folded into the shift, it would cost the digits by which it exceeds the deviation.
+  return (x.astype(scale.dtype) - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _by_batch_statistics(x, scale, bias, epsilon):
   """([B, H, W, C] normalised, mean, variance), all in the type of `scale`, [1, 1, 1, C]; only the first has gradients.
 
-  Autodiff would take twice as many sums for them, and keep x - mean beside x: 1.4 to 1.8 times the time on CPU
+  Autodiff would take twice as many sums for them, and keep x - mean beside x: 1.3 to 1.6 times the time on CPU
   (benchmarks/kernels.md).
   """
   wide = x.astype(scale.dtype)
   mean = wide.mean((0, 1, 2), keepdims=True)
   var = jnp.square(wide - mean).mean((0, 1, 2), keepdims=True)
-  # The mean comes off first: folded into the shift, it would cost the digits by which it exceeds the deviation.
-  return (wide - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias, mean, var
+  return _normalize(x, mean, var, scale, bias, epsilon), mean, var
 
 
 def _by_batch_statistics_forward(x, scale, bias, epsilon):
@@ -320,8 +325,7 @@ class BatchNorm(nnx.Module):
       for running, batch in ((self.mean, mean), (self.var, var * (count / max(count - 1, 1)))):
         running[...] = self.momentum * running[...] + (1 - self.momentum) * batch.reshape(-1)
     else:
-      mean, var = per_channel(self.mean), per_channel(self.var)
-      y = (x.astype(scale.dtype) - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+      y = _normalize(x, per_channel(self.mean), per_channel(self.var), scale, bias, self.epsilon)
     return y.astype(self.dtype)
 
 
