@@ -33,7 +33,7 @@ class Preempted(SystemExit):
 
 
 @contextlib.contextmanager
-def connected(processes: Processes | None, timeout: float):
+def connected(processes: Processes | None, timeout: float, *, stops_at_a_step: bool = True):
   """Connects this process with the others, before any other use of JAX; nothing for one process.
 
   In the `with` block, the end of any process ends all, with a message. A process that fails ends at once: leaving in
@@ -41,6 +41,7 @@ def connected(processes: Processes | None, timeout: float):
 
   Args:
     timeout: seconds to wait for all of them. When they have passed, the program ends with exit code 2 and a message.
+    stops_at_a_step: whether the block asks a `StopSignal`, for which SIGTERM is kept; else it ends the program.
 
   Raises:
     ConfigError: the address cannot be used.
@@ -48,6 +49,7 @@ def connected(processes: Processes | None, timeout: float):
   if processes is None:
     yield
     return
+  jax.config.update("jax_enable_preemption_service", stops_at_a_step)
   _connect(processes, timeout)
   name = f"process {jax.process_index()} of {jax.process_count()}"
   try:

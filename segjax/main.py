@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     commandline.enable_compilation_cache(config, _WORKDIR.value)
   with (
     commandline.readable_errors(),
-    distributed.connected(processes, _START_TIMEOUT.value),
+    distributed.connected(processes, _START_TIMEOUT.value, stops_at_a_step=_MODE.value == "train"),
     # Before `connected` ends a process that fails among several.
     commandline.readable_errors(NonFiniteLoss, WorkdirError),
   ):

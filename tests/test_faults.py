@@ -140,14 +140,19 @@ def test_sigterm_saves_and_asks_to_be_started_again(long_config, tmp_path):
   print(f"SIGTERM: stopped after steps {stopped}, each time code 75; the end is bit for bit equal")
 
 
-def together(config, workdir):
+def together(config, workdir, *arguments):
   """Two processes of two CPU devices, by the local launcher."""
   folder = workdir.with_name(workdir.name + "_config")
   folder.mkdir(exist_ok=True)
   config_lib.save(config, folder)
   environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
   environ |= dict(PROCESSES="2", CPU_DEVICES="2", PYTHON=sys.executable)
-  command = [ROOT / "launch" / "local.sh", f"--config={config_lib.__file__}:{folder}", f"--workdir={workdir}"]
+  command = [
+    ROOT / "launch" / "local.sh",
+    f"--config={config_lib.__file__}:{folder}",
+    f"--workdir={workdir}",
+    *arguments,
+  ]
   return Run(subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
 
 
@@ -184,6 +189,15 @@ def test_the_death_of_one_of_two_processes_stops_the_other_and_both_resume(long_
   run = together(long_config, broken)
   assert run.wait(600) == 0 and "init: resumed" in run.output, run.output
   assert_identical(checkpoint(whole, 50), checkpoint(broken, 50))
+
+
+def test_sigterm_ends_an_evaluation_of_two_processes(tiny_config, tmp_path):
+  train_lib.train(tiny_config, tmp_path / "run")
+  tiny_config.mesh.data, tiny_config.data.num_val = -1, 1_000_000  # An hour of evaluation.
+  run = together(tiny_config, tmp_path / "run", "--mode=eval")
+  time.sleep(30)  # It says nothing before its end.
+  os.kill(process_of(run, 1), signal.SIGTERM)
+  assert run.wait(timeout=HEARTBEAT_TIMEOUT) == 143 and "is gone" in run.output, run.output
 
 
 def test_a_second_run_on_a_workdir_is_refused_and_the_first_goes_on(long_config, tmp_path):
