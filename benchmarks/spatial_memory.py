@@ -27,8 +27,7 @@ def compile_program(case: str, space: int) -> programs.Program:
   config = default_config(model="deeplab_v3plus", data="synthetic")
   config.crop_size, config.batch_size, config.eval.batch_size = CASES[case], 1, 1
   mesh = sharding.make_mesh(1, space, devices=jax.devices()[:space])
-  compile_step = {"eval": programs.compile_eval, "train": programs.compile_train}[case]
-  return compile_step(config, mesh, 19, CANVAS)
+  return programs.COMPILE[case](config, mesh, 19, CANVAS)
 
 
 def main():

@@ -75,6 +75,9 @@ def compile_eval(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Pro
   return compile_step(evaluate.make_step(config, graphdef, mesh, num_classes), variables, batch)
 
 
+COMPILE = {"train": compile_train, "eval": compile_eval}
+
+
 def abstract_batch(mesh, batch_size: int, canvas: tuple[int, int], border: bool = False) -> dict:
   """The shapes of a global batch on its canvas, see `input_pipeline`."""
   shapes = dict(image=((*canvas, 3), np.uint8), label=(canvas, np.uint8), size=((2,), np.int32), id=((), np.int32))

@@ -296,7 +296,7 @@ def measure_compilation(config, kind: str) -> dict:
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   source, classes = _source(config, config.data.train_split if kind == "train" else config.data.eval_split)
   canvas = input_pipeline.canvas_of(source, config.data) if source else tuple(config.crop_size)
-  compile_step = {"train": programs.compile_train, "eval": programs.compile_eval}[kind]
+  compile_step = programs.COMPILE[kind]
   with tempfile.TemporaryDirectory() as folder, _cache_in(folder):
     program = compile_step(config, mesh, classes, canvas)
     jax.clear_caches()
