@@ -8,6 +8,7 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from flax import nnx
 from jax import lax
 
 from segjax import metrics
-from segjax.models import depthwise, layers, resize
+from segjax.models import convolution, depthwise, layers, resize
 
 ORDER = ("NHWC", "HWIO", "NHWC")
 
@@ -35,6 +36,16 @@ def as_layer(layer: nnx.Module) -> Callable:
   return lambda x, kernel: nnx.merge(graphdef, {name: kernel}, copy=True)(x)
 
 
+def without_winograd(form: Callable) -> Callable:
+  """A form as it would be if Winograd's sums never paid."""
+
+  def traced(*args):
+    with mock.patch.object(convolution, "_winograd_pays", lambda *_, **__: False):
+      return form(*args)
+
+  return traced
+
+
 def dense(size, features, kernel_size=3, *, rate=1, batch=2):
   """A row of dense convolutions."""
   of, to = features
@@ -43,6 +54,8 @@ def dense(size, features, kernel_size=3, *, rate=1, batch=2):
   if kernel_size == 1:
     forms["dot"] = lambda x, kernel: jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
     forms["flat dot"] = lambda x, kernel: (x.reshape(-1, of) @ kernel[0, 0]).reshape(*x.shape[:3], to)
+  if kernel_size == 3 and rate == 1:
+    forms["no sums"] = without_winograd(forms["segjax"])
   name = f"conv {kernel_size}x{kernel_size} {of}->{to}" + (f" rate {rate}" if rate > 1 else "")
   return name, [(batch, *size, of), (kernel_size, kernel_size, of, to)], forms
 

@@ -50,6 +50,67 @@ def test_each_form_equals_xlas_in_value_and_gradients(
       np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+WINOGRAD = [  # (H, W), padding: rows that fill their tiles of four and rows that do not.
+  ((8, 9), ((1, 1), (1, 1))),
+  ((9, 12), ((1, 1), (1, 1))),
+  ((3, 4), ((1, 1), (1, 1))),
+  ((7, 5), ((0, 0), (0, 0))),
+  ((10, 6), ((0, 2), (2, 1))),
+]
+
+
+@pytest.mark.parametrize("batch, features", [(2, (3, 4)), (1, (40, 50))])
+@pytest.mark.parametrize("size, padding", WINOGRAD)
+def test_winograds_sums_equal_xlas_convolution_in_value_and_gradients(size, padding, batch, features, monkeypatch):
+  """With many features on few pixels the gradient by x is a product over patches."""
+  monkeypatch.setattr(convolution, "_winograd_pays", lambda *_, **__: True)
+  forms = convolution._fast_forms
+  rng = np.random.default_rng(0)
+  with jax.enable_x64(True):
+    x, kernel = rng.normal(size=(batch, *size, features[0])), rng.normal(size=(3, 3, *features))
+    options = dict(stride=1, rate=1, padding=padding)
+    assert forms(x, kernel, **options).kernel_gradient is convolution._kernel_gradient_by_winograd
+    found = jax.jit(functools.partial(gradients, lambda x, k: convolution.conv(x, k, **options)))(x, kernel)
+    want = jax.jit(functools.partial(gradients, lambda x, k: convolution._xla(x, k, **options)))(x, kernel)
+    for ours, theirs in zip(found, want):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size, features", [((4, 32, 32), 128), ((2, 16, 16), 512)])  # Few features, and few pixels.
+def test_winograds_sums_lose_two_millionths_in_float32_at_most(size, features):
+  """By root mean squares; the plain form loses 0.4 millionths."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(*size, features)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, features, features)).astype(np.float32)
+  options = dict(stride=1, rate=1, padding=((1, 1), (1, 1)))
+  assert convolution._fast_forms(x, kernel, **options).forward is convolution._by_winograd
+  found = jax.jit(functools.partial(gradients, lambda x, k: convolution.conv(x, k, **options)))(x, kernel)
+  with jax.enable_x64(True):
+    exact = functools.partial(gradients, lambda x, k: convolution._xla(x, k, **options))
+    want = jax.jit(exact)(x.astype(np.float64), kernel.astype(np.float64))
+  errors = [np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b) for a, b in zip(found, map(np.asarray, want))]
+  print("relative errors of the value and the gradients by x and by the kernel", errors)
+  assert max(errors) < 2e-6
+
+
+def test_winograds_sums_are_taken_where_they_pay():
+  def form(shape, to, kernel_size=3, dtype=jnp.float32, **others):
+    options = dict(stride=1, rate=1, padding=((1, 1), (1, 1))) | others
+    x, kernel = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((kernel_size,) * 2 + (shape[-1], to), dtype)
+    return convolution._fast_forms(x, kernel, **options).forward
+
+  bfloat16 = jnp.bfloat16  # Of whose eight bits the sums would lose two.
+  assert form((4, 64, 64, 256), 256) is convolution._by_winograd
+  assert form((16, 32, 32, 64), 64) is convolution._by_winograd  # A small map.
+  assert form((4, 256, 256, 64), 64) is convolution._xla  # Few features.
+  assert form((4, 64, 64, 256), 256, stride=2) is convolution._xla
+  assert form((4, 64, 64, 256), 256, rate=2) is convolution._xla
+  assert form((4, 64, 64, 256), 256, kernel_size=5) is convolution._xla
+  assert form((4, 64, 64, 256), 256, padding=((100, 100), (100, 100))) is convolution._xla  # FCN's first layer.
+  assert form((4, 64, 64, 256), 256, dtype=bfloat16) is convolution._xla
+  assert form((2, 4, 4, 512), 512) is convolution._over_patches
+
+
 def test_with_fewer_pixels_than_filters_nothing_is_left_to_xlas_convolution():
   """It has no fast code for maps smaller than the kernel."""
   x, kernel = jnp.ones((2, 2, 3, 3)), jnp.ones((7, 7, 3, 12))

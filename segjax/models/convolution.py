@@ -3,17 +3,22 @@
 XLA:CPU has one fast convolution, the forward one on maps of many pixels. Kernel gradients it turns into convolutions with
 kernels as large as the map, after transposing both maps: 4x256x256x64 with 64 filters of 3x3 takes 1.6 s with both gradients,
 and 0.1 forward; here they are matrix products over patches, 0.45 s with both. Where there are fewer pixels than filters everything is a
-matrix product over patches, and a convolution of 1x1 is one on every platform. All figures are in benchmarks/kernels.md.
+matrix product over patches, and a convolution of 1x1 is one on every platform. Between these, with many features, 3x3 needs half
+the multiplications (winograd.py). All figures are in benchmarks/kernels.md.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from segjax import sharding
+from segjax.models import winograd
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) in pixels.
+CACHED = 2**20  # Numbers in a map that is still in the cache when it is read again.
 LARGE_KERNEL = 2**20  # Elements from which adding to the gradient once for each row costs more than reading x again.
 
 
@@ -65,15 +70,75 @@ def on_cpu(form) -> dict:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x, kernel, stride, rate, padding):
   options = dict(stride=stride, rate=rate, padding=padding)
-  form = _over_patches if _few_pixels(x, kernel, **options) else _xla
-  forms = on_cpu(functools.partial(form, **options))
+  forms = on_cpu(functools.partial(_fast_forms(x, kernel, **options).forward, **options))
   return jax.lax.platform_dependent(x, kernel, **forms, default=functools.partial(_xla, **options))
 
 
-def _few_pixels(x, kernel, stride, rate, padding) -> bool:
-  """Whether the patches of all pixels take no more memory than the kernel, which is read in any case."""
+def _forward(x, kernel, stride, rate, padding):
+  return _conv(x, kernel, stride, rate, padding), (x, kernel)
+
+
+def _backward(stride, rate, padding, saved, g):
+  x, kernel = saved
+  options = dict(stride=stride, rate=rate, padding=padding)
+  fast = _fast_forms(x, kernel, **options)
+  to_input = jax.lax.platform_dependent(
+    g,
+    **on_cpu(functools.partial(fast.input_gradient, x=x, kernel=kernel, **options)),
+    default=functools.partial(_input_gradient(_xla), x=x, kernel=kernel, **options),
+  )
+  to_kernel = jax.lax.platform_dependent(
+    x,
+    g,
+    **on_cpu(functools.partial(fast.kernel_gradient, kernel=kernel, **options)),
+    default=functools.partial(_kernel_gradient_by_xla, kernel=kernel, **options),
+  )
+  return to_input, to_kernel
+
+
+_conv.defvjp(_forward, _backward)
+
+
+class Forms(NamedTuple):
+  """One way to compute a convolution; each takes stride, rate and padding too."""
+
+  forward: Callable  # (x, kernel)
+  input_gradient: Callable  # (g, x=, kernel=): g is the gradient by the result; of x only the shape counts.
+  kernel_gradient: Callable  # (x, g, kernel=): of the kernel only the shape counts.
+
+
+def _fast_forms(x, kernel, stride, rate, padding) -> Forms:
+  """Those that XLA:CPU runs fastest."""
   h, w = output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
-  return x.shape[0] * h * w <= kernel.shape[-1]
+  pixels = x.shape[0] * h * w
+  loops = kernel.size < LARGE_KERNEL and not sharding.splits_batch()  # Else each turn would be a collective.
+  kernel_gradient = _kernel_gradient_by_rows if loops else _kernel_gradient_by_taps
+  if _winograd_pays(x, kernel, pixels, stride, rate, padding):
+    by_sums = kernel_gradient if sharding.splits_batch() else _kernel_gradient_by_winograd
+    return Forms(_by_winograd, _input_gradient_by_winograd, by_sums)
+  if pixels <= kernel.shape[-1]:  # So that all patches take no more memory than the kernel, which is read in any case.
+    return Forms(_over_patches, _input_gradient(_over_patches), _kernel_gradient_by_patches)
+  return Forms(_xla, _input_gradient(_xla), kernel_gradient)
+
+
+def _winograd_pays(x, kernel, pixels, stride, rate, padding) -> bool:
+  """Whether the multiplications it saves take longer than reading and writing its sums, of the map and of the kernel."""
+  size, _, of, to = kernel.shape
+  saved = of * to / (of + to)  # Multiplications for each number of the map and of the result.
+  applies = size == 3 and stride == rate == 1 and max(map(max, padding)) <= 2 and x.dtype != jnp.bfloat16
+  return applies and pixels >= to and saved >= (80 if x.size > CACHED else 32)
+
+
+def _by_winograd(x, kernel, *, stride, rate, padding):
+  return winograd.conv(x, kernel, padding)
+
+
+def _input_gradient_by_winograd(g, *, x, kernel, stride, rate, padding):
+  return winograd.input_gradient(g, kernel, padding)
+
+
+def _kernel_gradient_by_winograd(x, g, *, kernel, stride, rate, padding):
+  return winograd.kernel_gradient(x, g, padding)
 
 
 def _xla(x, kernel, *, stride, rate, padding):
@@ -88,31 +153,9 @@ def _over_patches(x, kernel, **options):
   return matmul(patches, kernel.reshape(-1, kernel.shape[-1]))
 
 
-def _forward(x, kernel, stride, rate, padding):
-  return _conv(x, kernel, stride, rate, padding), (x, kernel)
-
-
-def _backward(stride, rate, padding, saved, g):
-  x, kernel = saved
-  options = dict(stride=stride, rate=rate, padding=padding)
-  if few := _few_pixels(x, kernel, **options):
-    form = _kernel_gradient_by_patches
-  elif kernel.size >= LARGE_KERNEL or sharding.splits_batch():  # Where a sum in a loop would be a collective per row.
-    form = _kernel_gradient_by_taps
-  else:
-    form = _kernel_gradient_by_rows
-
-  def input_gradient(form, g):
-    return jax.vjp(lambda x: form(x, kernel, **options), x)[1](g)[0]
-
-  by_patches = on_cpu(functools.partial(input_gradient, _over_patches)) if few else {}
-  to_input = jax.lax.platform_dependent(g, **by_patches, default=functools.partial(input_gradient, _xla))
-  xla = functools.partial(_kernel_gradient_by_xla, kernel=kernel, **options)
-  to_kernel = jax.lax.platform_dependent(x, g, **on_cpu(functools.partial(form, kernel=kernel, **options)), default=xla)
-  return to_input, to_kernel
-
-
-_conv.defvjp(_forward, _backward)
+def _input_gradient(form):
+  """That of a form which JAX differentiates well."""
+  return lambda g, *, x, kernel, **options: jax.vjp(lambda x: form(x, kernel, **options), x)[1](g)[0]
 
 
 def _kernel_gradient_by_xla(x, g, *, kernel, **options):
