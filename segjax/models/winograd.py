@@ -2,7 +2,7 @@
 
 Four rows of the result depend on six rows of the map. Of these rows there are six sums, and six of the kernel's rows, whose
 products alone give the four: six convolutions of 1x3, each on a quarter of the rows, so 18 multiplications where there were 36.
-Along both axes there would be 9, with errors ten times as large, and more to write than the multiplications are worth.
+Along both axes there would be 9, with errors five times as large, and more to write than the multiplications are worth.
 
 The error in float32 is some three times that of the plain form, 1e-6 of the result (tests/test_convolution.py).
 """
