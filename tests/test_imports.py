@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "segjax"
 # From the foundation up; a file may import from lower layers and from its own folder.
 LAYERS = [
   {"config", "input_pipeline.datasets"},
-  {"models.resize"},
+  {"models.resize", "models.winograd"},
   {"losses", "metrics", "optimizer", "sharding", "augment", "hlo"},
   {"models", "models.convolution", "models.depthwise", "models.layers", "models.strides", "models.details", "models.aspp",
    "models.xception", "models.resnet", "models.mobilenet_v2", "models.vgg", "models.backbones", "models.unet",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from segjax import sharding
 from segjax.models import winograd
 
-Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) in pixels.
+Padding = winograd.Padding
 CACHED = 2**20  # Numbers in a map that is still in the cache when it is read again.
 LARGE_KERNEL = 2**20  # Elements from which adding to the gradient once for each row costs more than reading x again.
 

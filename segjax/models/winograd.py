@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) in pixels, of zeros; at most 2 each.
+Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right)) in pixels.
 # Cook-Toom at the points 0, 1, -1, 2, -2 and infinity.
 OF_MAP = np.array([
   [4, 0, -5, 0, 1, 0],
@@ -27,7 +27,7 @@ TILE, SUMS = OF_RESULT.shape
 
 
 def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-  """Convolution of [B, H, W, in] with [3, 3, in, out], stride 1."""
+  """Convolution of [B, H, W, in] with [3, 3, in, out], stride 1, at most 2 zeros on each side of x."""
   return _conv(x, list(kernel), padding, _along_width)
 
 
