@@ -54,7 +54,7 @@ def dense(size, features, kernel_size=3, *, rate=1, batch=2):
   if kernel_size == 1:
     forms["dot"] = lambda x, kernel: jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
     forms["flat dot"] = lambda x, kernel: (x.reshape(-1, of) @ kernel[0, 0]).reshape(*x.shape[:3], to)
-  if kernel_size == 3 and rate == 1:
+  if kernel_size == 3 and rate == 1 and min(features) >= 256:  # Where segjax has Winograd's sums.
     forms["no sums"] = without_winograd(forms["segjax"])
   name = f"conv {kernel_size}x{kernel_size} {of}->{to}" + (f" rate {rate}" if rate > 1 else "")
   return name, [(batch, *size, of), (kernel_size, kernel_size, of, to)], forms
