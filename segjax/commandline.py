@@ -9,6 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from segjax import config as config_lib
+from segjax import config_rules
 from segjax.input_pipeline import images
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -70,7 +71,7 @@ def config(data_dir: str = ""):
     raise app.UsageError("Name a config, e.g. --config=configs/quickstart.py, or the --workdir of a run.")
   resolved = config_lib.finalize(_CONFIG.value)
   resolved.data.dir = resolved.data.dir or data_dir
-  config_lib.validate(resolved)
+  config_rules.validate(resolved)
   return resolved
 
 

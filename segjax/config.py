@@ -3,17 +3,18 @@
 A config file starts from `default_config(model=..., data=...)` and sets what differs. The result is locked and
 typed, so a misspelt field or a wrong type stops in the file as on the command line. `model` and `data` choose which
 `config.model.*` and `config.data.*` fields exist: they are exactly the constructor arguments of that model and
-that data source, so an option that nothing reads cannot be set.
+that data source, so an option that nothing reads cannot be set. Ranges and combinations: config_rules.py.
 """
 
 import copy
 import difflib
 import json
-import math
 import os
 import pathlib
 
 from ml_collections import config_dict
+
+from segjax import atomic
 
 IGNORE_LABEL = 255  # Void, everywhere inside segjax: no loss, no gradient, no score.
 CONFIG_FILE = "config.json"  # In the workdir.
@@ -105,20 +106,6 @@ HARMLESS = (
   "data.dir", "data.eval_split", "data.loader", "data.workers", "data.max_bad_examples", "data.format",
   "policy.early_stop",
 )  # fmt: skip
-
-CHOICES = {
-  "dtype": ("float32", "bfloat16", "float64"),
-  "data.loader": ("tf_data", "grain"),
-  "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
-  "data.labels": {"cityscapes": ("gtFine", "gtCoarse"), "kitti_road": ("road", "lane")},
-  "head": ("softmax", "sigmoid"),
-  "augment.outside": ("void", "mirror"),
-  "eval.outside": ("void", "mirror"),
-  "optimizer.name": ("sgd", "adamw"),
-  "optimizer.schedule": ("poly", "cosine", "step", "constant"),
-  "optimizer.warmup": ("linear", "constant"),
-  "eval.checkpoint": ("best", "last"),
-}
 
 
 class ConfigError(ValueError):
@@ -305,133 +292,6 @@ def suggest(name: str, names) -> str:
   return f" Did you mean {close[0]}?" if close else ""
 
 
-def validate(config: config_dict.ConfigDict) -> None:
-  """Checks ranges and combinations that types cannot express.
-
-  Raises:
-    ConfigError: all problems at once, each naming its field, its value and the remedy; first those of types.
-  """
-  problems = _wrong_types(config)
-  if problems:
-    raise ConfigError("The config cannot run:\n  " + "\n  ".join(problems))
-
-  def check(ok: bool, field: str, remedy: str):
-    if not ok:
-      problems.append(f"config.{field} = {fields(config)[field]!r}: {remedy}")
-
-  for field, choices in CHOICES.items():
-    if field in fields(config):
-      choices = choices[config.data.name] if isinstance(choices, dict) else choices
-      check(fields(config)[field] in choices, field, f"choose one of {', '.join(choices)}.")
-  for field in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-                "accumulate_steps", "eval.batch_size", "mesh.space"):  # fmt: skip
-    check(fields(config)[field] >= 1, field, "must be at least 1.")
-  check(0 <= config.seed < 2**31, "seed", "must lie in [0, 2^31).")
-  check(config.mesh.data >= 1 or config.mesh.data == -1, "mesh.data", "must be at least 1, or -1 for all devices.")
-  sizes = ("crop_size", "data.canvas_size", "eval.window", "eval.window_stride")
-  for field in sizes + (("data.image_size",) if config.data.name == "synthetic" else ()):
-    size, least = fields(config)[field], 0 if field.startswith(("data.canvas", "eval")) else 1
-    check(len(size) == 2 and all(isinstance(n, int) and n >= least for n in size), field, "must be (H, W) in pixels.")
-  check(config.data.name == "synthetic" or bool(config.data.dir), "data.dir",
-        "name the data set's root folder, e.g. --config.data.dir=/data/camvid.")  # fmt: skip
-  steps = config.profile_steps
-  check(len(steps) == 2 and (steps == (0, 0) or 1 <= steps[0] <= steps[1]), "profile_steps",
-        "must be (first, last), from 1 on, or (0, 0) for none.")  # fmt: skip
-  check(config.data.max_bad_examples >= 0, "data.max_bad_examples", "must be 0 (stop at the first) or more.")
-  check(config.data.workers >= 0, "data.workers", "must be 0 (one per core) or more.")
-  scale = config.augment.scale
-  check(len(scale) == 2 and 0 < scale[0] <= scale[-1], "augment.scale", "must be (smallest, largest), above 0.")
-  check(config.augment.scale_step >= 0, "augment.scale_step", "must be 0 (continuous) or more.")
-  for field in ("brightness", "contrast", "saturation"):
-    check(0 <= config.augment[field] <= 1, f"augment.{field}", "must lie in [0, 1].")
-  check(0 <= config.augment.hue <= 0.5, "augment.hue", "must lie in [0, 0.5], a share of the colour circle.")
-  augment = config.augment
-  check(
-    len(augment.hsv) == 3 and all(0 <= s <= 1 for s in augment.hsv), "augment.hsv", "needs three numbers in [0, 1]."
-  )
-  for field, limit in (("rotation", 180), ("shear", 80), ("shift", 1), ("zoom", 0.9)):
-    check(0 <= augment[field] <= limit, f"augment.{field}", f"must lie in [0, {limit}].")
-  check(augment.elastic >= 0, "augment.elastic", "must be 0 (off) or more pixels.")
-  policy = config.policy
-  check(policy.min_gain > 0, "policy.min_gain", "must be above 0.")
-  check(0 < policy.plateau_factor <= 1, "policy.plateau_factor", "must lie in (0, 1]; 1 is off.")
-  check(policy.plateau_patience >= 1, "policy.plateau_patience", "must be at least 1 evaluation.")
-  check(policy.early_stop >= 0, "policy.early_stop", "must be 0 (never) or more evaluations.")
-  check(0 < config.eval.threshold < 1, "eval.threshold", "must lie between 0 and 1.")
-  check(config.loss.focal_gamma >= 0, "loss.focal_gamma", "must be 0 (cross-entropy) or more.")
-  check(config.loss.border_weight >= 0, "loss.border_weight", "must be 0 (off) or more.")
-  check(not config.loss.border_weight or (config.data.name == "folder" and bool(config.data.instances)),
-        "loss.border_weight", "wants to know where instances touch: set data.instances of the folder source to their"
-        ' masks, or to "components"; or 0.')  # fmt: skip
-  terms = {str(term).partition(":")[0] for term in config.loss.terms}
-  check(not config.loss.border_weight or bool(terms & {"cross_entropy", "bce"}), "loss.border_weight",
-        "weighs the pixels of cross_entropy and bce: name one of them in loss.terms, or set it to 0.")  # fmt: skip
-  check(config.loss.hard_fraction == 1 or "cross_entropy" in terms, "loss.hard_fraction",
-        "picks pixels of cross_entropy: name it in loss.terms, or set this to 1.")  # fmt: skip
-  weights = config.loss.class_weights
-  named = len(weights) == 1 and weights[0] in ("median_frequency", "inverse_log")
-  numbers = all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in weights)
-  check(named or numbers, "loss.class_weights",
-        'give one number >= 0 per class, ("median_frequency",), ("inverse_log",), or ().')  # fmt: skip
-  check(0 < config.loss.hard_fraction <= 1, "loss.hard_fraction", "must lie in (0, 1]; 1 takes all pixels.")
-  check(config.loss.auxiliary_weight >= 0, "loss.auxiliary_weight", "must be 0 or more.")
-  check(config.loss.hard_fraction_steps >= 0, "loss.hard_fraction_steps", "must be 0 (at once) or more.")
-  optimizer = config.optimizer
-  check(optimizer.base_lr > 0, "optimizer.base_lr", "must be above 0.")
-  check(0 <= optimizer.end_lr <= optimizer.base_lr, "optimizer.end_lr", "must lie in [0, base_lr].")
-  check(optimizer.poly_power > 0, "optimizer.poly_power", "must be above 0.")
-  check(0 <= optimizer.warmup_steps < max(config.num_steps, 1), "optimizer.warmup_steps", "must be below num_steps.")
-  check(0 <= optimizer.warmup_lr <= optimizer.base_lr, "optimizer.warmup_lr", "must lie in [0, base_lr].")
-  check(optimizer.decay_every >= 1, "optimizer.decay_every", "must be at least 1.")
-  check(0 < optimizer.decay_factor <= 1, "optimizer.decay_factor", "must lie in (0, 1].")
-  for field in ("head_multiplier", "bias_multiplier"):
-    check(optimizer[field] > 0, f"optimizer.{field}", "must be above 0; 1 changes nothing.")
-  for field in ("momentum", "ema_decay"):
-    check(0 <= optimizer[field] < 1, f"optimizer.{field}", "must lie in [0, 1).")
-  check(not (optimizer.nesterov and optimizer.name != "sgd"), "optimizer.nesterov", "is an option of sgd only.")
-  for field in ("weight_decay", "clip_norm"):
-    check(optimizer[field] >= 0, f"optimizer.{field}", "must be 0 (off) or more.")
-  check(len(config.eval.scales) > 0 and all(s > 0 for s in config.eval.scales), "eval.scales", "needs numbers above 0.")
-  check(all((0 < stride <= window) if window else stride == 0
-            for stride, window in zip(config.eval.window_stride, config.eval.window)),
-        "eval.window_stride", "must lie between 1 and eval.window, e.g. two thirds of it; (0, 0) without windows.")  # fmt: skip
-  check(all(config.eval.window) or not any(config.eval.window), "eval.window", "must be (0, 0), or both above 0.")
-  check(config.eval.num_overlays >= 0, "eval.num_overlays", "must be 0 or more.")
-  if "holdout" in config.data:
-    holdout = config.data.holdout
-    check(0 < holdout < 1 or (holdout >= 1 and holdout == int(holdout)), "data.holdout",
-          "must lie between 0 and 1 (a share), or be a whole number of images.")  # fmt: skip
-    check(config.data.folds == 0 or config.data.folds >= 2, "data.folds", "must be 0 (none) or at least 2.")
-    check(0 <= config.data.fold < max(config.data.folds, 1), "data.fold", "must lie in [0, data.folds).")
-    check(config.data.split_seed >= 0, "data.split_seed", "must be 0 or more.")
-  if config.data.name == "folder":
-    check(config.data.border_sigma > 0, "data.border_sigma", "must be above 0 pixels.")
-  if problems:
-    raise ConfigError("The config cannot run:\n  " + "\n  ".join(problems))
-
-
-def _wrong_types(config: config_dict.ConfigDict) -> list[str]:
-  """What ml_collections lets pass: None anywhere, and anything inside a tuple."""
-
-  def kind(value) -> str:
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text"}
-    return names[type(value)] if type(value) in names else "something else"
-
-  problems, defaults = [], fields(default_config(config.model.name, config.data.name))
-  for name, value in fields(config).items():
-    default = defaults[name]
-    if not isinstance(default, tuple):
-      wanted, found = {kind(default)}, {kind(value)}
-    elif isinstance(value, tuple):
-      numbers = default and all(kind(item) == "a number" for item in default)
-      wanted, found = {"a number"} if numbers else {"a number", "text"}, {kind(item) for item in value}
-    else:
-      wanted, found = {"a tuple"}, {kind(value)}
-    if not found <= wanted:
-      problems.append(f"config.{name} = {value!r}: must hold {' or '.join(sorted(wanted))}.")
-  return problems
-
-
 def to_json(config: config_dict.ConfigDict) -> str:
   """The resolved config as indented JSON."""
   return json.dumps(config.to_dict(), indent=2) + "\n"
@@ -439,9 +299,7 @@ def to_json(config: config_dict.ConfigDict) -> str:
 
 def save(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
   """Writes the resolved config to `workdir`/config.json, whole or not at all."""
-  path = pathlib.Path(workdir) / CONFIG_FILE
-  path.with_suffix(".tmp").write_text(to_json(config))
-  path.with_suffix(".tmp").replace(path)
+  atomic.write_text(pathlib.Path(workdir) / CONFIG_FILE, to_json(config))
 
 
 def load(workdir: str | os.PathLike) -> config_dict.ConfigDict:

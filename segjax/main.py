@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
   from segjax.dry_run import dry_run
   from segjax.evaluate import evaluate
   from segjax.submission import submit
-  from segjax.train import NonFiniteLoss, WorkdirError, train
+  from segjax.train import NonFiniteLoss, train
+  from segjax.workdir import WorkdirError
 
   commandline.enable_float64(config)
   if _MODE.value != "dry_run":  # Which writes nothing, and tells how long compilation takes.

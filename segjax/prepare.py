@@ -28,7 +28,7 @@ import tqdm
 from absl import app, flags
 from PIL import Image
 
-from segjax import commandline
+from segjax import atomic, commandline
 from segjax.input_pipeline import DataError, cityscapes, datasets, images, voc
 from segjax.input_pipeline.folder import held_out
 
@@ -76,7 +76,8 @@ def prepare_voc(root: pathlib.Path, sbd: pathlib.Path, allow_partial: bool = Fal
       if name not in skip and name not in present:
         mask = Image.fromarray(_sbd_labels(name, read), mode="P")
         mask.putpalette(datasets.palette(256).reshape(-1).tolist())
-        write_file(folder / f"{name}.png", lambda file, mask=mask: mask.save(file, "PNG"))
+        with atomic.whole_file(folder / f"{name}.png") as file:
+          mask.save(file, "PNG")
   trainaug = sorted(set(train) | (set(names) - set(val)))
   counts = {"SBD": (len(set(names)), datasets.SBD_COUNT), "trainaug": (len(trainaug), official["trainaug"])}
   _check_counts(counts, allow_partial)
@@ -233,9 +234,11 @@ def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool 
         continue
       source = stage1 / name / "images" / f"{name}.png"
       numbers = _nuclei(sorted((stage1 / name / "masks").glob("*.png")), source)
-      write_file(image, lambda file, source=source: file.write(source.read_bytes()))
-      write_file(mask, lambda file, n=numbers: Image.fromarray((n > 0).astype(np.uint8) * 255).save(file, "PNG"))
-      write_file(instances, lambda file, n=numbers: Image.fromarray(n).save(file, "PNG"))
+      with atomic.whole_file(image) as file:
+        file.write(source.read_bytes())
+      for path, values in ((mask, (numbers > 0).astype(np.uint8) * 255), (instances, numbers)):
+        with atomic.whole_file(path) as file:
+          Image.fromarray(values).save(file, "PNG")
     val = held_out(names, holdout=0.1, folds=7, fold=0, seed=0)
     for split in ("train", "val"):
       _write_list(out / f"{split}.txt", [name for name in names if (name in val) == (split == "val")])
@@ -279,28 +282,16 @@ def _extract(archive: pathlib.Path, files: Iterable[tuple[str, int, Callable[[],
         continue
       path.parent.mkdir(parents=True, exist_ok=True)
       try:
-        with read() as content:
-          write_file(path, lambda file, content=content: shutil.copyfileobj(content, file))
+        with read() as content, atomic.whole_file(path) as file:
+          shutil.copyfileobj(content, file)
       except _DAMAGE as error:
         raise DataError(f"{archive}: {name} is damaged ({error}). Download the archive again.") from error
 
 
-def write_file(path: pathlib.Path, write: Callable[[BinaryIO], object]) -> None:
-  """Writes a file whole or not at all: under a temporary name, then renamed."""
-  temporary = path.with_name(path.name + ".tmp")
-  try:
-    with temporary.open("wb") as file:
-      write(file)
-    temporary.replace(path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
-
-
 def _write_list(path: pathlib.Path, names: list[str]) -> None:
-  text = "".join(name + "\n" for name in names).encode()
-  if not path.is_file() or path.read_bytes() != text:
-    write_file(path, lambda file: file.write(text))
+  text = "".join(name + "\n" for name in names)
+  if not path.is_file() or path.read_bytes() != text.encode():
+    atomic.write_text(path, text)
 
 
 @contextlib.contextmanager

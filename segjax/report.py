@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from segjax import metrics
+from segjax import atomic, metrics
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import datasets
 
@@ -39,9 +39,7 @@ class Writer:
     self._workdir.mkdir(parents=True, exist_ok=True)
     if start_step is not None and self._path.exists():
       lines = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= start_step]
-      temporary = self._path.with_suffix(".tmp")
-      temporary.write_text("".join(line + "\n" for line in lines))
-      temporary.replace(self._path)
+      atomic.write_text(self._path, "".join(line + "\n" for line in lines))
     if tensorboard and importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
       from clu.metric_writers import summary_writer  # Imports TensorFlow.
 

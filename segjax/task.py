@@ -9,8 +9,8 @@ import pathlib
 
 import numpy as np
 
+from segjax import atomic, input_pipeline
 from segjax import config as config_lib
-from segjax import input_pipeline
 from segjax.config import ConfigError
 from segjax.input_pipeline import datasets
 
@@ -35,9 +35,7 @@ class Task:
     """Writes `workdir`/task.json, whole or not at all."""
     colors = [bytes(color).hex().upper() for color in self.palette]
     content = dict(classes=self.classes, colors=colors, canvas_size=self.canvas_size)
-    path = workdir / TASK_FILE
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n")
-    path.with_suffix(".tmp").replace(path)
+    atomic.write_text(workdir / TASK_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def of_split(source, data) -> Task:

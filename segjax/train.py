@@ -1,6 +1,5 @@
 """Training, from a config to a scored checkpoint, top to bottom in the order things happen."""
 
-import contextlib
 import functools
 import json
 import pathlib
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from segjax import (
+  atomic,
   check_data,
-  checkpoint,
   distributed,
   evaluate,
   input_pipeline,
@@ -26,20 +25,14 @@ from segjax import config as config_lib
 from segjax import optimizer as optimizer_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import IGNORE_LABEL, ConfigError
-from segjax.input_pipeline import images, order
+from segjax.input_pipeline import order
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.lock import LOCK_FILE, Lock
 from segjax.state import TrainState, build, materialize, with_sharding
-
-EXAMPLES_FILE = "train_examples.txt"  # In the workdir: the names of the training examples, in the order of their ids.
+from segjax.workdir import check_examples, claim_workdir, named_failures, open_checkpoints
 
 
 class NonFiniteLoss(RuntimeError):
   """The loss or a gradient became infinite or NaN; the message names the step and what to try."""
-
-
-class WorkdirError(RuntimeError):
-  """The workdir could not be written in mid-run, e.g. because the disk is full; the message names what is left."""
 
 
 def train(config, workdir) -> dict[str, float]:
@@ -53,7 +46,7 @@ def train(config, workdir) -> dict[str, float]:
       weights do not fit.
     DataError: the data set cannot be used.
     NonFiniteLoss: training diverged; the last good checkpoint is kept.
-    WorkdirError: the workdir can no longer be written; its complete checkpoints are kept.
+    workdir.WorkdirError: the workdir can no longer be written; its complete checkpoints are kept.
   """
   workdir = pathlib.Path(workdir)
   say = print if jax.process_index() == 0 else (lambda *args, **kwargs: None)
@@ -220,43 +213,6 @@ def train(config, workdir) -> dict[str, float]:
   return scores
 
 
-@contextlib.contextmanager
-def named_failures(workdir: pathlib.Path):
-  """Raises WorkdirError where the system refuses to write what a run leaves; what it reads has errors of its own."""
-  try:
-    yield
-  except OSError as error:
-    newest = checkpoint.newest_step(workdir)
-    kept = "There is no complete checkpoint yet" if newest is None else f"The checkpoint of step {newest} is complete"
-    raise WorkdirError(
-      f"{workdir} can no longer be written: {error}\n{kept}. Free space there (df -h {workdir}; fewer"
-      " keep_checkpoints need less) or restore write access, and give the same command: it goes on from there."
-    ) from error
-
-
-def check_examples(source, workdir: pathlib.Path) -> None:
-  """Writes down the training examples of a new run; a resumed one must have the same, or ids would mean others.
-
-  Raises:
-    ConfigError: names that went or came since.
-  """
-  path = workdir / EXAMPLES_FILE
-  names = [source.describe(index) for index in range(len(source))]
-  if not path.exists():
-    path.with_suffix(".tmp").write_text("".join(f"{name}\n" for name in names))
-    path.with_suffix(".tmp").replace(path)
-    return
-  before = path.read_text(errors="replace").split("\n")[:-1]
-  if names != before:
-    gone, new = sorted(set(before) - set(names)), sorted(set(names) - set(before))
-    changes = [f"missing {images.listed(gone)}"] if gone else []
-    changes += [f"new {images.listed(new)}"] if new else []
-    raise ConfigError(
-      f"The training examples are not those that the run in {workdir} began with ({EXAMPLES_FILE}):"
-      f" {'; '.join(changes) or 'another order'}. Restore them, or give another --workdir."
-    )
-
-
 def _percent(share: float | None) -> str:
   return "-" if share is None else f"{100 * share:.2f} %"
 
@@ -316,59 +272,6 @@ def stops_early(config, state: TrainState) -> bool:
   return 0 < config.policy.early_stop <= int(state.policy["stale"])
 
 
-def claim_workdir(config, workdir: pathlib.Path, say) -> Lock:
-  """Makes `workdir` this run's: saves the config, or compares it with the one that is there, and locks it.
-
-  Returns:
-    The lock, for a `with` block; process 0 holds it for all.
-
-  Raises:
-    ConfigError: fields that would change the run differ, or the folder holds something else, or cannot be written, or
-      another run is writing there.
-  """
-  lock = Lock(workdir)
-  distributed.on_first(lambda: _claim(config, workdir, lock, say))
-  return lock
-
-
-def _claim(config, workdir: pathlib.Path, lock: Lock, say) -> None:
-  if (workdir / config_lib.CONFIG_FILE).exists():
-    saved = config_lib.load(workdir)
-    differences = config_lib.differences(config, saved)
-    if differences:
-      raise ConfigError(
-        f"{workdir} holds a run with another config:\n  " + "\n  ".join(differences) + "\nGive another --workdir, or"
-        " set these fields back to continue that run."
-      )
-    if config.num_steps != saved.num_steps and config.optimizer.schedule != "constant":
-      say(
-        f"note: num_steps {saved.num_steps} -> {config.num_steps} stretches the {config.optimizer.schedule} schedule,"
-        " so the learning rate jumps where the run resumes"
-      )
-  elif workdir.is_dir() and any(path.name != LOCK_FILE for path in workdir.iterdir()):
-    raise ConfigError(
-      f"{workdir} is not empty and holds no {config_lib.CONFIG_FILE}, so it is not the workdir of a run. Give another"
-      " --workdir."
-    )
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock.acquire(say)
-    config_lib.save(config, workdir)
-  except OSError as error:
-    raise ConfigError(f"{workdir} cannot be written ({error}). Give another --workdir.") from error
-
-
-def open_checkpoints(workdir: pathlib.Path, keep: int, say) -> Checkpoints:
-  """The checkpoints to go on from, the newest of which is sound; damaged newer ones are set aside, and said so.
-
-  Raises:
-    ConfigError: there are some, and none is sound.
-  """
-  for note in distributed.on_first(lambda: checkpoint.set_aside_damaged(workdir)):
-    say(note)
-  return Checkpoints(workdir, keep)
-
-
 def with_weights(state: TrainState, loaded, exclude: tuple[str, ...], mesh, say) -> TrainState:
   """The state with the weights of `warm_start.load`, or as it is where there are none.
 
@@ -417,9 +320,7 @@ def _label_statistics(source, workdir: pathlib.Path) -> tuple[list[int], list[in
     except (ValueError, KeyError, TypeError) as error:
       raise ConfigError(f"{cache}: damaged ({error}). Remove it: it is made again from the labels.") from error
   pixels, images_with_class = (counts.tolist() for counts in check_data.label_statistics(source))
-  temporary = cache.with_suffix(".tmp")
-  temporary.write_text(json.dumps(dict(pixels=pixels, images_with_class=images_with_class)))
-  temporary.replace(cache)
+  atomic.write_text(cache, json.dumps(dict(pixels=pixels, images_with_class=images_with_class)))
   return pixels, images_with_class
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from segjax import config as config_lib
+from segjax import config_rules
 from segjax.config import ConfigError
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.input_pipeline.folder import FolderSource
@@ -149,7 +150,7 @@ def configs(folder):
         part[key] = draw.choice(values)
       text = json.dumps(tree).encode()
     (folder / "config.json").write_bytes(text)
-    config_lib.validate(config_lib.finalize(config_lib.load(folder)))
+    config_rules.validate(config_lib.finalize(config_lib.load(folder)))
 
   return read
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import check_data, input_pipeline, sharding, state, submission
-from segjax import config as config_lib
+from segjax import check_data, config_rules, input_pipeline, sharding, state, submission
 from segjax import evaluate as evaluate_lib
 from segjax import train as train_lib
 from segjax.config import default_config
@@ -55,7 +54,7 @@ def tiny(name, stores, format="tree", loader="grain"):
   config.data.dir, config.data.format, config.data.loader = str(stores[name, format]), format, loader
   config.data.train_split = "trainaug" if name == "voc" else "train"
   config.data.canvas_size = (56, 56) if name == "voc" else (0, 0)
-  config_lib.validate(config)
+  config_rules.validate(config)
   return config
 
 

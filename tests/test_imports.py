@@ -9,9 +9,9 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "segjax"
 
 # From the foundation up; a file may import from lower layers and from its own folder.
 LAYERS = [
-  {"config", "input_pipeline.datasets"},
+  {"atomic", "config", "input_pipeline.datasets"},
   {"models.resize", "models.winograd"},
-  {"losses", "metrics", "optimizer", "sharding", "augment", "hlo"},
+  {"config_rules", "losses", "metrics", "optimizer", "sharding", "augment", "hlo"},
   {"models", "models.convolution", "models.depthwise", "models.layers", "models.strides", "models.details", "models.aspp",
    "models.xception", "models.resnet", "models.mobilenet_v2", "models.vgg", "models.backbones", "models.unet",
    "models.fcn", "models.dilated_fcn", "models.deeplab", "models.classifier", "flops", "inference"},
@@ -24,7 +24,7 @@ LAYERS = [
    "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
-  {"warm_start"},
+  {"warm_start", "workdir"},
   {"check_data", "evaluate", "predict", "submission", "train", "prepare", "programs", "dry_run", "input_speed", "step_speed", "benchmark"},
   {"main"},
 ]  # fmt: skip

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from segjax import config as config_lib
+from segjax import config_rules, input_pipeline, optimizer, prepare, pretrained, sharding, state, submission, warm_start
 from segjax import evaluate as evaluate_lib
-from segjax import input_pipeline, optimizer, prepare, pretrained, sharding, state, submission, warm_start
 from segjax import train as train_lib
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError
@@ -100,7 +100,7 @@ def recipe(name, root, argument=None, **changes):
     section, _, leaf = field.rpartition(".")
     (config[section] if section else config)[leaf] = value
   config = config_lib.finalize(config)
-  config_lib.validate(config)
+  config_rules.validate(config)
   return config
 
 
@@ -195,7 +195,7 @@ def test_choices_of_labels_depend_on_the_data_set():
   config = recipe("fcn8_kitti_road", "/data")
   config.data.labels = "gtFine"
   with pytest.raises(ConfigError, match="data.labels = 'gtFine': choose one of road, lane"):
-    config_lib.validate(config)
+    config_rules.validate(config)
 
 
 # Binary recipes of the folder source.

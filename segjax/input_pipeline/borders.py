@@ -6,12 +6,12 @@ Free of JAX, like everything that data workers import.
 import hashlib
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
 
+from segjax import atomic
 from segjax.input_pipeline.images import DataError
 
 
@@ -66,10 +66,8 @@ def cached_border_map(path: pathlib.Path, meaning: str, read: Callable[[], np.nd
   weight = border_map(read(), sigma).astype(np.float16)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    # Several threads or runs may compute the same map: the last one to finish replaces it, whole.
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+    with atomic.whole_file(cached) as file:  # Several threads or runs may compute the same map.
       np.save(file, weight)
-    pathlib.Path(file.name).replace(cached)
   except OSError as error:
     raise DataError(f"{folder} cannot be written ({error}). Set XDG_CACHE_HOME to a folder that can.") from error
   return weight

@@ -7,13 +7,13 @@ not depend on the format.
 import functools
 import io
 import json
-import os
 import pathlib
 import urllib.parse
 
 import numpy as np
 import tqdm
 
+from segjax import atomic
 from segjax.input_pipeline import images
 from segjax.input_pipeline.images import DataError
 
@@ -152,9 +152,7 @@ def _index(folder: pathlib.Path, split: str, part, image: str, mask: str, id: st
     raise DataError(f"{len(problems)} of {len(part)} examples cannot be used:\n  " + "\n  ".join(problems[:20]))
   index = dict(names=names, sizes=sizes)
   try:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(index))
-    temporary.replace(path)
+    atomic.write_text(path, json.dumps(index))
   except OSError:
     pass  # A read-only store: the next start reads the records again.
   return index
