@@ -9,8 +9,6 @@ from segjax import input_pipeline, programs, report, sharding
 from segjax.programs import Program
 from segjax.state import build, with_sharding
 
-AHEAD = 2  # Batches that `sharding.to_device` keeps on the device beside the one in use.
-
 
 def bytes_per_device(tree) -> int:
   """Of abstract arrays that have shardings."""
@@ -92,7 +90,7 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   # During an evaluation the rest of the state stays where it is; with shard_state, all of it.
   beside = at_rest - (0 if config.shard_state else bytes_per_device(variables))
   batch = programs.abstract_batch(mesh, batch_size, canvas, config.loss.border_weight > 0)
-  needed = max(compiled["train"].peak + AHEAD * bytes_per_device(batch), compiled["evaluation"].peak + beside)
+  needed = max(compiled["train"].peak + sharding.AHEAD * bytes_per_device(batch), compiled["evaluation"].peak + beside)
   available, meaning = device_memory(device)
   verdict = "fits" if needed <= available else (
     "DOES NOT FIT. Set remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"

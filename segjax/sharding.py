@@ -9,6 +9,7 @@ kernel gradients (see `split_height`).
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import math
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from segjax.config import ConfigError
+
+AHEAD = 2  # Batches that `to_device` keeps on the devices beside the one in use.
 
 
 def make_mesh(data: int = -1, space: int = 1, devices=None) -> Mesh:
@@ -146,15 +149,22 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def to_device(batches: Iterator[dict], mesh: Mesh, depth: int = 2) -> Iterator[dict]:
-  """Turns host batches (this process's rows) into global arrays, keeping `depth` transfers ahead of their use."""
+def to_device(batches: Iterator[dict], mesh: Mesh) -> Iterator[dict]:
+  """Turns host batches (this process's rows) into global arrays, `AHEAD` of them before they are asked for.
+
+  A thread of its own takes them from `batches` and transfers them, so that the device need not wait for either. What
+  `batches` raises is raised where the batch is asked for that it stands for.
+  """
 
   def put(batch):
     return {name: jax.make_array_from_process_local_data(batch_sharding(mesh), value) for name, value in batch.items()}
 
-  ahead = collections.deque()
-  for batch in batches:
-    ahead.append(put(batch))
-    if len(ahead) > depth:
-      yield ahead.popleft()
-  yield from ahead
+  arrays = map(put, batches)
+  thread = concurrent.futures.ThreadPoolExecutor(1, "to_device")
+  try:
+    ahead = collections.deque(thread.submit(next, arrays, None) for _ in range(AHEAD))
+    while (batch := ahead.popleft().result()) is not None:
+      ahead.append(thread.submit(next, arrays, None))
+      yield batch
+  finally:
+    thread.shutdown(cancel_futures=True)

@@ -133,7 +133,7 @@ def _noise(batch_size: int, size: tuple[int, int], classes: int, mesh, border: b
   )  # fmt: skip
   if border:
     batch["border"] = np.zeros((batch_size, *size), np.float16)
-  return next(sharding.to_device(iter([batch]), mesh, depth=0))
+  return next(sharding.to_device(iter([batch]), mesh))
 
 
 def _count(graphdef, init, forward, image) -> int:

@@ -7,6 +7,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,28 @@ def test_local_rows_cover_the_batch_and_to_device_keeps_order():
   out = list(sharding.to_device(batches, mesh))
   assert [int(b["id"][0]) for b in out] == [0, 1, 2, 3, 4]
   assert out[0]["image"].dtype == jnp.uint8 and len(out[0]["image"].sharding.device_set) == 8
+
+
+def test_to_device_works_ahead_and_raises_in_its_place():
+  taken = []
+
+  def batches():
+    for i in range(4):
+      taken.append(i)
+      if i == 3:
+        raise OSError("gone")
+      yield {"id": np.full(8, i)}
+
+  out = sharding.to_device(batches(), sharding.make_mesh())
+  assert int(next(out)["id"][0]) == 0
+  for _ in range(100):  # Nobody asks for the next two meanwhile.
+    if len(taken) == 3:
+      break
+    time.sleep(0.05)
+  assert taken == [0, 1, 2]
+  assert [int(next(out)["id"][0]) for _ in range(2)] == [1, 2]
+  with pytest.raises(OSError, match="gone"):
+    next(out)
 
 
 def test_mesh_that_does_not_fit_says_so():

@@ -99,7 +99,7 @@ def _backward(stride, rate, padding, saved, g):
 _conv.defvjp(_forward, _backward)
 
 
-class Forms(NamedTuple):
+class _Forms(NamedTuple):
   """One way to compute a convolution; each takes stride, rate and padding too."""
 
   forward: Callable  # (x, kernel)
@@ -107,7 +107,7 @@ class Forms(NamedTuple):
   kernel_gradient: Callable  # (x, g, kernel=): of the kernel only the shape counts.
 
 
-def _fast_forms(x, kernel, stride, rate, padding) -> Forms:
+def _fast_forms(x, kernel, stride, rate, padding) -> _Forms:
   """Those that XLA:CPU runs fastest."""
   h, w = output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   pixels = x.shape[0] * h * w
@@ -115,10 +115,10 @@ def _fast_forms(x, kernel, stride, rate, padding) -> Forms:
   kernel_gradient = _kernel_gradient_by_rows if loops else _kernel_gradient_by_taps
   if _winograd_pays(x, kernel, pixels, stride, rate, padding):
     by_sums = kernel_gradient if sharding.splits_batch() else _kernel_gradient_by_winograd
-    return Forms(_by_winograd, _input_gradient_by_winograd, by_sums)
+    return _Forms(_by_winograd, _input_gradient_by_winograd, by_sums)
   if pixels <= kernel.shape[-1]:  # So that all patches take no more memory than the kernel, which is read in any case.
-    return Forms(_over_patches, _input_gradient(_over_patches), _kernel_gradient_by_patches)
-  return Forms(_xla, _input_gradient(_xla), kernel_gradient)
+    return _Forms(_over_patches, _input_gradient(_over_patches), _kernel_gradient_by_patches)
+  return _Forms(_xla, _input_gradient(_xla), kernel_gradient)
 
 
 def _winograd_pays(x, kernel, pixels, stride, rate, padding) -> bool:
