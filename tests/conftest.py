@@ -8,8 +8,6 @@ import tempfile
 # Before JAX is imported; processes that tests start inherit it. Many tests train the same tiny network, so a compilation
 # cache saves most of the time: of this session, or, where the environment names one, of all.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# The loops of tiny maps are so short that LLVM unrolls them whole, in kernels of half a megabyte: a fifth of compilation.
-os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=-unroll-threshold=30"
 gc.set_threshold(100_000, 20, 100)  # Traces are many objects that live on: looking for garbage takes a tenth of all.
 os.environ["JAX_PLATFORMS"] = "cpu"
 _CACHE = tempfile.TemporaryDirectory()
