@@ -323,6 +323,7 @@ class BatchNorm(nnx.Module):
       y, mean, var = _by_batch_statistics(x, scale, bias, self.epsilon)
       count = x.shape[0] * x.shape[1] * x.shape[2]
       for running, batch in ((self.mean, mean), (self.var, var * (count / max(count - 1, 1)))):
+        # Not running[...] = ...: nnx then asks for shardings, and each tracer lists where it comes from: half of all tracing.
         running.set_value(self.momentum * running[...] + (1 - self.momentum) * batch.reshape(-1))
     else:
       y = _normalize(x, per_channel(self.mean), per_channel(self.var), scale, bias, self.epsilon)
