@@ -8,11 +8,12 @@ import tempfile
 # Before JAX is imported; processes that tests start inherit it. Many tests train the same tiny network, so a compilation
 # cache saves most of the time: of this session, or, where the environment names one, of all.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-gc.set_threshold(100_000, 20, 100)  # Traces are many objects that live on: looking for garbage takes a tenth of all.
 os.environ["JAX_PLATFORMS"] = "cpu"
 _CACHE = tempfile.TemporaryDirectory()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+gc.set_threshold(100_000, 20, 100)  # Traces are many objects that live on: looking for garbage takes a tenth of all.
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
