@@ -62,6 +62,7 @@ def _steps(config, kinds: list[str]) -> str:
 
   from segjax import step_speed
 
+  commandline.keep_freed_memory()
   jax.config.update("jax_enable_compilation_cache", False)  # Compilation is measured too.
   forms = tuple(_TORCH_FORMS.value or step_speed.TORCH_FORMS) if _COMPARE.value else ()
   rows, compilations = [], []

@@ -1,7 +1,9 @@
 """Flags and error messages that the commands of segjax share."""
 
 import contextlib
+import ctypes
 import pathlib
+import platform
 import runpy
 import sys
 
@@ -16,6 +18,8 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; --config.field=value overrides. Without it, the config saved in --workdir.",
   lock_config=True,
 )  # fmt: skip
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # Of malloc.h.
 
 
 def with_saved_config(argv: list[str]) -> list[str]:
@@ -93,6 +97,22 @@ def enable_compilation_cache(config, workdir: str) -> None:
       return
     folder = str(pathlib.Path(workdir).absolute().parent / "compilation_cache")
   jax.config.update("jax_compilation_cache_dir", folder or None)
+
+
+def keep_freed_memory() -> None:
+  """Where the CPU trains, lets a step have the memory of the last one; before the first array is made.
+
+  XLA:CPU takes the temporaries of a step from malloc in one block, which glibc asks the system for and gives back each
+  time, so that all its pages fault again: a quarter of a step (benchmarks/torch.md). So glibc shall neither map large
+  blocks nor give any back; and since that works for the main thread only, it is the main thread that runs the steps.
+  """
+  import jax
+
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+      mallopt(option, value)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
   from segjax.workdir import WorkdirError
 
   commandline.enable_float64(config)
+  if processes is None:  # Else JAX has to find the others first.
+    commandline.keep_freed_memory()
   if _MODE.value != "dry_run":  # Which writes nothing, and tells how long compilation takes.
     commandline.enable_compilation_cache(config, _WORKDIR.value)
   with (

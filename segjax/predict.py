@@ -239,6 +239,7 @@ def main(argv: list[str]) -> None:
       raise ConfigError("Name the --workdir of a run, or weights by --config.init.path.")
     workdir = None if args.workdir is None else pathlib.Path(args.workdir)
     commandline.enable_float64(config)
+    commandline.keep_freed_memory()
     if workdir is not None:
       commandline.enable_compilation_cache(config, args.workdir)
     problems = predict(config, workdir, argv[1:], pathlib.Path(args.out), args.tile)
