@@ -55,7 +55,7 @@ def faults():
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 KEEP
-# The median: one in some needs a new block, as something small lies in the old one.
+# The median: now and then one needs a new block.
 print(round(statistics.median(faults() for _ in range(9))))
 """
 
