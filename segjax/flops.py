@@ -17,7 +17,8 @@ def multiply_adds(function: Callable, *args) -> int:
   Args:
     args: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
+  return _count(jitted.trace(*args).jaxpr.jaxpr)
 
 
 def _count(jaxpr) -> int:

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from segjax import augment, inference, metrics, sharding
+from segjax import augment, compiler, inference, metrics, sharding
 from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL
 from segjax.models import resize
@@ -113,7 +113,8 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
     return state, dict(loss=value, grad_norm=grad_norm, pixel_accuracy=correct / labelled)
 
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(state_sharding, sharding.replicated(mesh)))
+  out = state_sharding, sharding.replicated(mesh)
+  return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=compiler.options())
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
@@ -162,4 +163,4 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
   out = dict(confusion=sharding.replicated(mesh), prediction=images)
   out |= dict(probability=images) if num_classes == 2 else {}
   out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
-  return jax.jit(eval_step, out_shardings=out)
+  return jax.jit(eval_step, out_shardings=out, compiler_options=compiler.options())

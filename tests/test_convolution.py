@@ -20,10 +20,13 @@ CASES = [
   ((8, 7), 4, 6, 1, 1, 1, "same"),
   ((9, 8), 4, 6, 1, 2, 1, "same"),
   ((5, 6), 3, 4, 7, 1, 1, "same"),  # A map smaller than the kernel.
-  ((2, 3), 3, 12, 7, 1, 1, "same"),  # And fewer pixels than filters, here and below.
+  ((2, 3), 3, 13, 7, 1, 1, "same"),  # And fewer pixels than filters, here and below.
   ((3, 4), 2, 24, 3, 2, 1, "same"),
   ((2, 2), 3, 8, 3, 1, 2, "same"),
   ((5, 9), 3, 4, 3, 1, 2, "same"),
+  ((9, 7), 6, 2, 5, 1, 2, "same"),  # More features in than out, here and below.
+  ((9, 12), 5, 3, 3, 1, 1, "fixed"),
+  ((9, 8), 5, 3, 3, 1, 1, "valid"),
 ]
 
 
@@ -34,11 +37,7 @@ def gradients(function, x, kernel):
 
 
 @pytest.mark.parametrize("size, of, to, kernel_size, stride, rate, padding", CASES)
-@pytest.mark.parametrize("large", [0, 2**20])  # By taps, or by rows.
-def test_each_form_equals_xlas_in_value_and_gradients(
-  size, of, to, kernel_size, stride, rate, padding, large, monkeypatch
-):
-  monkeypatch.setattr(convolution, "LARGE_KERNEL", large)
+def test_each_form_equals_xlas_in_value_and_gradients(size, of, to, kernel_size, stride, rate, padding):
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):
     x, kernel = rng.normal(size=(2, *size, of)), rng.normal(size=(kernel_size, kernel_size, of, to))
@@ -63,13 +62,11 @@ WINOGRAD = [  # (H, W), padding: rows that fill their tiles of four and rows tha
 @pytest.mark.parametrize("size, padding", WINOGRAD)
 def test_winograds_sums_equal_xlas_convolution_in_value_and_gradients(size, padding, batch, features, monkeypatch):
   """With many features on few pixels the gradient by x is a product over patches."""
-  monkeypatch.setattr(convolution, "_winograd_pays", lambda *_, **__: True)
-  forms = convolution._fast_forms
+  monkeypatch.setattr(convolution, "_fast_forms", lambda *_: convolution.WINOGRAD)
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):
     x, kernel = rng.normal(size=(batch, *size, features[0])), rng.normal(size=(3, 3, *features))
     options = dict(stride=1, rate=1, padding=padding)
-    assert forms(x, kernel, **options).kernel_gradient is convolution._kernel_gradient_by_winograd
     found = jax.jit(functools.partial(gradients, lambda x, k: convolution.conv(x, k, **options)))(x, kernel)
     want = jax.jit(functools.partial(gradients, lambda x, k: convolution._xla(x, k, **options)))(x, kernel)
     for ours, theirs in zip(found, want):
@@ -83,7 +80,7 @@ def test_winograds_sums_lose_two_millionths_in_float32_at_most(size, features):
   x = rng.normal(size=(*size, features)).astype(np.float32)
   kernel = rng.normal(size=(3, 3, features, features)).astype(np.float32)
   options = dict(stride=1, rate=1, padding=((1, 1), (1, 1)))
-  assert convolution._fast_forms(x, kernel, **options).forward is convolution._by_winograd
+  assert convolution._fast_forms(x, kernel, **options) == convolution.WINOGRAD
   found = jax.jit(functools.partial(gradients, lambda x, k: convolution.conv(x, k, **options)))(x, kernel)
   with jax.enable_x64(True):
     exact = functools.partial(gradients, lambda x, k: convolution._xla(x, k, **options))
@@ -94,35 +91,35 @@ def test_winograds_sums_lose_two_millionths_in_float32_at_most(size, features):
 
 
 def test_winograds_sums_are_taken_where_they_pay():
-  def form(shape, to, kernel_size=3, dtype=jnp.float32, **others):
+  def forms(shape, to, kernel_size=3, dtype=jnp.float32, **others):
     options = dict(stride=1, rate=1, padding=((1, 1), (1, 1))) | others
     x, kernel = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((kernel_size,) * 2 + (shape[-1], to), dtype)
-    return convolution._fast_forms(x, kernel, **options).forward
+    return convolution._fast_forms(x, kernel, **options)
 
-  bfloat16 = jnp.bfloat16  # Of whose eight bits the sums would lose two.
-  assert form((4, 64, 64, 256), 256) is convolution._by_winograd
-  assert form((16, 32, 32, 64), 64) is convolution._by_winograd  # A small map.
-  assert form((4, 256, 256, 64), 64) is convolution._xla  # Few features.
-  assert form((4, 64, 64, 256), 256, stride=2) is convolution._xla
-  assert form((4, 64, 64, 256), 256, rate=2) is convolution._xla
-  assert form((4, 64, 64, 256), 256, kernel_size=5) is convolution._xla
-  assert form((4, 64, 64, 256), 256, padding=((100, 100), (100, 100))) is convolution._xla  # FCN's first layer.
-  assert form((4, 64, 64, 256), 256, dtype=bfloat16) is convolution._xla
-  assert form((2, 4, 4, 512), 512) is convolution._over_patches
+  assert forms((4, 64, 64, 256), 256) == convolution.WINOGRAD
+  few = forms((4, 256, 256, 64), 64)
+  assert few.forward is convolution.WINOGRAD.forward and few.input_gradient is convolution.WINOGRAD.input_gradient
+  assert few.kernel_gradient is convolution.XLA.kernel_gradient
+  assert forms((4, 256, 256, 128), 64).kernel_gradient is convolution._kernel_gradient_of_g  # Which has fewer features.
+  assert forms((4, 256, 256, 32), 64) == convolution.XLA
+  assert forms((4, 64, 64, 256), 256, stride=2) == convolution.XLA
+  assert forms((4, 64, 64, 256), 256, rate=2) == convolution.XLA
+  assert forms((4, 64, 64, 256), 256, kernel_size=5) == convolution.XLA
+  assert forms((4, 64, 64, 256), 256, padding=((100, 100), (100, 100))) == convolution.XLA  # FCN's first layer.
+  assert forms((4, 64, 64, 256), 256, dtype=jnp.bfloat16) == convolution.XLA  # Of whose eight bits they would lose two.
+  assert forms((2, 4, 4, 512), 512) == convolution.PATCHES
 
 
 def test_with_fewer_pixels_than_filters_nothing_is_left_to_xlas_convolution():
   """It has no fast code for maps smaller than the kernel."""
-  x, kernel = jnp.ones((2, 2, 3, 3)), jnp.ones((7, 7, 3, 12))
+  x, kernel = jnp.ones((2, 2, 3, 3)), jnp.ones((7, 7, 3, 13))
   function = functools.partial(gradients, lambda x, k: convolution.conv(x, k, 1, 1, ((3, 3), (3, 3))))
   text = jax.jit(function).lower(x, kernel).compile().as_text()
   assert " convolution(" not in text and " dot(" in text
 
 
-@pytest.mark.parametrize("large", [0, 2**20])
-def test_gradients_in_bfloat16_are_summed_in_float32(large, monkeypatch):
+def test_gradients_in_bfloat16_are_summed_in_float32():
   """4,096 ones sum to 4,096; in bfloat16 they would stall at 256."""
-  monkeypatch.setattr(convolution, "LARGE_KERNEL", large)
   x, kernel = jnp.ones((4, 32, 32, 2), jnp.bfloat16), jnp.zeros((3, 3, 2, 2), jnp.bfloat16)
   function = jax.jit(lambda kernel: convolution.conv(x, kernel, 1, 1, ((1, 1), (1, 1))).sum(dtype=jnp.float32))
   gradient = jax.grad(function)(kernel)

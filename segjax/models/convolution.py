@@ -1,10 +1,9 @@
 """Dense convolutions, with the forms that XLA:CPU runs fast; other platforms have libraries for them.
 
-XLA:CPU has one fast convolution, the forward one on maps of many pixels. Kernel gradients it turns into convolutions with
-kernels as large as the map, after transposing both maps: 4x256x256x64 with 64 filters of 3x3 takes 1.6 s with both gradients,
-and 0.1 forward; here they are matrix products over patches, 0.45 s with both. Where there are fewer pixels than filters everything is a
-matrix product over patches, and a convolution of 1x1 is one on every platform. Between these, with many features, 3x3 needs half
-the multiplications (winograd.py). All figures are in benchmarks/kernels.md.
+A convolution of 1x3 or 3x3 that XLA:CPU computes itself is fast where the compiler is told so (compiler.py), in value and
+gradients. Where there are fewer pixels than filters it is not, and everything is a matrix product over patches; a convolution
+of 1x1 is a product on every platform. With many features, 3x3 needs half the multiplications (winograd.py). All figures are in
+benchmarks/kernels.md.
 """
 
 import functools
@@ -18,8 +17,9 @@ from segjax import sharding
 from segjax.models import winograd
 
 Padding = winograd.Padding
-CACHED = 2**20  # Numbers in a map that is still in the cache when it is read again.
-LARGE_KERNEL = 2**20  # Elements from which adding to the gradient once for each row costs more than reading x again.
+# Multiplications for each number of the map and of the result from which Winograd's sums are faster, measured for 32 to 1024
+# features. The kernel's gradient needs more of them: it has the sums of two maps to write.
+PAYS, PAYS_FOR_KERNEL_GRADIENT = 32, 64
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Padding) -> jax.Array:
@@ -31,7 +31,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Paddi
   if kernel.shape[0] == 1:
     x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if any(map(any, padding)) else x
     return matmul(x[:, ::stride, ::stride], kernel[0, 0])
-  return _conv(x, kernel, stride, rate, padding)
+  forms, options = _fast_forms(x, kernel, stride, rate, padding), dict(stride=stride, rate=rate, padding=padding)
+  return _xla(x, kernel, **options) if forms == XLA else _by_platform(x, kernel, forms, tuple(options.items()))
 
 
 def output_size(size: tuple[int, int], kernel_size: int, stride: int, rate: int, padding: Padding) -> tuple[int, int]:
@@ -67,38 +68,6 @@ def on_cpu(form) -> dict:
   return {} if sharding.splits_height() else dict(cpu=form)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _conv(x, kernel, stride, rate, padding):
-  options = dict(stride=stride, rate=rate, padding=padding)
-  forms = on_cpu(functools.partial(_fast_forms(x, kernel, **options).forward, **options))
-  return jax.lax.platform_dependent(x, kernel, **forms, default=functools.partial(_xla, **options))
-
-
-def _forward(x, kernel, stride, rate, padding):
-  return _conv(x, kernel, stride, rate, padding), (x, kernel)
-
-
-def _backward(stride, rate, padding, saved, g):
-  x, kernel = saved
-  options = dict(stride=stride, rate=rate, padding=padding)
-  fast = _fast_forms(x, kernel, **options)
-  to_input = jax.lax.platform_dependent(
-    g,
-    **on_cpu(functools.partial(fast.input_gradient, x=x, kernel=kernel, **options)),
-    default=functools.partial(_input_gradient(_xla), x=x, kernel=kernel, **options),
-  )
-  to_kernel = jax.lax.platform_dependent(
-    x,
-    g,
-    **on_cpu(functools.partial(fast.kernel_gradient, kernel=kernel, **options)),
-    default=functools.partial(_kernel_gradient_by_xla, kernel=kernel, **options),
-  )
-  return to_input, to_kernel
-
-
-_conv.defvjp(_forward, _backward)
-
-
 class _Forms(NamedTuple):
   """One way to compute a convolution; each takes stride, rate and padding too."""
 
@@ -107,26 +76,54 @@ class _Forms(NamedTuple):
   kernel_gradient: Callable  # (x, g, kernel=): of the kernel only the shape counts.
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _by_platform(x, kernel, forms: _Forms, options: tuple):
+  cpu, default = (functools.partial(form, **dict(options)) for form in (forms.forward, XLA.forward))
+  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+
+def _forward(x, kernel, forms, options):
+  return _by_platform(x, kernel, forms, options), (x, kernel)
+
+
+def _backward(forms, options, saved, g):
+  x, kernel = saved
+  to_input, to_input_by_xla = (
+    functools.partial(f.input_gradient, x=x, kernel=kernel, **dict(options)) for f in (forms, XLA)
+  )
+  to_kernel, to_kernel_by_xla = (
+    functools.partial(f.kernel_gradient, kernel=kernel, **dict(options)) for f in (forms, XLA)
+  )
+  return (
+    jax.lax.platform_dependent(g, cpu=to_input, default=to_input_by_xla),
+    jax.lax.platform_dependent(x, g, cpu=to_kernel, default=to_kernel_by_xla),
+  )
+
+
+_by_platform.defvjp(_forward, _backward)
+
+
 def _fast_forms(x, kernel, stride, rate, padding) -> _Forms:
   """Those that XLA:CPU runs fastest."""
+  if sharding.splits_height():  # Each shift of a map would be an exchange of rows of its own.
+    return XLA
   h, w = output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   pixels = x.shape[0] * h * w
-  loops = kernel.size < LARGE_KERNEL and not sharding.splits_batch()  # Else each turn would be a collective.
-  kernel_gradient = _kernel_gradient_by_rows if loops else _kernel_gradient_by_taps
-  if _winograd_pays(x, kernel, pixels, stride, rate, padding):
-    by_sums = kernel_gradient if sharding.splits_batch() else _kernel_gradient_by_winograd
-    return _Forms(_by_winograd, _input_gradient_by_winograd, by_sums)
-  if pixels <= kernel.shape[-1]:  # So that all patches take no more memory than the kernel, which is read in any case.
-    return _Forms(_over_patches, _input_gradient(_over_patches), _kernel_gradient_by_patches)
-  return _Forms(_xla, _input_gradient(_xla), kernel_gradient)
+  if pixels < kernel.shape[-1]:  # So that all patches take less memory than the kernel, which is read in any case.
+    return PATCHES
+  saved = _saved_by_winograd(x, kernel, stride, rate, padding)
+  forms = XLA if saved < PAYS else WINOGRAD
+  if saved < PAYS_FOR_KERNEL_GRADIENT or sharding.splits_batch():  # There each of its products would be a collective.
+    narrows = stride == 1 and kernel.shape[-2] > kernel.shape[-1]
+    return forms._replace(kernel_gradient=_kernel_gradient_of_g if narrows else XLA.kernel_gradient)
+  return forms
 
 
-def _winograd_pays(x, kernel, pixels, stride, rate, padding) -> bool:
-  """Whether the multiplications it saves take longer than reading and writing its sums, of the map and of the kernel."""
+def _saved_by_winograd(x, kernel, stride, rate, padding) -> float:
+  """Multiplications that Winograd's sums save for each number of the map and of the result; 0 where they do not apply."""
   size, _, of, to = kernel.shape
-  saved = of * to / (of + to)  # Multiplications for each number of the map and of the result.
   applies = size == 3 and stride == rate == 1 and max(map(max, padding)) <= 2 and x.dtype != jnp.bfloat16
-  return applies and pixels >= to and saved >= (80 if x.size > CACHED else 32)
+  return of * to / (of + to) if applies else 0.0
 
 
 def _by_winograd(x, kernel, *, stride, rate, padding):
@@ -159,43 +156,26 @@ def _input_gradient(form):
 
 
 def _kernel_gradient_by_xla(x, g, *, kernel, **options):
-  return jax.vjp(lambda kernel: _xla(x, kernel, **options), kernel)[1](g)[0]
+  return jax.linear_transpose(lambda kernel: _xla(x, kernel, **options), kernel)(g)[0]
+
+
+def _kernel_gradient_of_g(x, g, *, kernel, stride, rate, padding):
+  """As if x were the gradient and g the map, whose patches XLA copies: faster where g has fewer features. Of stride 1."""
+  reach = (kernel.shape[0] - 1) * rate
+  padding = tuple((reach - before, reach - after) for before, after in padding)
+  swapped = jax.ShapeDtypeStruct((*kernel.shape[:2], g.shape[-1], x.shape[-1]), kernel.dtype)
+  gradient = _kernel_gradient_by_xla(g, x, kernel=swapped, stride=stride, rate=rate, padding=padding)
+  return gradient[::-1, ::-1].swapaxes(2, 3)
 
 
 def _kernel_gradient_by_patches(x, g, *, kernel, **options):
   """The patches of all pixels, as rows, with g."""
   patches = jnp.concatenate(_views(x, kernel.shape[0], **options), axis=-1)
-  total = _gram(patches.reshape(-1, patches.shape[-1]), g.reshape(-1, g.shape[-1]))
+  patches, g = patches.reshape(-1, patches.shape[-1]), g.reshape(-1, g.shape[-1])
+  total = jnp.matmul(patches.T, g, preferred_element_type=jnp.promote_types(g.dtype, jnp.float32))
   return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _kernel_gradient_by_taps(x, g, *, kernel, **options):
-  """For each tap the product of what it looked at, pixels as rows, with g."""
-  rows = g.reshape(-1, g.shape[-1])
-  taps = [_gram(view.reshape(-1, x.shape[-1]), rows) for view in _views(x, kernel.shape[0], **options)]
-  return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
-
-
-def _kernel_gradient_by_rows(x, g, *, kernel, stride, rate, padding):
-  """A loop over the rows of g, each multiplied with its pixels' patches of x, which stay in the cache."""
-  size, (b, h, w, out) = kernel.shape[0], g.shape
-  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-
-  def add_row(total, n):
-    row = jax.lax.dynamic_index_in_dim(g, n, 1, keepdims=False).reshape(b * w, out)
-    lines = [
-      jax.lax.dynamic_index_in_dim(padded, n * stride + i * rate, 1, keepdims=False) for i in range(size)
-    ]  # [B, W + padding, in] each
-    starts = [j * rate for j in range(size)]
-    patches = jnp.concatenate([line[:, j : j + (w - 1) * stride + 1 : stride] for line in lines for j in starts], -1)
-    return total + _gram(row, patches.reshape(b * w, -1)), None
-
-  # [out, patch], not the other way round: XLA:CPU copies the left factor of such a product, so it had better be the small.
-  nothing = jnp.zeros((out, kernel.size // out), jnp.promote_types(x.dtype, jnp.float32))
-  total, _ = jax.lax.scan(add_row, nothing, jnp.arange(h))
-  return total.T.reshape(kernel.shape).astype(kernel.dtype)
-
-
-def _gram(a, b):
-  """a^T b, summed in float32 at least."""
-  return jnp.matmul(a.T, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+XLA = _Forms(_xla, _input_gradient(_xla), _kernel_gradient_by_xla)
+PATCHES = _Forms(_over_patches, _input_gradient(_over_patches), _kernel_gradient_by_patches)
+WINOGRAD = _Forms(_by_winograd, _input_gradient_by_winograd, _kernel_gradient_by_winograd)
