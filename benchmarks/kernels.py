@@ -1,7 +1,8 @@
 """Times the forms of segjax's kernels in turn: python benchmarks/kernels.py [--only=depthwise,...] [--dtype=bfloat16]
 
 Prints the rows of benchmarks/kernels.md: forward, and forward with all gradients, as the best of some calls, all forms of a
-row in turn. The first form of each row is the one that segjax has. The tests compare their values and gradients.
+row in turn, compiled and run as a step of training. The first form of each row is the one that segjax has; "default" is XLA's
+without the compiler's options that segjax sets. The tests compare their values and gradients.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from segjax import metrics
+from segjax import commandline, compiler, metrics
 from segjax.models import convolution, depthwise, layers, resize
 
 ORDER = ("NHWC", "HWIO", "NHWC")
@@ -40,7 +41,7 @@ def without_winograd(form: Callable) -> Callable:
   """A form as it would be if Winograd's sums never paid."""
 
   def traced(*args):
-    with mock.patch.object(convolution, "_winograd_pays", lambda *_, **__: False):
+    with mock.patch.object(convolution, "_saved_by_winograd", lambda *_: 0.0):
       return form(*args)
 
   return traced
@@ -50,11 +51,12 @@ def dense(size, features, kernel_size=3, *, rate=1, batch=2):
   """A row of dense convolutions."""
   of, to = features
   layer = layers.Conv(of, to, kernel_size, rate=rate, rngs=nnx.Rngs(0))
-  forms = {"segjax": as_layer(layer), "xla": functools.partial(convolve, rate=rate)}
+  forms = {name: functools.partial(convolve, rate=rate) for name in ("xla", "default")}
+  forms = {"segjax": as_layer(layer), **forms}
   if kernel_size == 1:
     forms["dot"] = lambda x, kernel: jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
     forms["flat dot"] = lambda x, kernel: (x.reshape(-1, of) @ kernel[0, 0]).reshape(*x.shape[:3], to)
-  if kernel_size == 3 and rate == 1 and min(features) >= 256:  # Where segjax has Winograd's sums.
+  if kernel_size == 3 and rate == 1 and min(features) >= 64:  # Where segjax has Winograd's sums.
     forms["no sums"] = without_winograd(forms["segjax"])
   name = f"conv {kernel_size}x{kernel_size} {of}->{to}" + (f" rate {rate}" if rate > 1 else "")
   return name, [(batch, *size, of), (kernel_size, kernel_size, of, to)], forms
@@ -193,7 +195,9 @@ def programs(forms: dict, arguments: list, names: tuple[str, ...]):
   found = {}
   for form in names:
     function = forms[form]
-    found[form, "forward"] = functools.partial(jax.jit(function).lower(*arguments).compile(), *arguments)
+    options = {} if form == "default" else compiler.options("train")
+    compiled = jax.jit(function, compiler_options=options).lower(*arguments).compile()
+    found[form, "forward"] = functools.partial(compiled, *arguments)
     if jnp.issubdtype(out.dtype, jnp.floating):
       weight = jax.random.normal(jax.random.key(9), out.shape, out.dtype)
 
@@ -201,7 +205,8 @@ def programs(forms: dict, arguments: list, names: tuple[str, ...]):
         value, pull = jax.vjp(function, *arguments)
         return value, pull(weight)
 
-      found[form, "backward"] = functools.partial(jax.jit(both).lower(weight, *arguments).compile(), weight, *arguments)
+      compiled = jax.jit(both, compiler_options=options).lower(weight, *arguments).compile()
+      found[form, "backward"] = functools.partial(compiled, weight, *arguments)
   return found
 
 
@@ -233,6 +238,7 @@ def main():
   parser.add_argument("--dtype", default="float32")
   parser.add_argument("--seconds", type=float, default=4.0, help="per row, at least")
   args = parser.parse_args()
+  commandline.keep_freed_memory()
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}\n")
   print("| kernel | input | form: forward, ms | form: forward and gradients, ms |\n|---|---|---|---|")
   for kernel in args.only.split(","):

@@ -114,7 +114,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     return state, dict(loss=value, grad_norm=grad_norm, pixel_accuracy=correct / labelled)
 
   out = state_sharding, sharding.replicated(mesh)
-  return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=compiler.options())
+  return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=compiler.options("train"))
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
@@ -163,4 +163,4 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
   out = dict(confusion=sharding.replicated(mesh), prediction=images)
   out |= dict(probability=images) if num_classes == 2 else {}
   out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
-  return jax.jit(eval_step, out_shardings=out, compiler_options=compiler.options())
+  return jax.jit(eval_step, out_shardings=out, compiler_options=compiler.options("eval"))

@@ -32,9 +32,10 @@ def test_it_gathers_no_activations_or_images(model):
 
 
 def test_on_cpu_it_has_only_forms_that_run_fast_and_transposes_maps_only_to_resize_them(model):
-  """Others take fifty times longer: convolutions in a layout of their own, as kernel gradients are, or by groups; the
-  maximum's gradient as XLA writes it. DeepLab resizes three maps along two axes, and their gradients, each by a product and
-  what comes back from it; a convolution that wants another layout than its neighbours would double that.
+  """Others take fifty times longer: convolutions in a layout of their own, or by groups; the maximum's gradient as XLA
+  writes it. DeepLab resizes three maps along two axes, and their gradients, each by a product and what comes back from it; a
+  convolution that wants another layout than its neighbours would double that. What XLA itself transposes, for the gradient
+  of a dense kernel, it copies in passing, and is not counted.
   """
   config, program = compiled(model, devices=1)
   text = program.compiled.as_text()

@@ -1,0 +1,37 @@
+"""What XLA is told when it compiles a step, and what it makes of it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from segjax import compiler
+
+
+@pytest.fixture(autouse=True)
+def asked_anew():
+  compiler.options.cache_clear()
+  yield
+  compiler.options.cache_clear()
+
+
+@pytest.mark.parametrize("kind, products", [("train", True), ("eval", False)])
+def test_on_cpu_convolutions_are_not_left_to_ynnpack_and_products_in_training_alone(kind, products):
+  def by_ynnpack(function, *arguments):
+    compiled = jax.jit(function, compiler_options=compiler.options(kind)).lower(*arguments).compile()
+    return "ynn_fusion" in compiled.as_text()
+
+  def convolve(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  assert not by_ynnpack(convolve, jnp.ones((4, 64, 64, 32)), jnp.ones((3, 3, 32, 32)))
+  assert by_ynnpack(jnp.matmul, jnp.ones((512, 512)), jnp.ones((512, 512))) == products
+
+
+def test_an_xla_that_does_not_know_the_option_gets_none(monkeypatch):
+  monkeypatch.setattr(compiler, "_BY_YNNPACK", {"train": "NO_SUCH_LIBRARY"})
+  assert compiler.options("train") == {}
+
+
+def test_other_platforms_get_none(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert compiler.options("train") == {}
