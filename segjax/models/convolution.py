@@ -1,9 +1,8 @@
 """Dense convolutions, with the forms that XLA:CPU runs fast; other platforms have libraries for them.
 
-A convolution of 1x3 or 3x3 that XLA:CPU computes itself is fast where the compiler is told so (compiler.py), in value and
-gradients. Where there are fewer pixels than filters it is not, and everything is a matrix product over patches; a convolution
-of 1x1 is a product on every platform. With many features, 3x3 needs half the multiplications (winograd.py). All figures are in
-benchmarks/kernels.md.
+Most are XLA's own, in value and gradients, by the library that compiler.py names. It has no fast code for maps of fewer
+pixels than filters, where everything is a matrix product over patches; a convolution of 1x1 is a product on every platform.
+With many features, 3x3 needs half the multiplications (winograd.py). All figures are in benchmarks/kernels.md.
 """
 
 import functools
@@ -17,8 +16,8 @@ from segjax import sharding
 from segjax.models import winograd
 
 Padding = winograd.Padding
-# Multiplications for each number of the map and of the result from which Winograd's sums are faster, measured for 32 to 1024
-# features. The kernel's gradient needs more of them: it has the sums of two maps to write.
+# Of each number of the map and of the result: so many multiplications saved outweigh writing Winograd's sums, measured for
+# 32 to 1024 features. For the kernel's gradient there are the sums of two maps to write.
 PAYS, PAYS_FOR_KERNEL_GRADIENT = 32, 64
 
 
