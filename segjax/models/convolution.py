@@ -60,13 +60,6 @@ def _views(x, size: int, stride: int, rate: int, padding: Padding) -> list[jax.A
   ]
 
 
-def on_cpu(form) -> dict:
-  """{"cpu": form}, unless rows of pixels are split over devices: there each shift would be an exchange of rows of its own,
-  with a copy of the map, and a loop over rows would gather them all.
-  """
-  return {} if sharding.splits_height() else dict(cpu=form)
-
-
 class _Forms(NamedTuple):
   """One way to compute a convolution; each takes stride, rate and padding too."""
 

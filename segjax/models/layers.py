@@ -221,7 +221,7 @@ def upsample_bilinear(x: jax.Array, stride: int) -> jax.Array:
 def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
   """[B, H, W, C] -> [B, H/2, W/2, C]. Where values tie, the gradient is shared.
 
-  Maxima of strided views: the gradient of lax.reduce_window is a select-and-scatter, 3-7x slower on XLA:CPU and not
+  Maxima of strided views: the gradient of lax.reduce_window is a select-and-scatter, 5-9x slower on XLA:CPU and not
   deterministic on GPU.
 
   Args:
