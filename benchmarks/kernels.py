@@ -51,8 +51,8 @@ def dense(size, features, kernel_size=3, *, rate=1, batch=2):
   """A row of dense convolutions."""
   of, to = features
   layer = layers.Conv(of, to, kernel_size, rate=rate, rngs=nnx.Rngs(0))
-  forms = {name: functools.partial(convolve, rate=rate) for name in ("xla", "default")}
-  forms = {"segjax": as_layer(layer), **forms}
+  plain = functools.partial(convolve, rate=rate)
+  forms = {"segjax": as_layer(layer), "xla": plain, "default": plain}
   if kernel_size == 1:
     forms["dot"] = lambda x, kernel: jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
     forms["flat dot"] = lambda x, kernel: (x.reshape(-1, of) @ kernel[0, 0]).reshape(*x.shape[:3], to)

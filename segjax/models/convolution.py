@@ -101,10 +101,10 @@ def _fast_forms(x, kernel, stride, rate, padding) -> _Forms:
     return XLA
   h, w = output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   pixels = x.shape[0] * h * w
-  if pixels < kernel.shape[-1]:  # So that all patches take less memory than the kernel, which is read in any case.
-    return PATCHES
   saved = _saved_by_winograd(x, kernel, stride, rate, padding)
-  forms = XLA if saved < PAYS else WINOGRAD
+  forms = WINOGRAD if saved >= PAYS and pixels >= kernel.shape[-1] else XLA
+  if forms == XLA and pixels <= kernel.shape[-1]:  # All patches take no more memory than the kernel, read in any case.
+    return PATCHES
   if saved < PAYS_FOR_KERNEL_GRADIENT or sharding.splits_batch():  # There each of its products would be a collective.
     narrows = stride == 1 and kernel.shape[-2] > kernel.shape[-1]
     return forms._replace(kernel_gradient=_kernel_gradient_of_g if narrows else XLA.kernel_gradient)
