@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from segjax import commandline, compiler, metrics
+from segjax import augment, commandline, compiler, metrics
 from segjax.models import convolution, depthwise, layers, resize
 
 ORDER = ("NHWC", "HWIO", "NHWC")
@@ -158,6 +158,18 @@ def counting(size, classes, batch=4):
   return f"confusion matrix {classes}", [(batch, *size)] * 2, forms
 
 
+def turning_hue(size, batch=16):
+  """A row of the costliest of the augmentation's colours."""
+
+  def by_remainder(image):
+    sector, chroma, value = augment._hue_chroma_value(image)
+    k = (jnp.array([5.0, 3.0, 1.0], image.dtype).reshape(1, 1, 1, 3) + sector[..., None] + 6 * 0.1) % 6
+    return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
+
+  ours = jax.vmap(lambda image: augment.shift_hue(image, 0.1))
+  return "hue", [(batch, *size, 3)], {"segjax": ours, "remainder": by_remainder}
+
+
 # Shapes of the networks at the sizes that benchmarks/README.md compares with PyTorch.
 ROWS = {
   "depthwise": [
@@ -186,6 +198,7 @@ ROWS = {
   ],
   "resize": [lambda: resizing((17, 17), (65, 65), 256), lambda: resizing((65, 65), (257, 257), 21)],
   "confusion": [lambda: counting((513, 513), 21), lambda: counting((512, 512), 2)],
+  "hue": [lambda: turning_hue((128, 128))],
 }  # fmt: skip
 
 

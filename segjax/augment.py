@@ -217,19 +217,20 @@ def shift_hsv(image: jax.Array, hue, saturation, value) -> jax.Array:
 
 
 def _hue_chroma_value(image):
-  """Hue in [0, 6), max - min, and max of [H, W, 3] RGB."""
+  """Hue in [-1, 5], max - min, and max of [H, W, 3] RGB."""
   value = image.max(-1)
   chroma = value - image.min(-1)
   safe = jnp.where(chroma > 0, chroma, 1)
   r, g, b = image[..., 0], image[..., 1], image[..., 2]
   # By comparisons: `value == r` may fail for the largest channel, as XLA computes a pixel twice with other roundings.
   green_or_blue = jnp.where(g >= b, (b - r) / safe + 2, (r - g) / safe + 4)
-  return jnp.where((r >= g) & (r >= b), (g - b) / safe % 6, green_or_blue), chroma, value
+  return jnp.where((r >= g) & (r >= b), (g - b) / safe, green_or_blue), chroma, value
 
 
 def _from_hue_chroma_value(sector, chroma, value):
   """The inverse: channel n = value - chroma * clip(min(k, 4 - k), 0, 1), k = (n + sector) mod 6, n = 5, 3, 1."""
-  k = (jnp.array([5.0, 3.0, 1.0]).reshape(1, 1, 3) + sector[..., None]) % 6
+  k = jnp.array([5.0, 3.0, 1.0]).reshape(1, 1, 3) + sector[..., None]
+  k -= 6 * jnp.floor(k / 6)  # Not % 6: XLA:CPU calls fmod for one pixel after the other.
   return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
 

@@ -1,10 +1,13 @@
 """What XLA is told when it compiles a step, and what it makes of it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from segjax import compiler
+from segjax.models import convolution
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +28,18 @@ def test_on_cpu_convolutions_are_not_left_to_ynnpack_and_products_in_training_al
 
   assert not by_ynnpack(convolve, jnp.ones((4, 64, 64, 32)), jnp.ones((3, 3, 32, 32)))
   assert by_ynnpack(jnp.matmul, jnp.ones((512, 512)), jnp.ones((512, 512))) == products
+
+
+def test_on_cpu_maps_are_computed_before_a_gradient_by_the_kernel_transposes_them():
+  """Jax 0.10.2 needs to be told; 0.12 keeps these apart of itself."""
+
+  def loss(kernel, x, scale):
+    return jnp.square(convolution.conv(x * scale, kernel, 1, 1, ((1, 1), (1, 1)))).sum()
+
+  gradient = jax.jit(jax.grad(loss), compiler_options=compiler.options("train"))
+  text = gradient.lower(jnp.ones((3, 3, 4, 8)), jnp.ones((2, 16, 16, 4)), jnp.ones(())).compile().as_text()
+  transposing = [loop for loop in re.split(r"\n(?=%)", text) if " transpose(" in loop and "ENTRY" not in loop]
+  assert transposing and not any(" multiply(" in loop for loop in transposing)
 
 
 def test_an_xla_that_does_not_know_the_option_gets_none(monkeypatch):

@@ -140,10 +140,11 @@ def test_batch_norm_equals_torch(momentum, epsilon):
   np.testing.assert_array_equal(norm.var[...], before)
 
 
-def test_batch_norm_has_the_gradients_of_its_formula():
+@pytest.mark.parametrize("size", [(4, 5), (4, 4), (1, 3)])
+def test_batch_norm_has_the_gradients_of_its_formula(size):
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):
-    x, weight = (jnp.asarray(rng.normal(size=(3, 4, 5, 2)) + 2) for _ in range(2))
+    x, weight = (jnp.asarray(rng.normal(size=(3, *size, 2)) + 2) for _ in range(2))
     scale, bias = jnp.asarray([0.5, -2.0]), jnp.asarray([1.0, 3.0])
     graphdef, _, statistics = nnx.split(layers.BatchNorm(2, dtype=jnp.float64), nnx.Param, ...)
 

@@ -31,7 +31,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Paddi
     x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if any(map(any, padding)) else x
     return matmul(x[:, ::stride, ::stride], kernel[0, 0])
   forms, options = _fast_forms(x, kernel, stride, rate, padding), dict(stride=stride, rate=rate, padding=padding)
-  return _xla(x, kernel, **options) if forms == XLA else _by_platform(x, kernel, forms, tuple(options.items()))
+  return _by_platform(x, kernel, forms, tuple(options.items()))
 
 
 def output_size(size: tuple[int, int], kernel_size: int, stride: int, rate: int, padding: Padding) -> tuple[int, int]:
@@ -70,8 +70,7 @@ class _Forms(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _by_platform(x, kernel, forms: _Forms, options: tuple):
-  cpu, default = (functools.partial(form, **dict(options)) for form in (forms.forward, XLA.forward))
-  return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+  return _compute("forward", forms, x, kernel, **dict(options))
 
 
 def _forward(x, kernel, forms, options):
@@ -80,16 +79,19 @@ def _forward(x, kernel, forms, options):
 
 def _backward(forms, options, saved, g):
   x, kernel = saved
-  to_input, to_input_by_xla = (
-    functools.partial(f.input_gradient, x=x, kernel=kernel, **dict(options)) for f in (forms, XLA)
-  )
-  to_kernel, to_kernel_by_xla = (
-    functools.partial(f.kernel_gradient, kernel=kernel, **dict(options)) for f in (forms, XLA)
-  )
-  return (
-    jax.lax.platform_dependent(g, cpu=to_input, default=to_input_by_xla),
-    jax.lax.platform_dependent(x, g, cpu=to_kernel, default=to_kernel_by_xla),
-  )
+  of_both = dict(options, kernel=kernel)
+  return _compute("input_gradient", forms, g, x=x, **of_both), _compute("kernel_gradient", forms, x, g, **of_both)
+
+
+def _compute(what: str, forms: _Forms, *maps, **options):
+  """One of `forms` on CPU, XLA's elsewhere.
+
+  On CPU the maps are computed before. XLA would fuse what computes a map with the transposition that the gradient by the
+  kernel begins with, which then writes it three times as slowly.
+  """
+  cpu, default = (functools.partial(getattr(f, what), **options) for f in (forms, XLA))
+  after_maps = lambda *maps: cpu(*jax.lax.optimization_barrier(maps))  # noqa: E731
+  return jax.lax.platform_dependent(*maps, cpu=after_maps, default=default)
 
 
 _by_platform.defvjp(_forward, _backward)

@@ -5,6 +5,7 @@ Mode is an argument of each call, never hidden state. Module attributes give par
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -307,14 +308,35 @@ def _by_batch_statistics_backward(epsilon, saved, gradients):
   g, _, _ = gradients
   inverse = jax.lax.rsqrt(var + epsilon)
   normal = (x.astype(scale.dtype) - mean) * inverse
-  bias_gradient = g.sum((0, 1, 2), keepdims=True)
-  scale_gradient = (g * normal).sum((0, 1, 2), keepdims=True)
+  bias_gradient, scale_gradient = jax.lax.platform_dependent(g, g * normal, cpu=_sums_in_one_loop, default=_sums)
   count = x.shape[0] * x.shape[1] * x.shape[2]
   input_gradient = scale * inverse * (g - bias_gradient / count - normal * (scale_gradient / count))
   return input_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 
 _by_batch_statistics.defvjp(_by_batch_statistics_forward, _by_batch_statistics_backward)
+
+
+def _sums(*maps):
+  """Of each [B, H, W, C] over all pixels: [1, 1, 1, C]."""
+  return tuple(x.sum((0, 1, 2), keepdims=True) for x in maps)
+
+
+def _sums_in_one_loop(*maps):
+  """The same, first of 8 pixels each, for all maps at once: XLA:CPU sums up so what it computes, without writing it.
+
+  A sum over all pixels is a library's, which reads its map from memory.
+  """
+  if sharding.splits_height():
+    return _sums(*maps)
+  b, h, w, c = maps[0].shape
+  groups = h * w // 8
+  maps = [x.reshape(b, h * w, c) for x in maps]
+  grouped = [x[:, : 8 * groups].reshape(b, groups, 8, c) for x in maps]
+  zeros = tuple(jnp.zeros((), x.dtype) for x in maps)
+  sums = jax.lax.reduce(tuple(grouped), zeros, lambda a, b: tuple(map(operator.add, a, b)), (2,))
+  totals = [total.sum((0, 1)) + x[:, 8 * groups :].sum((0, 1)) for total, x in zip(sums, maps)]
+  return tuple(total.reshape(1, 1, 1, c) for total in totals)
 
 
 class BatchNorm(nnx.Module):
