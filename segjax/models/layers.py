@@ -323,9 +323,9 @@ def _sums(*maps):
 
 
 def _sums_in_one_loop(*maps):
-  """The same, first of 8 pixels each, for all maps at once: XLA:CPU sums up so what it computes, without writing it.
+  """The same, first over 8 pixels at a time, of all maps together: one loop that computes them and writes none of them.
 
-  A sum over all pixels is a library's, which reads its map from memory.
+  A sum over all pixels XLA:CPU leaves to a library, which reads its map from memory.
   """
   if sharding.splits_height():
     return _sums(*maps)
