@@ -27,7 +27,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padd
   """
   plain = functools.partial(_plain, stride=stride, rate=rate, padding=padding)
   shifted = functools.partial(_shifted, stride=stride, rate=rate, padding=padding)
-  return jax.lax.platform_dependent(x, kernel, **_on_cpu(shifted), default=plain)
+  return jax.lax.platform_dependent(x, kernel, **sharding.on_cpu(shifted), default=plain)
 
 
 def _forward(x, kernel, stride, rate, padding):
@@ -38,7 +38,7 @@ def _backward(stride, rate, padding, saved, g):
   x, kernel = saved
   rows = functools.partial(_kernel_gradient_by_rows, kernel=kernel, stride=stride, rate=rate, padding=padding)
   sums = functools.partial(_kernel_gradient_by_sums, kernel=kernel, stride=stride, rate=rate, padding=padding)
-  kernel_gradient = jax.lax.platform_dependent(x, g, **_on_cpu(rows), default=sums)
+  kernel_gradient = jax.lax.platform_dependent(x, g, **sharding.on_cpu(rows), default=sums)
   # The input gradient is a convolution of stride 1 with the filter turned by 180 degrees, over g with the zeros that
   # the stride left out put back. On the far side x may have pixels that no output pixel looked at.
   spread = ((0, 0, 0), *((0, 0, stride - 1),) * 2, (0, 0, 0))
@@ -49,13 +49,6 @@ def _backward(stride, rate, padding, saved, g):
 
 
 depthwise_conv.defvjp(_forward, _backward)
-
-
-def _on_cpu(form) -> dict:
-  """{"cpu": form}, unless rows of pixels are split over devices: there each shift would be an exchange of rows of its own,
-  with a copy of the map, and a loop over rows would gather them all.
-  """
-  return {} if sharding.splits_height() else dict(cpu=form)
 
 
 def _plain(x, kernel, *, stride, rate, padding):

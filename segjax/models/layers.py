@@ -308,7 +308,8 @@ def _by_batch_statistics_backward(epsilon, saved, gradients):
   g, _, _ = gradients
   inverse = jax.lax.rsqrt(var + epsilon)
   normal = (x.astype(scale.dtype) - mean) * inverse
-  bias_gradient, scale_gradient = jax.lax.platform_dependent(g, g * normal, cpu=_sums_in_one_loop, default=_sums)
+  in_one_loop = sharding.on_cpu(_sums_in_one_loop)
+  bias_gradient, scale_gradient = jax.lax.platform_dependent(g, g * normal, **in_one_loop, default=_sums)
   count = x.shape[0] * x.shape[1] * x.shape[2]
   input_gradient = scale * inverse * (g - bias_gradient / count - normal * (scale_gradient / count))
   return input_gradient.astype(x.dtype), scale_gradient, bias_gradient
@@ -327,8 +328,6 @@ def _sums_in_one_loop(*maps):
 
   A sum over all pixels XLA:CPU leaves to a library, which reads its map from memory.
   """
-  if sharding.splits_height():
-    return _sums(*maps)
   b, h, w, c = maps[0].shape
   groups = h * w // 8
   maps = [x.reshape(b, h * w, c) for x in maps]
