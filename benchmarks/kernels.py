@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from segjax import augment, commandline, compiler, metrics
+from segjax import augment, commandline, compiler, losses, metrics
 from segjax.models import convolution, depthwise, layers, resize
 
 ORDER = ("NHWC", "HWIO", "NHWC")
@@ -74,17 +74,17 @@ def separable(size, features, *, stride=1, rate=1, batch=2):
 
 
 def normalising(size, features, batch=2):
-  """A row of batch norms."""
+  """A row of batch norms with ReLU."""
   graphdef, variables = nnx.split(layers.BatchNorm(features))
 
   def ours(x):
-    return nnx.merge(graphdef, variables, copy=True)(x, True)
+    return nnx.merge(graphdef, variables, copy=True)(x, True, jax.nn.relu)
 
   def autodiff(x):
     mean = x.mean((0, 1, 2), keepdims=True)
-    return (x - mean) * lax.rsqrt(jnp.square(x - mean).mean((0, 1, 2), keepdims=True) + 1e-5)
+    return jax.nn.relu((x - mean) * lax.rsqrt(jnp.square(x - mean).mean((0, 1, 2), keepdims=True) + 1e-5))
 
-  return f"batch norm {features}", [(batch, *size, features)], {"segjax": ours, "autodiff": autodiff}
+  return f"batch norm, ReLU {features}", [(batch, *size, features)], {"segjax": ours, "autodiff": autodiff}
 
 
 def pooling(size, features, window, batch=2):
@@ -158,8 +158,22 @@ def counting(size, classes, batch=4):
   return f"confusion matrix {classes}", [(batch, *size)] * 2, forms
 
 
+def scoring(size, classes, batch):
+  """A row of cross-entropies."""
+  label = jax.random.randint(jax.random.key(1), (batch, *size), 0, classes).astype(jnp.uint8)
+
+  def ours(logits):
+    return losses.softmax_cross_entropy(logits, label, ignore_label=255)
+
+  def summed(logits):
+    of_label = jnp.where(jax.nn.one_hot(label, classes, dtype=bool), logits, 0).sum(-1)
+    return (jax.nn.logsumexp(logits, axis=-1) - of_label).mean()
+
+  return f"cross-entropy {classes}", [(batch, *size, classes)], {"segjax": ours, "sum over classes": summed}
+
+
 def turning_hue(size, batch=16):
-  """A row of the costliest of the augmentation's colours."""
+  """A row of the costliest of the augmentation's colours, as bytes: nobody takes its gradients."""
 
   def by_remainder(image):
     sector, chroma, value = augment._hue_chroma_value(image)
@@ -167,7 +181,8 @@ def turning_hue(size, batch=16):
     return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
   ours = jax.vmap(lambda image: augment.shift_hue(image, 0.1))
-  return "hue", [(batch, *size, 3)], {"segjax": ours, "remainder": by_remainder}
+  forms = {"segjax": ours, "remainder": by_remainder}
+  return "hue", [(batch, *size, 3)], {name: lambda x, form=form: form(x).astype(jnp.uint8) for name, form in forms.items()}
 
 
 # Shapes of the networks at the sizes that benchmarks/README.md compares with PyTorch.
@@ -198,6 +213,7 @@ ROWS = {
   ],
   "resize": [lambda: resizing((17, 17), (65, 65), 256), lambda: resizing((65, 65), (257, 257), 21)],
   "confusion": [lambda: counting((513, 513), 21), lambda: counting((512, 512), 2)],
+  "loss": [lambda: scoring((128, 128), 21, 16), lambda: scoring((513, 513), 21, 2)],
   "hue": [lambda: turning_hue((128, 128))],
 }  # fmt: skip
 

@@ -114,9 +114,8 @@ def softmax_cross_entropy(
     A float scalar; 0 where every pixel is void.
   """
   valid = label != ignore_label
+  loss = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - _of_label(logits, label), 0)
   one_hot = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)  # All False where void.
-  picked = jnp.where(one_hot, logits, 0).sum(-1)
-  loss = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
   loss = loss * _pixel_weight(one_hot, class_weights, extra_weight, loss.dtype)
   if isinstance(hard_fraction, (int, float)) and hard_fraction >= 1:
     return loss.sum() / jnp.maximum(valid.sum(), 1)
@@ -124,6 +123,29 @@ def softmax_cross_entropy(
   count = jnp.floor(jnp.float32(hard_fraction) * jnp.float32(hardest.size)).astype(jnp.int32)
   hardest = jnp.where(jnp.arange(hardest.size) < count, hardest, 0)
   return hardest.sum() / jnp.maximum((hardest != 0).sum(), 1)
+
+
+@jax.custom_vjp
+def _of_label(x, label):
+  """[B, H, W]: what [B, H, W, K] has for each pixel's class; some number where void, without a gradient.
+
+  Autodiff's gradient of this gather is a scatter; as a sum over the classes, a pass over a map that is written for it
+  (benchmarks/kernels.md).
+  """
+  index = jnp.minimum(label, x.shape[-1] - 1).astype(jnp.int32)
+  return jnp.take_along_axis(x, index[..., None], -1, mode="promise_in_bounds")[..., 0]
+
+
+def _of_label_forward(x, label):
+  return _of_label(x, label), (label, jnp.arange(x.shape[-1]))
+
+
+def _of_label_backward(saved, g):
+  label, classes = saved
+  return jnp.where(label[..., None] == classes.reshape(1, 1, 1, -1), g[..., None], 0), None
+
+
+_of_label.defvjp(_of_label_forward, _of_label_backward)
 
 
 def _pixel_weight(one_hot, class_weights, extra_weight, dtype):
@@ -218,8 +240,7 @@ def focal(logits: jax.Array, label: jax.Array, *, ignore_label: int, gamma: floa
     truth = (label == 1)[..., None] if logits.shape[-1] == 1 else jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
     log_p = jax.nn.log_sigmoid(jnp.where(truth, logits, -logits))
   else:
-    one_hot = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
-    log_p = jnp.where(one_hot, jax.nn.log_softmax(logits), 0).sum(-1, keepdims=True)
+    log_p = _of_label(jax.nn.log_softmax(logits), label)[..., None]
   # Not quite 0 where p is 1: the gradient of a power below 1 is infinite there.
   loss = -((-jnp.expm1(jnp.minimum(log_p, -1e-30))) ** gamma) * log_p
   return jnp.where(valid[..., None], loss, 0).mean(-1).sum() / jnp.maximum(valid.sum(), 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from segjax import compiler
-from segjax.models import convolution
+from segjax.models import convolution, layers
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,17 @@ def test_on_cpu_maps_are_computed_before_a_gradient_by_the_kernel_transposes_the
   text = gradient.lower(jnp.ones((3, 3, 4, 8)), jnp.ones((2, 16, 16, 4)), jnp.ones(())).compile().as_text()
   transposing = [loop for loop in re.split(r"\n(?=%)", text) if " transpose(" in loop and "ENTRY" not in loop]
   assert transposing and not any(" multiply(" in loop for loop in transposing)
+
+
+def test_on_cpu_the_gradient_of_batch_norm_and_relu_writes_no_map_but_its_result():
+  def loss(x, weight):
+    return (layers.BatchNorm(8)(x, True, jax.nn.relu) * weight).sum()
+
+  x = jnp.ones((2, 16, 16, 8))
+  gradient = jax.jit(jax.grad(loss), compiler_options=compiler.options("train"))
+  entry = gradient.lower(x, x).compile().as_text().split("\nENTRY ")[1]
+  maps = re.findall(r"= f32\[2,(?:16,16|256),8\]\S* (?!parameter|get-tuple-element|bitcast)(\S+?)\(", entry)
+  assert maps == ["fusion"], maps
 
 
 def test_an_xla_that_does_not_know_the_option_gets_none(monkeypatch):

@@ -140,21 +140,22 @@ def test_batch_norm_equals_torch(momentum, epsilon):
   np.testing.assert_array_equal(norm.var[...], before)
 
 
+@pytest.mark.parametrize("activation", [layers.linear, jax.nn.relu, jax.nn.relu6])
 @pytest.mark.parametrize("size", [(4, 5), (4, 4), (1, 3)])
-def test_batch_norm_has_the_gradients_of_its_formula(size):
+def test_batch_norm_has_the_gradients_of_its_formula(size, activation):
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):
     x, weight = (jnp.asarray(rng.normal(size=(3, *size, 2)) + 2) for _ in range(2))
-    scale, bias = jnp.asarray([0.5, -2.0]), jnp.asarray([1.0, 3.0])
+    scale, bias = jnp.asarray([0.5, -4.0]), jnp.asarray([0.1, 3.0])  # Some results lie below 0, some above 6.
     graphdef, _, statistics = nnx.split(layers.BatchNorm(2, dtype=jnp.float64), nnx.Param, ...)
 
     def ours(x, scale, bias):
-      return nnx.merge(graphdef, {"scale": scale, "bias": bias}, statistics, copy=True)(x, True)
+      return nnx.merge(graphdef, {"scale": scale, "bias": bias}, statistics, copy=True)(x, True, activation)
 
     def formula(x, scale, bias):
       deviation = jnp.sqrt(x.var((0, 1, 2), keepdims=True) + 1e-5)
       normal = (x - x.mean((0, 1, 2), keepdims=True)) / deviation
-      return normal * scale.reshape(1, 1, 1, 2) + bias.reshape(1, 1, 1, 2)
+      return activation(normal * scale.reshape(1, 1, 1, 2) + bias.reshape(1, 1, 1, 2))
 
     (y, pull), (want, pull_want) = (jax.vjp(function, x, scale, bias) for function in (ours, formula))
     for a, b in zip((y, *pull(weight)), (want, *pull_want(weight))):
@@ -165,6 +166,15 @@ def test_batch_norm_keeps_its_digits_where_the_mean_is_large():
   norm = layers.BatchNorm(1)
   x = 1000 + 0.1 * random(8, 16, 16, 1)
   assert np.std(norm(x, True)) == pytest.approx(1, abs=0.02)  # E[x^2] - E[x]^2 would give a variance of 0.
+
+
+@pytest.mark.parametrize("row", [0, 8, 15])
+def test_batch_norm_keeps_its_digits_where_a_row_is_far_from_the_others(row):
+  norm, x = layers.BatchNorm(1, momentum=0), random(4, 16, 16, 1).at[:, row].add(1000)
+  norm(x, True)
+  exact = np.asarray(x, np.float64)
+  np.testing.assert_allclose(norm.mean[...], exact.mean(), rtol=1e-6)
+  np.testing.assert_allclose(norm.var[...], exact.var(ddof=1), rtol=1e-5)
 
 
 def test_batch_norm_statistics_stay_float32_under_bfloat16():

@@ -279,43 +279,77 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
   return x
 
 
+def linear(x: jax.Array) -> jax.Array:
+  """The activation that is none."""
+  return x
+
+
 def _normalize(x, mean, var, scale, bias, epsilon):
   """x in the type of `scale`, by statistics [1, 1, 1, C]."""
   # The mean comes off first: folded into the shift, it would cost the digits by which it exceeds the deviation.
   return (x.astype(scale.dtype) - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _by_batch_statistics(x, scale, bias, epsilon):
-  """([B, H, W, C] normalised, mean, variance), all in the type of `scale`, [1, 1, 1, C]; only the first has gradients.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _by_batch_statistics(x, scale, bias, epsilon, activation):
+  """([B, H, W, C] normalised and activated, mean, variance), all in the type of `scale`, [1, 1, 1, C]; only the first has
+  gradients.
 
   Autodiff would take twice as many sums for them, and keep x - mean beside x: 1.3 to 1.6 times the time on CPU
   (benchmarks/kernels.md).
   """
-  wide = x.astype(scale.dtype)
-  mean = wide.mean((0, 1, 2), keepdims=True)
-  var = jnp.square(wide - mean).mean((0, 1, 2), keepdims=True)
-  return _normalize(x, mean, var, scale, bias, epsilon), mean, var
+  in_one_loop = sharding.on_cpu(_moments_in_one_loop)
+  mean, var = jax.lax.platform_dependent(x.astype(scale.dtype), **in_one_loop, default=_moments)
+  return activation(_normalize(x, mean, var, scale, bias, epsilon)), mean, var
 
 
-def _by_batch_statistics_forward(x, scale, bias, epsilon):
-  results = _by_batch_statistics(x, scale, bias, epsilon)
-  return results, (x, scale, *results[1:])
+def _by_batch_statistics_forward(x, scale, bias, epsilon, activation):
+  results = _by_batch_statistics(x, scale, bias, epsilon, activation)
+  return results, (x, scale, bias, *results[1:])
 
 
-def _by_batch_statistics_backward(epsilon, saved, gradients):
-  x, scale, mean, var = saved
-  g, _, _ = gradients
+def _by_batch_statistics_backward(epsilon, activation, saved, gradients):
+  x, scale, bias, mean, var = saved
   inverse = jax.lax.rsqrt(var + epsilon)
-  normal = (x.astype(scale.dtype) - mean) * inverse
+
+  def normal_and_gradient(x, g):
+    _, gradient = jax.vjp(activation, _normalize(x, mean, var, scale, bias, epsilon))
+    return (x.astype(scale.dtype) - mean) * inverse, *gradient(g)
+
+  # Computed twice, for the sums and with them: between the barriers XLA would do it once, and write it all to memory.
+  x, g = jax.lax.optimization_barrier((x, gradients[0]))
+  normal, gradient = normal_and_gradient(x, g)
   in_one_loop = sharding.on_cpu(_sums_in_one_loop)
-  bias_gradient, scale_gradient = jax.lax.platform_dependent(g, g * normal, **in_one_loop, default=_sums)
+  sums = jax.lax.platform_dependent(gradient, gradient * normal, **in_one_loop, default=_sums)
+  bias_gradient, scale_gradient = sums
   count = x.shape[0] * x.shape[1] * x.shape[2]
-  input_gradient = scale * inverse * (g - bias_gradient / count - normal * (scale_gradient / count))
+  normal, gradient = normal_and_gradient(*jax.lax.optimization_barrier((x, g)))
+  input_gradient = scale * inverse * (gradient - bias_gradient / count - normal * (scale_gradient / count))
   return input_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 
 _by_batch_statistics.defvjp(_by_batch_statistics_forward, _by_batch_statistics_backward)
+
+
+def _moments(x):
+  """Mean and variance of [B, H, W, C] over all pixels: [1, 1, 1, C] each."""
+  mean = x.mean((0, 1, 2), keepdims=True)
+  return mean, jnp.square(x - mean).mean((0, 1, 2), keepdims=True)
+
+
+def _moments_in_one_loop(x):
+  """The same, reading x once: of each example about the mean of its middle row, and then of all (Chan et al. 1979).
+
+  A row of w pixels makes up w / (h w) of the variance at least by itself, so what is cancelled is h times the rest at most.
+  """
+  b, h, w, c = x.shape
+  middle = x[:, h // 2].mean(1)
+  offset = x - middle.reshape(b, 1, 1, c)
+  first, second = (total / (h * w) for total in _sums_of_examples(offset, jnp.square(offset)))
+  means = middle + first
+  mean = means.mean(0, keepdims=True)
+  var = (second - jnp.square(first) + jnp.square(means - mean)).mean(0)
+  return mean.reshape(1, 1, 1, c), var.reshape(1, 1, 1, c)
 
 
 def _sums(*maps):
@@ -324,18 +358,23 @@ def _sums(*maps):
 
 
 def _sums_in_one_loop(*maps):
-  """The same, first over 8 pixels at a time, of all maps together: one loop that computes them and writes none of them.
+  """The same by `_sums_of_examples`."""
+  return tuple(total.sum(0).reshape(1, 1, 1, -1) for total in _sums_of_examples(*maps))
+
+
+def _sums_of_examples(*maps):
+  """Of each [B, H, W, C] over height and width: [B, C]. First over 16 pixels at a time, of all maps together: one loop that
+  computes them and writes none of them.
 
   A sum over all pixels XLA:CPU leaves to a library, which reads its map from memory.
   """
   b, h, w, c = maps[0].shape
-  groups = h * w // 8
+  groups = h * w // 16
   maps = [x.reshape(b, h * w, c) for x in maps]
-  grouped = [x[:, : 8 * groups].reshape(b, groups, 8, c) for x in maps]
+  grouped = [x[:, : 16 * groups].reshape(b, groups, 16, c) for x in maps]
   zeros = tuple(jnp.zeros((), x.dtype) for x in maps)
   sums = jax.lax.reduce(tuple(grouped), zeros, lambda a, b: tuple(map(operator.add, a, b)), (2,))
-  totals = [total.sum((0, 1)) + x[:, 8 * groups :].sum((0, 1)) for total, x in zip(sums, maps)]
-  return tuple(total.reshape(1, 1, 1, c) for total in totals)
+  return tuple(total.sum(1) + x[:, 16 * groups :].sum(1) for total, x in zip(sums, maps))
 
 
 class BatchNorm(nnx.Module):
@@ -360,19 +399,22 @@ class BatchNorm(nnx.Module):
     self.var = nnx.BatchStat(jnp.ones(features, param_dtype(dtype)))
     self.momentum, self.epsilon, self.frozen, self.dtype = momentum, epsilon, frozen, dtype
 
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, train: bool, activation: Callable = linear) -> jax.Array:
     """[B, H, W, C] -> the same, in `dtype`. With `train`, and unless frozen, by the batch's statistics, which update the
     running ones.
+
+    Args:
+      activation: of the result, a function of each number; here, because its gradient is then computed in passing.
     """
     scale, bias = per_channel(self.scale), per_channel(self.bias)
     if train and not self.frozen:
-      y, mean, var = _by_batch_statistics(x, scale, bias, self.epsilon)
+      y, mean, var = _by_batch_statistics(x, scale, bias, self.epsilon, activation)
       count = x.shape[0] * x.shape[1] * x.shape[2]
       for running, batch in ((self.mean, mean), (self.var, var * (count / max(count - 1, 1)))):
         # Not running[...] = ...: nnx then asks for shardings, and each tracer lists where it comes from: half of all tracing.
         running.set_value(self.momentum * running[...] + (1 - self.momentum) * batch.reshape(-1))
     else:
-      y = _normalize(x, per_channel(self.mean), per_channel(self.var), scale, bias, self.epsilon)
+      y = activation(_normalize(x, per_channel(self.mean), per_channel(self.var), scale, bias, self.epsilon))
     return y.astype(self.dtype)
 
 
@@ -400,7 +442,7 @@ class ConvNorm(nnx.Module):
   """Dense convolution without bias, batch norm, and an activation.
 
   Args:
-    activation: of the result; None for a linear one.
+    activation: of the result.
     norm: keywords of `BatchNorm`: momentum, epsilon, frozen.
     conv: further keywords of `Conv`.
   """
@@ -412,8 +454,7 @@ class ConvNorm(nnx.Module):
     self.activation = activation
 
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = self.norm(self.conv(x), train)
-    return x if self.activation is None else self.activation(x)
+    return self.norm(self.conv(x), train, self.activation)
 
 
 class SeparableConv(nnx.Module):
@@ -421,7 +462,7 @@ class SeparableConv(nnx.Module):
 
   Args:
     inner_norm: off: no batch norm and no activation between the two convolutions.
-    activation: after each of the two batch norms; None for none.
+    activation: after each of the two batch norms.
     norm: keywords of `BatchNorm`.
     depthwise_init, pointwise_init: initialisers.
   """
@@ -439,8 +480,7 @@ class SeparableConv(nnx.Module):
 
   def __call__(self, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
     """[B, H, W, in] -> [B, H / stride, W / stride, out]; adds `name` and `name`/depthwise to `endpoints`."""
-    activate = self.activation or (lambda x: x)
     x = self.depthwise(x)
-    x = endpoints[f"{name}/depthwise"] = activate(self.depthwise_norm(x, train)) if self.depthwise_norm else x
-    x = endpoints[name] = activate(self.pointwise_norm(self.pointwise(x), train))
+    x = endpoints[f"{name}/depthwise"] = self.depthwise_norm(x, train, self.activation) if self.depthwise_norm else x
+    x = endpoints[name] = self.pointwise_norm(self.pointwise(x), train, self.activation)
     return x

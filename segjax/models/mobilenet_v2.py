@@ -30,7 +30,7 @@ class InvertedResidual(layers.Block):
       dtype=options["dtype"], rngs=options["rngs"],
     )  # fmt: skip
     self.depthwise_norm = layers.BatchNorm(wide, dtype=options["dtype"], **norm)
-    self.project = layers.ConvNorm(wide, features, activation=None, **options)
+    self.project = layers.ConvNorm(wide, features, activation=layers.linear, **options)
     self.expands, self.adds = expansion > 1, stride == 1 and in_features == features
     self.border = rate if padding == "early" else 0  # Pixels around the block's input.
 
@@ -39,7 +39,7 @@ class InvertedResidual(layers.Block):
     skip, border = x, (self.border, self.border)
     x = jnp.pad(x, ((0, 0), border, border, (0, 0)))
     x = self.expand(x, train) if self.expands else x
-    x = endpoints[f"{name}/depthwise"] = jax.nn.relu6(self.depthwise_norm(self.depthwise(x), train))
+    x = endpoints[f"{name}/depthwise"] = self.depthwise_norm(self.depthwise(x), train, jax.nn.relu6)
     x = self.project(x, train)
     x = endpoints[name] = x + skip if self.adds else x
     return x

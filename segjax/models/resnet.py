@@ -25,10 +25,10 @@ class Bottleneck(layers.Block):
     width = features // 4
     self.conv1 = layers.ConvNorm(in_features, width, **options)
     self.conv2 = layers.ConvNorm(width, width, 3, stride=stride, rate=rate, padding="fixed", **options)
-    self.conv3 = layers.ConvNorm(width, features, activation=None, **options)
+    self.conv3 = layers.ConvNorm(width, features, activation=layers.linear, **options)
     self.projects = stride > 1 or in_features != features
     if self.projects:
-      self.shortcut = layers.ConvNorm(in_features, features, stride=stride, activation=None, **options)
+      self.shortcut = layers.ConvNorm(in_features, features, stride=stride, activation=layers.linear, **options)
 
   @layers.rematerialized
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:

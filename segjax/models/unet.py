@@ -20,7 +20,7 @@ class DoubleConv(nnx.Module):
   def __call__(self, x, train):
     for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
       x = conv(x)
-      x = jax.nn.relu(x if norm is None else norm(x, train))
+      x = jax.nn.relu(x) if norm is None else norm(x, train, jax.nn.relu)
     return x
 
 

@@ -41,13 +41,13 @@ class XceptionUnit(layers.Block):
     for n in range(3):
       separable = layers.SeparableConv(
         in_features if n == 0 else features[n - 1], features[n], stride=stride if n == 2 else 1, rate=rate,
-        padding="fixed", activation=jax.nn.relu if rectify == "inside" else None,
+        padding="fixed", activation=jax.nn.relu if rectify == "inside" else layers.linear,
         depthwise_init=options["kernel_init"], pointwise_init=options["kernel_init"],
         **{k: v for k, v in options.items() if k != "kernel_init"},
       )  # fmt: skip
       setattr(self, f"sep{n + 1}", separable)
     if shortcut == "conv":
-      self.shortcut = layers.ConvNorm(in_features, features[2], stride=stride, activation=None, **options)
+      self.shortcut = layers.ConvNorm(in_features, features[2], stride=stride, activation=layers.linear, **options)
     self.kind, self.rectify = shortcut, rectify
 
   @layers.rematerialized
