@@ -182,7 +182,11 @@ def turning_hue(size, batch=16):
 
   ours = jax.vmap(lambda image: augment.shift_hue(image, 0.1))
   forms = {"segjax": ours, "remainder": by_remainder}
-  return "hue", [(batch, *size, 3)], {name: lambda x, form=form: form(x).astype(jnp.uint8) for name, form in forms.items()}
+  return (
+    "hue",
+    [(batch, *size, 3)],
+    {name: lambda x, form=form: form(x).astype(jnp.uint8) for name, form in forms.items()},
+  )
 
 
 # Shapes of the networks at the sizes that benchmarks/README.md compares with PyTorch.
