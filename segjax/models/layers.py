@@ -295,7 +295,7 @@ def _by_batch_statistics(x, scale, bias, epsilon, activation):
   """([B, H, W, C] normalised and activated, mean, variance), all in the type of `scale`, [1, 1, 1, C]; only the first has
   gradients.
 
-  Autodiff would take twice as many sums for them, and keep x - mean beside x: 1.3 to 1.6 times the time on CPU
+  Autodiff would take twice as many sums for them, and keep x - mean beside x: with ReLU 2 to 3 times the time on CPU
   (benchmarks/kernels.md).
   """
   in_one_loop = sharding.on_cpu(_moments_in_one_loop)
@@ -316,7 +316,7 @@ def _by_batch_statistics_backward(epsilon, activation, saved, gradients):
     _, gradient = jax.vjp(activation, _normalize(x, mean, var, scale, bias, epsilon))
     return (x.astype(scale.dtype) - mean) * inverse, *gradient(g)
 
-  # Computed twice, for the sums and with them: between the barriers XLA would do it once, and write it all to memory.
+  # Computed for the sums, and again with them: without the barriers XLA would do it once, and write it all to memory.
   x, g = jax.lax.optimization_barrier((x, gradients[0]))
   normal, gradient = normal_and_gradient(x, g)
   in_one_loop = sharding.on_cpu(_sums_in_one_loop)
@@ -340,7 +340,7 @@ def _moments(x):
 def _moments_in_one_loop(x):
   """The same, reading x once: of each example about the mean of its middle row, and then of all (Chan et al. 1979).
 
-  A row of w pixels makes up w / (h w) of the variance at least by itself, so what is cancelled is h times the rest at most.
+  A row is 1/h of the pixels, so the square of its mean's distance from theirs, which is cancelled, is at most h variances.
   """
   b, h, w, c = x.shape
   middle = x[:, h // 2].mean(1)
@@ -380,8 +380,8 @@ def _sums_of_examples(*maps):
 class BatchNorm(nnx.Module):
   """Batch normalisation (Ioffe & Szegedy 2015) over batch, height and width.
 
-  Under jit with a sharded batch the means below are global, so 1 device and 8 devices compute the same. Statistics are
-  float32 whatever the compute type, by two passes: E[x^2] - E[x]^2 loses all digits where the mean is large.
+  Under jit with a sharded batch the means are global, so 1 device and 8 devices compute the same. Statistics are float32
+  whatever the compute type, the variance about a mean: E[x^2] - E[x]^2 loses all digits where the mean is large.
 
   Args:
     momentum: share of the old running statistic kept at an update (PyTorch's momentum is 1 minus this).
