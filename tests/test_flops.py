@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from segjax import flops, models
-from segjax.models import depthwise, resize
+from segjax.models import convolution, depthwise, resize
 
 # TensorFlow ran a dense convolution of rate 6, 12 or 18 on a 33x33 map padded to a multiple of the rate, 36x36, and the
 # paper's two rows of dense convolutions count that: three branches of 3x3x2048x256.
@@ -43,6 +43,10 @@ def test_counts_by_hand():
   )
   assert flops.multiply_adds(lambda x: jnp.einsum("bhwc,cd->bhwd", x, jnp.zeros((4, 6))), image) == 2 * 9 * 7 * 4 * 6
   assert flops.multiply_adds(lambda x: resize.resize_bilinear(x, (18, 14)), image) == 0
+  train = lambda x, k: jax.vjp(lambda x, k: convolution.conv(x, k, 1, 1, around), x, k)[1](x)  # noqa: E731
+  assert (
+    flops.multiply_adds(train, image, jnp.zeros((3, 3, 4, 4))) == 3 * 2 * 9 * 7 * 9 * 4 * 4
+  )  # Forward and two gradients.
   loop = lambda x: jax.lax.scan(lambda c, _: (c @ jnp.ones((4, 4)), None), x, length=5)[0]  # noqa: E731
   assert flops.multiply_adds(loop, jnp.zeros((3, 4))) == 5 * 3 * 4 * 4
 

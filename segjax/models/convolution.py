@@ -145,8 +145,8 @@ def _over_patches(x, kernel, **options):
 
 
 def _input_gradient(form):
-  """That of a form which JAX differentiates well."""
-  return lambda g, *, x, kernel, **options: jax.vjp(lambda x: form(x, kernel, **options), x)[1](g)[0]
+  """That of a form which JAX transposes well."""
+  return lambda g, *, x, kernel, **options: jax.linear_transpose(lambda x: form(x, kernel, **options), x)(g)[0]
 
 
 def _kernel_gradient_by_xla(x, g, *, kernel, **options):

@@ -5,7 +5,6 @@ Mode is an argument of each call, never hidden state. Module attributes give par
 """
 
 import functools
-import operator
 from collections.abc import Callable
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from segjax import sharding
-from segjax.models import convolution, depthwise
+from segjax.models import convolution, depthwise, normalization
 
 # Mean and standard deviation of ImageNet's training images, RGB in [0, 255] (the field's customary numbers).
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -284,99 +283,6 @@ def linear(x: jax.Array) -> jax.Array:
   return x
 
 
-def _normalize(x, mean, var, scale, bias, epsilon):
-  """x in the type of `scale`, by statistics [1, 1, 1, C]."""
-  # The mean comes off first: folded into the shift, it would cost the digits by which it exceeds the deviation.
-  return (x.astype(scale.dtype) - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _by_batch_statistics(x, scale, bias, epsilon, activation):
-  """([B, H, W, C] normalised and activated, mean, variance), all in the type of `scale`, [1, 1, 1, C]; only the first has
-  gradients.
-
-  Autodiff would take twice as many sums for them, and keep x - mean beside x: with ReLU 2 to 3 times the time on CPU
-  (benchmarks/kernels.md).
-  """
-  in_one_loop = sharding.on_cpu(_moments_in_one_loop)
-  mean, var = jax.lax.platform_dependent(x.astype(scale.dtype), **in_one_loop, default=_moments)
-  return activation(_normalize(x, mean, var, scale, bias, epsilon)), mean, var
-
-
-def _by_batch_statistics_forward(x, scale, bias, epsilon, activation):
-  results = _by_batch_statistics(x, scale, bias, epsilon, activation)
-  return results, (x, scale, bias, *results[1:])
-
-
-def _by_batch_statistics_backward(epsilon, activation, saved, gradients):
-  x, scale, bias, mean, var = saved
-  inverse = jax.lax.rsqrt(var + epsilon)
-
-  def normal_and_gradient(x, g):
-    _, gradient = jax.vjp(activation, _normalize(x, mean, var, scale, bias, epsilon))
-    return (x.astype(scale.dtype) - mean) * inverse, *gradient(g)
-
-  # Computed for the sums, and again with them: without the barriers XLA would do it once, and write it all to memory.
-  x, g = jax.lax.optimization_barrier((x, gradients[0]))
-  normal, gradient = normal_and_gradient(x, g)
-  in_one_loop = sharding.on_cpu(_sums_in_one_loop)
-  sums = jax.lax.platform_dependent(gradient, gradient * normal, **in_one_loop, default=_sums)
-  bias_gradient, scale_gradient = sums
-  count = x.shape[0] * x.shape[1] * x.shape[2]
-  normal, gradient = normal_and_gradient(*jax.lax.optimization_barrier((x, g)))
-  input_gradient = scale * inverse * (gradient - bias_gradient / count - normal * (scale_gradient / count))
-  return input_gradient.astype(x.dtype), scale_gradient, bias_gradient
-
-
-_by_batch_statistics.defvjp(_by_batch_statistics_forward, _by_batch_statistics_backward)
-
-
-def _moments(x):
-  """Mean and variance of [B, H, W, C] over all pixels: [1, 1, 1, C] each."""
-  mean = x.mean((0, 1, 2), keepdims=True)
-  return mean, jnp.square(x - mean).mean((0, 1, 2), keepdims=True)
-
-
-def _moments_in_one_loop(x):
-  """The same, reading x once: of each example about the mean of its middle row, and then of all (Chan et al. 1979).
-
-  A row is 1/h of the pixels, so the square of its mean's distance from theirs, which is cancelled, is at most h variances.
-  """
-  b, h, w, c = x.shape
-  middle = x[:, h // 2].mean(1)
-  offset = x - middle.reshape(b, 1, 1, c)
-  first, second = (total / (h * w) for total in _sums_of_examples(offset, jnp.square(offset)))
-  means = middle + first
-  mean = means.mean(0, keepdims=True)
-  var = (second - jnp.square(first) + jnp.square(means - mean)).mean(0)
-  return mean.reshape(1, 1, 1, c), var.reshape(1, 1, 1, c)
-
-
-def _sums(*maps):
-  """Of each [B, H, W, C] over all pixels: [1, 1, 1, C]."""
-  return tuple(x.sum((0, 1, 2), keepdims=True) for x in maps)
-
-
-def _sums_in_one_loop(*maps):
-  """The same by `_sums_of_examples`."""
-  return tuple(total.sum(0).reshape(1, 1, 1, -1) for total in _sums_of_examples(*maps))
-
-
-def _sums_of_examples(*maps):
-  """Of each [B, H, W, C] over height and width: [B, C]. First over 16 pixels at a time, of all maps together: one loop that
-  computes them and writes none of them.
-
-  A sum over all pixels XLA:CPU leaves to a library, which reads its map from memory.
-  """
-  b, h, w, c = maps[0].shape
-  groups = h * w // 16
-  maps = [x.reshape(b, h * w, c) for x in maps]
-  grouped = [x[:, : 16 * groups].reshape(b, groups, 16, c) for x in maps]
-  zeros = tuple(jnp.zeros((), x.dtype) for x in maps)
-  sums = jax.lax.reduce(tuple(grouped), zeros, lambda a, b: tuple(map(operator.add, a, b)), (2,))
-  return tuple(total.sum(1) + x[:, 16 * groups :].sum(1) for total, x in zip(sums, maps))
-
-
 class BatchNorm(nnx.Module):
   """Batch normalisation (Ioffe & Szegedy 2015) over batch, height and width.
 
@@ -408,13 +314,15 @@ class BatchNorm(nnx.Module):
     """
     scale, bias = per_channel(self.scale), per_channel(self.bias)
     if train and not self.frozen:
-      y, mean, var = _by_batch_statistics(x, scale, bias, self.epsilon, activation)
+      y, mean, var = normalization.by_batch_statistics(x, scale, bias, self.epsilon, activation)
       count = x.shape[0] * x.shape[1] * x.shape[2]
       for running, batch in ((self.mean, mean), (self.var, var * (count / max(count - 1, 1)))):
         # Not running[...] = ...: nnx then asks for shardings, and each tracer lists where it comes from: half of all tracing.
         running.set_value(self.momentum * running[...] + (1 - self.momentum) * batch.reshape(-1))
     else:
-      y = activation(_normalize(x, per_channel(self.mean), per_channel(self.var), scale, bias, self.epsilon))
+      y = activation(
+        normalization.normalize(x, per_channel(self.mean), per_channel(self.var), scale, bias, self.epsilon)
+      )
     return y.astype(self.dtype)
 
 
