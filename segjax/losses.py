@@ -132,7 +132,7 @@ def _of_label(x, label):
   Autodiff's gradient of this gather is a scatter; as a sum over the classes, a pass over a map that is written for it
   (benchmarks/kernels.md).
   """
-  index = jnp.minimum(label, x.shape[-1] - 1).astype(jnp.int32)
+  index = jnp.clip(label.astype(jnp.int32), 0, x.shape[-1] - 1)
   return jnp.take_along_axis(x, index[..., None], -1, mode="promise_in_bounds")[..., 0]
 
 

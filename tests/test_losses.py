@@ -59,6 +59,15 @@ def test_even_nan_under_void_does_not_reach_the_loss():
   assert np.isfinite(loss(logits, label))
 
 
+def test_void_may_have_any_number_that_is_no_class():
+  logits, label = example()
+  values = [
+    losses.softmax_cross_entropy(jnp.asarray(logits), jnp.where(label == 255, void, label), ignore_label=void)
+    for void in (255, -1, 4)
+  ]
+  assert values[0] == values[1] == values[2]
+
+
 def test_all_void_batch_gives_zero_loss_and_gradient():
   logits, label = example()
   label[:] = 255
