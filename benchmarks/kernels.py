@@ -125,6 +125,20 @@ def up(size, features, batch=4):
     {"segjax": ours, "xla": xla}  # fmt: skip
 
 
+def side_by_side(size, features, batch):
+  """A row of concatenations, of maps that batch norm in evaluation and ReLU give."""
+  normal = [lambda x, n=n: jax.nn.relu((x - n) * 0.5 + 1) for n in range(len(features))]
+
+  def ours(*maps):
+    return layers.concatenate([f(x) for f, x in zip(normal, maps)])
+
+  def xla(*maps):
+    return jnp.concatenate([f(x) for f, x in zip(normal, maps)], axis=-1)
+
+  name = f"concatenation {'+'.join(map(str, features))}"
+  return name, [(batch, *size, of) for of in features], {"segjax": ours, "xla": xla}
+
+
 def resizing(size, to, features, batch=2):
   """A row of bilinear resizing."""
 
@@ -214,6 +228,10 @@ ROWS = {
   "transposed": [
     lambda: transposed((15, 15), 21, 2), lambda: transposed((60, 60), 21, 8), lambda: transposed((30, 30), 21, 16),
     lambda: up((16, 16), 1024), lambda: up((128, 128), 128),
+  ],
+  "concatenation": [
+    lambda: side_by_side((128, 128), (16, 16), 16), lambda: side_by_side((256, 256), (64, 64), 4),
+    lambda: side_by_side((129, 129), (256, 48), 1), lambda: side_by_side((33, 33), (256,) * 5, 1),
   ],
   "resize": [lambda: resizing((17, 17), (65, 65), 256), lambda: resizing((65, 65), (257, 257), 21)],
   "confusion": [lambda: counting((513, 513), 21), lambda: counting((512, 512), 2)],

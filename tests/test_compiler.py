@@ -53,6 +53,25 @@ def test_on_cpu_the_gradient_of_batch_norm_and_relu_writes_no_map_but_its_result
   assert maps == ["fusion"], maps
 
 
+def test_on_cpu_the_gradient_of_max_pooling_reads_the_maximum():
+  def loss(x, weight):
+    return (layers.max_pool_2x2(x) * weight).sum()
+
+  gradient = jax.jit(jax.grad(loss), compiler_options=compiler.options("train"))
+  text = gradient.lower(jnp.ones((2, 16, 16, 8)), jnp.ones((2, 8, 8, 8))).compile().as_text()
+  loops = [loop for loop in re.split(r"\n(?=%)", text) if " maximum(" in loop]
+  assert len(loops) == 1
+
+
+def test_on_cpu_a_concatenation_is_one_loop_with_what_computes_its_maps():
+  def beside(x, y):
+    return layers.concatenate([jax.nn.relu(x), 2 * y])
+
+  join = jax.jit(beside, compiler_options=compiler.options("train"))
+  text = join.lower(jnp.ones((2, 16, 16, 8)), jnp.ones((2, 16, 16, 4))).compile().as_text()
+  assert text.count(" fusion(") == 1 and " concatenate(" not in text
+
+
 def test_an_xla_that_does_not_know_the_option_gets_none(monkeypatch):
   monkeypatch.setattr(compiler, "_BY_YNNPACK", {"train": "NO_SUCH_LIBRARY"})
   assert compiler.options("train") == {}

@@ -69,18 +69,26 @@ def test_transposed_convolution_equals_lax_in_value_and_gradients():
   graphdef = nnx.graphdef(layer)
   x, weight = random(2, 3, 4, 3), random(2, 6, 8, 5, seed=1)
 
-  def ours(x, kernel):
-    return nnx.merge(graphdef, {"kernel": kernel, "bias": layer.bias[...]}, copy=True)(x)
+  def ours(x, kernel, bias):
+    return nnx.merge(graphdef, {"kernel": kernel, "bias": bias}, copy=True)(x)
 
-  def plain(x, kernel):
+  def plain(x, kernel, bias):
     # lax slides the kernel flipped: output (2i+a, 2j+b) takes kernel[1-a, 1-b].
-    return jax.lax.conv_transpose(x, kernel[::-1, ::-1], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.lax.conv_transpose(x, kernel[::-1, ::-1], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y + bias.reshape(1, 1, 1, -1)
 
-  kernel = layer.kernel[...]
-  np.testing.assert_allclose(ours(x, kernel), plain(x, kernel), atol=1e-5)
-  got, want = (jax.grad(lambda x, k, f=f: (f(x, k) * weight).sum(), (0, 1))(x, kernel) for f in (ours, plain))
+  arguments = x, layer.kernel[...], random(5, seed=2)
+  np.testing.assert_allclose(ours(*arguments), plain(*arguments), atol=1e-5)
+  got, want = (jax.grad(lambda *a, f=f: (f(*a) * weight).sum(), (0, 1, 2))(*arguments) for f in (ours, plain))
   for g, w in zip(got, want):
     np.testing.assert_allclose(g, w, atol=1e-5)
+
+
+def test_concatenating_equals_numpys_in_value_and_gradients():
+  maps, weight = [random(2, 3, 4, c, seed=c) for c in (3, 1, 5)], random(2, 3, 4, 9)
+  np.testing.assert_array_equal(layers.concatenate(maps), np.concatenate(maps, axis=-1))
+  gradients = jax.grad(lambda maps: (layers.concatenate(maps) * weight).sum())(maps)
+  np.testing.assert_array_equal(np.concatenate(gradients, axis=-1), weight)
 
 
 @pytest.mark.parametrize("stride, size", [(2, (3, 4)), (8, (2, 3)), (1, (1, 2))])

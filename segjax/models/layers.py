@@ -5,7 +5,7 @@ Mode is an argument of each call, never hidden state. Module attributes give par
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,21 @@ def paddings(size: tuple[int, int], kernel_size: int, stride: int, rate: int, pa
   return tuple((t // 2, t - t // 2) for t in total)
 
 
+def concatenate(maps: Sequence[jax.Array]) -> jax.Array:
+  """[B, H, W, C] each, of any C -> [B, H, W, sum of C].
+
+  On CPU as a sum of maps with zeros beside them: XLA:CPU makes a fast loop of that, with what computes them in it, and a
+  slow one of a concatenation.
+  """
+  return jax.lax.platform_dependent(*maps, cpu=_sum_of_padded, default=lambda *maps: jnp.concatenate(maps, axis=-1))
+
+
+def _sum_of_padded(*maps):
+  ends = np.cumsum([x.shape[-1] for x in maps])
+  beside = [(end - x.shape[-1], ends[-1] - end) for x, end in zip(maps, ends)]
+  return functools.reduce(jnp.add, [jnp.pad(x, ((0, 0), (0, 0), (0, 0), zeros)) for x, zeros in zip(maps, beside)])
+
+
 def on_split_height(convolve: Callable, x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding) -> jax.Array:
   """`convolve` of these arguments with the heights of x and of the result split alike, see `sharding.split_height`."""
   rows = x.shape[1]
@@ -156,8 +171,17 @@ class ConvTranspose2x2(nnx.Module):
     b, h, w, _ = x.shape
     kernel = self.kernel[...].astype(self.dtype)
     x = convolution.matmul(x.astype(self.dtype), kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1))
-    x = x.reshape(b, h, w, 2, 2, -1).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, -1)
-    return x + per_channel(self.bias).astype(self.dtype)
+    x = _with_written_gradient(x + jnp.tile(self.bias[...].astype(self.dtype), 4).reshape(1, 1, 1, -1))
+    return x.reshape(b, h, w, 2, 2, -1).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, -1)
+
+
+@jax.custom_vjp
+def _with_written_gradient(x):
+  """x, whose gradient XLA:CPU writes to memory once for all that read it, in the order of x."""
+  return x
+
+
+_with_written_gradient.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 def bilinear_filter(stride: int) -> np.ndarray:
@@ -246,7 +270,8 @@ def _max_of_windows(x):
 
 
 def _max_of_windows_forward(x):
-  largest = _max_of_windows(x)
+  # Behind a barrier, else XLA finds it anew for each pixel of a window in the gradient.
+  largest = jax.lax.optimization_barrier(_max_of_windows(x))
   return largest, (x, largest)
 
 
