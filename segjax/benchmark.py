@@ -20,6 +20,7 @@ from segjax import commandline
 _WHAT = flags.DEFINE_list("what", ["train", "eval"], "What to measure, of train, eval, compile, input.")
 _COMPARE = flags.DEFINE_enum("compare", None, ("torch",), "What to measure beside it, in turn.")
 _TORCH_FORMS = flags.DEFINE_list("torch_forms", None, "Forms of PyTorch of which the best is taken. None: all four.")
+_TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "The Python whose PyTorch it is.")
 _DTYPES = flags.DEFINE_list("dtypes", None, "Measure under each of these types. None: config.dtype.")
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "Least duration of a measurement.")
 _GENERATE = flags.DEFINE_integer("generate", 0, "input: measure this many generated examples, not config.data.dir.")
@@ -73,7 +74,9 @@ def _steps(config, kinds: list[str]) -> str:
         found = [step_speed.measure_compilation(config, step) for step in step_speed.STEPS]
         compilations += found
       else:
-        found = [step_speed.measure(config, kind, seconds=_SECONDS.value, torch_forms=forms)]
+        found = [
+          step_speed.measure(config, kind, seconds=_SECONDS.value, torch_forms=forms, torch_python=_TORCH_PYTHON.value)
+        ]
         rows += found
       for row in found:
         line = json.dumps(dict(date=time.strftime("%Y-%m-%d"), jax=jax.__version__, **row))

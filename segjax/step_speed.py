@@ -180,12 +180,14 @@ class Torch:
   Args:
     kind: "train" or "eval".
     ours: whose batch and size it takes.
+    python: that has PyTorch. It may be another than this one: the CUDA libraries that pip installs for JAX and for PyTorch
+      do not always agree.
 
   Raises:
-    ConfigError: model options that its network has not, or no PyTorch here.
+    ConfigError: model options that its network has not, or no PyTorch there.
   """
 
-  def __init__(self, config, kind: str, ours: Measured, num_classes: int):
+  def __init__(self, config, kind: str, ours: Measured, num_classes: int, python: str):
     _check_torch_options(config)
     options = {name: config.model[name] for name in TORCH_OPTIONS[config.model.name]}
     spec = dict(
@@ -193,16 +195,25 @@ class Torch:
       size=ours.size, dtype=config.dtype,
     )  # fmt: skip
     self._kind = kind
-    self._process = subprocess.Popen(
-      [sys.executable, str(TORCH_PROGRAM), json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = [python, str(TORCH_PROGRAM), json.dumps(spec)]
+    try:
+      self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    except OSError as error:
+      raise ConfigError(f"--torch_python={python} cannot be run: {error.strerror}.") from error
     line = self._process.stdout.readline()
     if not line:
-      raise ConfigError("--compare=torch needs PyTorch here: pip install torch (see benchmarks/README.md).")
+      raise ConfigError(
+        f"--compare=torch: {python} has no PyTorch, or cannot load it, see above: pip install torch, or name a Python that"
+        " has it by --torch_python."
+      )
     self.version = json.loads(line)["torch"]
 
-  def steps(self, form: str, count: int) -> list[float] | None:
-    """Seconds of each of so many steps in one of `TORCH_FORMS`; None if PyTorch cannot run it."""
+  def steps(self, form: str, count: int) -> list[float]:
+    """Seconds of each of so many steps in one of `TORCH_FORMS`.
+
+    Raises:
+      ConfigError: PyTorch cannot run it.
+    """
     self._process.stdin.write(f"{self._kind} {form} {count}\n")
     self._process.stdin.flush()
     answer = self._process.stdout.readline()
@@ -229,13 +240,16 @@ def _check_torch_options(config) -> None:
     )
 
 
-def measure(config, kind: str, *, seconds: float, torch_forms: tuple[str, ...] = ()) -> dict:
+def measure(
+  config, kind: str, *, seconds: float, torch_forms: tuple[str, ...] = (), torch_python: str = sys.executable
+) -> dict:
   """One row of the benchmark.
 
   Args:
     kind: "train" or "eval".
     seconds: of measurement, at least, after warm-up.
     torch_forms: PyTorch's best of these is measured in turn with segjax.
+    torch_python: see `Torch`.
 
   Returns:
     Names and numbers: milliseconds (median, p10, p90), images_per_s, ...; with PyTorch also `torch_*` and `ratio`,
@@ -250,7 +264,7 @@ def measure(config, kind: str, *, seconds: float, torch_forms: tuple[str, ...] =
   count = max(int(seconds / ROUNDS / first), 2)
   times, rival = [], {}
   if torch_forms:
-    torch = Torch(config, kind, ours, _source(config, config.data.train_split)[1])
+    torch = Torch(config, kind, ours, _source(config, config.data.train_split)[1], torch_python)
     try:
       trials = {form: float(np.median(torch.steps(form, 3))) for form in torch_forms}
       best = min(trials, key=trials.get)

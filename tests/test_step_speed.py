@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,15 @@ def test_pytorch_answers_in_turn(config, monkeypatch):
   row = step_speed.measure(config, "train", seconds=0.2, torch_forms=("nchw", "channels_last"))
   assert row["torch_form"] in row["torch_trials_ms"] and set(row["torch_trials_ms"]) == {"nchw", "channels_last"}
   assert row["ratio"] == pytest.approx(row["torch_ms"] / row["median_ms"])
+
+
+@pytest.mark.parametrize(
+  "python, fault", [("/absent/python", "cannot be run: No such file"), ("false", "has no PyTorch")]
+)
+def test_a_python_without_pytorch_is_named(config, python, fault):
+  ours = types.SimpleNamespace(batch_size=1, size=(64, 64))
+  with pytest.raises(ConfigError, match=f"{python}.*{fault}"):
+    step_speed.Torch(config, "train", ours, 2, python)
 
 
 def test_the_command_appends_json_lines(tmp_path):
