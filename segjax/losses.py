@@ -115,14 +115,18 @@ def softmax_cross_entropy(
   """
   valid = label != ignore_label
   loss = jnp.where(valid, jax.nn.logsumexp(logits, axis=-1) - _of_label(logits, label), 0)
-  one_hot = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)  # All False where void.
-  loss = loss * _pixel_weight(one_hot, class_weights, extra_weight, loss.dtype)
+  loss = loss * _pixel_weight(label, class_weights, extra_weight, loss.dtype)
   if isinstance(hard_fraction, (int, float)) and hard_fraction >= 1:
     return loss.sum() / jnp.maximum(valid.sum(), 1)
   hardest = jnp.sort(loss.reshape(-1), descending=True)
   count = jnp.floor(jnp.float32(hard_fraction) * jnp.float32(hardest.size)).astype(jnp.int32)
   hardest = jnp.where(jnp.arange(hardest.size) < count, hardest, 0)
   return hardest.sum() / jnp.maximum((hardest != 0).sum(), 1)
+
+
+def _in_range(label, num_classes):
+  """Indices of classes; that of some class where void."""
+  return jnp.clip(label.astype(jnp.int32), 0, num_classes - 1)
 
 
 @jax.custom_vjp
@@ -132,8 +136,7 @@ def _of_label(x, label):
   Autodiff's gradient of this gather is a scatter; as a sum over the classes, a pass over a map that is written for it
   (benchmarks/kernels.md).
   """
-  index = jnp.clip(label.astype(jnp.int32), 0, x.shape[-1] - 1)
-  return jnp.take_along_axis(x, index[..., None], -1, mode="promise_in_bounds")[..., 0]
+  return jnp.take_along_axis(x, _in_range(label, x.shape[-1])[..., None], -1, mode="promise_in_bounds")[..., 0]
 
 
 def _of_label_forward(x, label):
@@ -148,11 +151,11 @@ def _of_label_backward(saved, g):
 _of_label.defvjp(_of_label_forward, _of_label_backward)
 
 
-def _pixel_weight(one_hot, class_weights, extra_weight, dtype):
-  """[B, H, W] or 1: the weight of each pixel's class plus what is extra."""
+def _pixel_weight(label, class_weights, extra_weight, dtype):
+  """[B, H, W] or 1: the weight of each pixel's class, of some class where void, plus what is extra."""
   weight = 1.0
   if class_weights is not None:
-    weight = jnp.where(one_hot, jnp.asarray(class_weights, dtype).reshape(1, 1, 1, -1), 0).sum(-1)
+    weight = jnp.asarray(class_weights, dtype)[_in_range(label, len(class_weights))]
   return weight if extra_weight is None else weight + extra_weight.astype(dtype)
 
 
@@ -172,8 +175,7 @@ def binary_cross_entropy(logits: jax.Array, label: jax.Array, *, ignore_label: i
   valid = label != ignore_label
   z = jnp.where(valid, logits[..., 0], 0)
   loss = jnp.where(valid, jax.nn.softplus(z) - z * (label == 1), 0)  # softplus(z) = -log(1 - sigmoid(z)).
-  one_hot = jax.nn.one_hot(label, 2, dtype=bool)
-  loss = loss * _pixel_weight(one_hot, class_weights, extra_weight, loss.dtype)
+  loss = loss * _pixel_weight(label, class_weights, extra_weight, loss.dtype)
   return loss.sum() / jnp.maximum(valid.sum(), 1)
 
 
