@@ -65,7 +65,7 @@ def test_on_cpu_the_gradient_of_max_pooling_reads_the_maximum():
 
 def test_on_cpu_a_concatenation_is_one_loop_with_what_computes_its_maps():
   def beside(x, y):
-    return layers.concatenate([jax.nn.relu(x), 2 * y])
+    return layers.concatenate(jax.nn.relu(x), 2 * y)
 
   join = jax.jit(beside, compiler_options=compiler.options("train"))
   text = join.lower(jnp.ones((2, 16, 16, 8)), jnp.ones((2, 16, 16, 4))).compile().as_text()

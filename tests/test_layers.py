@@ -85,9 +85,9 @@ def test_transposed_convolution_equals_lax_in_value_and_gradients():
 
 
 def test_concatenating_equals_numpys_in_value_and_gradients():
-  maps, weight = [random(2, 3, 4, c, seed=c) for c in (3, 1, 5)], random(2, 3, 4, 9)
-  np.testing.assert_array_equal(layers.concatenate(maps), np.concatenate(maps, axis=-1))
-  gradients = jax.grad(lambda maps: (layers.concatenate(maps) * weight).sum())(maps)
+  x, y, weight = random(2, 3, 4, 3), random(2, 3, 4, 5, seed=1), random(2, 3, 4, 8, seed=2)
+  np.testing.assert_array_equal(layers.concatenate(x, y), np.concatenate([x, y], axis=-1))
+  gradients = jax.grad(lambda x, y: (layers.concatenate(x, y) * weight).sum(), (0, 1))(x, y)
   np.testing.assert_array_equal(np.concatenate(gradients, axis=-1), weight)
 
 

@@ -75,7 +75,7 @@ class ASPP(layers.Block):
     if self.pools:
       pooled = endpoints["aspp/pooling"] = self.pooling(x.mean((1, 2), keepdims=True), train)  # [B, 1, 1, 256]
       branches.insert(0 if self.pooling_first else len(branches), jnp.broadcast_to(pooled, branches[0].shape))
-    x = endpoints["aspp/concat"] = layers.concatenate(branches)
+    x = endpoints["aspp/concat"] = jnp.concatenate(branches, axis=-1)
     x = endpoints["aspp/projection"] = self.projection(x, train)
     x = layers.dropout(x, self.dropout, key if train else None)
     return x if self.conv is None else run_conv(self.conv, x, train, endpoints, "aspp/conv")

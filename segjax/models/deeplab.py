@@ -42,7 +42,7 @@ class Decoder(layers.Block):
     """[B, h, w, in] and [B, H / 4, W / 4, low] -> [B, H / 4, W / 4, 256]."""
     low_level = endpoints["decoder/low_level"] = self.low_level(low_level, train)
     x = resize.resize_bilinear(x, low_level.shape[1:3], self.align_corners)
-    x = layers.concatenate([low_level, x] if self.low_level_first else [x, low_level])
+    x = layers.concatenate(*((low_level, x) if self.low_level_first else (x, low_level)))
     endpoints["decoder/concat"] = x
     for name in self.convs:
       x = aspp.run_conv(getattr(self, name), x, train, endpoints, f"decoder/{name}")

@@ -5,7 +5,7 @@ Mode is an argument of each call, never hidden state. Module attributes give par
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,19 +86,18 @@ def paddings(size: tuple[int, int], kernel_size: int, stride: int, rate: int, pa
   return tuple((t // 2, t - t // 2) for t in total)
 
 
-def concatenate(maps: Sequence[jax.Array]) -> jax.Array:
-  """[B, H, W, C] each, of any C -> [B, H, W, sum of C].
+def concatenate(x: jax.Array, y: jax.Array) -> jax.Array:
+  """[B, H, W, C] and [B, H, W, D] -> [B, H, W, C + D].
 
-  On CPU as a sum of maps with zeros beside them: XLA:CPU makes a fast loop of that, with what computes them in it, and a
+  On CPU as a sum of both with zeros beside them: XLA:CPU makes a fast loop of that, with what computes them in it, and a
   slow one of a concatenation.
   """
-  return jax.lax.platform_dependent(*maps, cpu=_sum_of_padded, default=lambda *maps: jnp.concatenate(maps, axis=-1))
+  return jax.lax.platform_dependent(x, y, cpu=_sum_of_padded, default=lambda *maps: jnp.concatenate(maps, axis=-1))
 
 
-def _sum_of_padded(*maps):
-  ends = np.cumsum([x.shape[-1] for x in maps])
-  beside = [(end - x.shape[-1], ends[-1] - end) for x, end in zip(maps, ends)]
-  return functools.reduce(jnp.add, [jnp.pad(x, ((0, 0), (0, 0), (0, 0), zeros)) for x, zeros in zip(maps, beside)])
+def _sum_of_padded(x, y):
+  pad = lambda x, before, after: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, after)))  # noqa: E731
+  return pad(x, 0, y.shape[-1]) + pad(y, x.shape[-1], 0)
 
 
 def on_split_height(convolve: Callable, x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding) -> jax.Array:

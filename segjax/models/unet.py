@@ -137,7 +137,7 @@ class UNet(layers.Block):
       x = resize.resize_bilinear(x, skip.shape[1:3])
     cut = [(n - m) // 2 for n, m in zip(skip.shape[1:3], x.shape[1:3])]  # 0 under "same".
     skip = skip[:, cut[0] : cut[0] + x.shape[1], cut[1] : cut[1] + x.shape[2]]
-    return getattr(self, f"up{level}")(layers.concatenate([skip, x]), train)
+    return getattr(self, f"up{level}")(layers.concatenate(skip, x), train)
 
   def unpadded_size(self, size: int) -> int:
     """Input pixels along one axis for at least `size` logits under "valid", such that every pooling sees an even size."""
