@@ -51,5 +51,4 @@ def get_config():
   config.policy.metric = "foreground_iou"
   config.eval.batch_size = 1
   config.eval.window = (260, 260)  # Four tiles an image.
-  config.eval.window_stride = (260, 260)
   return config

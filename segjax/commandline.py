@@ -74,7 +74,8 @@ def config(data_dir: str = ""):
   if _CONFIG.value is None:
     raise app.UsageError("Name a config, e.g. --config=configs/quickstart.py, or the --workdir of a run.")
   resolved = config_lib.finalize(_CONFIG.value)
-  resolved.data.dir = resolved.data.dir or data_dir
+  if resolved.data.name != "synthetic":  # Which has none.
+    resolved.data.dir = resolved.data.dir or data_dir
   config_rules.validate(resolved)
   return resolved
 

@@ -3,7 +3,8 @@
 A config file starts from `default_config(model=..., data=...)` and sets what differs. The result is locked and
 typed, so a misspelt field or a wrong type stops in the file as on the command line. `model` and `data` choose which
 `config.model.*` and `config.data.*` fields exist: they are exactly the constructor arguments of that model and
-that data source, so an option that nothing reads cannot be set. Ranges and combinations: config_rules.py.
+that data source, so an option that nothing reads cannot be set; one that other values keep from acting must stay at its
+default. Ranges and combinations: config_rules.py.
 """
 
 import copy
@@ -11,6 +12,7 @@ import difflib
 import json
 import os
 import pathlib
+from collections.abc import Collection
 
 from ml_collections import config_dict
 
@@ -200,7 +202,8 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       terms=("cross_entropy",),
       focal_gamma=2.0,  # How much focal neglects easy pixels (arXiv 1708.02002: 2).
       border_weight=0.0,  # w0 of the U-Net's weight map, which wants data.instances (the paper: 10). 0: off.
-      # (): equal. ("median_frequency",), ("inverse_log",): from the training labels. Or one number per class.
+      # (): equal. ("median_frequency",), ("inverse_log",): from the training labels. Or one number per class. Of pixels in
+      # cross_entropy, bce and focal, of classes in dice, jaccard and lovasz.
       class_weights=(),
       hard_fraction=1.0,  # Share of all pixels that counts, those of the largest loss. 1: all.
       auxiliary_weight=0.4,  # Of a model's auxiliary head (PSPNet, arXiv 1612.01105, section 5.2), where it has one.
@@ -337,13 +340,17 @@ def get_config(workdir: str) -> config_dict.ConfigDict:
   return load(workdir)
 
 
-def differences(config: config_dict.ConfigDict, saved: config_dict.ConfigDict) -> list[str]:
-  """Fields in which `config` may not continue the run of `saved`, as 'name: saved -> new' lines."""
+def differences(config: config_dict.ConfigDict, saved: config_dict.ConfigDict, idle: Collection[str] = ()) -> list[str]:
+  """Fields in which `config` may not continue the run of `saved`, as 'name: saved -> new' lines.
+
+  Args:
+    idle: fields that cannot act in `config`, see `config_rules.idle`; they alter nothing from here on.
+  """
   new, old = fields(config), fields(saved)
   return [
     f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
     for name in sorted(new.keys() | old.keys())
-    if new.get(name) != old.get(name) and not any(name == h or name.startswith(h + ".") for h in HARMLESS)
+    if new.get(name) != old.get(name) and not any(name == h or name.startswith(h + ".") for h in (*HARMLESS, *idle))
   ]
 
 

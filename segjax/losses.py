@@ -56,7 +56,7 @@ def make_loss(
 
   Args:
     terms: names and weights, see `parse_terms`.
-    class_weights: [K], of cross_entropy and bce per pixel, of dice and jaccard in the mean over classes.
+    class_weights: [K], of cross_entropy, bce and focal per pixel, of dice, jaccard and lovasz per class.
     hard_fraction, hard_fraction_steps: of cross_entropy, see `hard_fraction_at`.
     focal_gamma: of focal.
     border_weight: w0 of the U-Net's weight map (arXiv 1505.04597, equation 2), which cross_entropy and bce add to a
@@ -69,16 +69,17 @@ def make_loss(
 
   def loss(logits, label, step, border=None):
     extra = None if border is None else border_weight * border
-    of_pixels = dict(ignore_label=ignore_label, class_weights=class_weights, extra_weight=extra)
+    weighted = dict(ignore_label=ignore_label, class_weights=class_weights)
+    of_pixels = dict(weighted, extra_weight=extra)
     functions = {
       "cross_entropy": lambda: softmax_cross_entropy(
         logits, label, hard_fraction=hard_fraction_at(step, hard_fraction, hard_fraction_steps), **of_pixels
       ),
       "bce": lambda: binary_cross_entropy(logits, label, **of_pixels),
-      "dice": lambda: dice(logits, label, ignore_label=ignore_label, class_weights=class_weights),
-      "jaccard": lambda: jaccard(logits, label, ignore_label=ignore_label, class_weights=class_weights),
-      "focal": lambda: focal(logits, label, ignore_label=ignore_label, gamma=focal_gamma),
-      "lovasz": lambda: lovasz(logits, label, ignore_label=ignore_label),
+      "dice": lambda: dice(logits, label, **weighted),
+      "jaccard": lambda: jaccard(logits, label, **weighted),
+      "focal": lambda: focal(logits, label, gamma=focal_gamma, **weighted),
+      "lovasz": lambda: lovasz(logits, label, **weighted),
     }
     return sum(weight * functions[name]() for name, weight in weights.items())
 
@@ -190,13 +191,24 @@ def _probability_and_truth(logits, label, ignore_label):
   return jnp.where(valid, probability, 0), (truth & valid).astype(logits.dtype)
 
 
+def _of_classes(class_weights, num_classes, dtype):
+  """[K]: the weights of a loss that is a mean over classes; refuses a single class, whose mean no weight can change."""
+  if class_weights is None:
+    return jnp.ones(num_classes, dtype)
+  if num_classes == 1:
+    raise ValueError(
+      "class_weights weigh nothing with one logit, of which dice, jaccard and lovasz score the foreground."
+    )
+  return jnp.asarray(class_weights, dtype)
+
+
 def _overlap_loss(union, sums, smooth, class_weights):
   """The (weighted) mean over classes of 1 - hits / union(hits, false) over the whole batch; 0 for absent classes."""
   probability, truth = sums
   hits = (probability * truth).sum((0, 1, 2))  # [K]
   false = (probability + truth).sum((0, 1, 2)) - 2 * hits  # False positives and false negatives.
   loss = jnp.where(truth.sum((0, 1, 2)) > 0, 1 - (hits + smooth) / jnp.maximum(union(hits, false) + smooth, 1e-7), 0)
-  weights = jnp.ones_like(loss) if class_weights is None else jnp.asarray(class_weights, loss.dtype)[-loss.size :]
+  weights = _of_classes(class_weights, loss.size, loss.dtype)
   return (loss * weights).sum() / weights.sum()
 
 
@@ -208,10 +220,13 @@ def dice(logits: jax.Array, label: jax.Array, *, ignore_label: int, smooth: floa
     logits: [B, H, W, K], softmax; or [B, H, W, 1], sigmoid, where only the foreground is scored.
     label: [B, H, W] int; void counts in no sum, neither its label nor its probability.
     smooth: added to sum(p t) and to half the denominator.
-    class_weights: [K] of the mean over classes.
+    class_weights: [K] of the mean over classes, not all 0; none with one logit.
 
   A class without a pixel in the batch scores 0 and counts in the mean (segmentation_models.pytorch's rule): false alarms
   are punished through the classes that are there.
+
+  Raises:
+    ValueError: class weights for one logit.
   """
   sums = _probability_and_truth(logits, label, ignore_label)
   return _overlap_loss(lambda hits, false: hits + false / 2, sums, smooth, class_weights)
@@ -224,8 +239,8 @@ def jaccard(logits: jax.Array, label: jax.Array, *, ignore_label: int, smooth: f
   return _overlap_loss(lambda hits, false: hits + false, sums, smooth, class_weights)
 
 
-def focal(logits: jax.Array, label: jax.Array, *, ignore_label: int, gamma: float = 2.0,
-          one_vs_rest: bool = False) -> jax.Array:  # fmt: skip
+def focal(logits: jax.Array, label: jax.Array, *, ignore_label: int, gamma: float = 2.0, one_vs_rest: bool = False,
+          class_weights: jax.Array | np.ndarray | None = None) -> jax.Array:  # fmt: skip
   """(1 - p)^gamma times cross-entropy, p the probability of the true class (Lin et al. 2017, arXiv 1708.02002, eq. 4).
 
   Args:
@@ -233,6 +248,7 @@ def focal(logits: jax.Array, label: jax.Array, *, ignore_label: int, gamma: floa
     label: [B, H, W] int; void adds exactly 0. The mean is over valid pixels.
     gamma: 0 gives cross-entropy.
     one_vs_rest: K sigmoids, one per class against all others, and their mean.
+    class_weights: [K], of a sigmoid [2]: the alpha of equation 5, by a pixel's class; they scale the numerator only.
 
   A class without a pixel has no term of its own under softmax; with `one_vs_rest` its false alarms count.
   """
@@ -245,22 +261,31 @@ def focal(logits: jax.Array, label: jax.Array, *, ignore_label: int, gamma: floa
     log_p = _of_label(jax.nn.log_softmax(logits), label)[..., None]
   # Not quite 0 where p is 1: the gradient of a power below 1 is infinite there.
   loss = -((-jnp.expm1(jnp.minimum(log_p, -1e-30))) ** gamma) * log_p
-  return jnp.where(valid[..., None], loss, 0).mean(-1).sum() / jnp.maximum(valid.sum(), 1)
+  loss = jnp.where(valid[..., None], loss, 0).mean(-1) * _pixel_weight(label, class_weights, None, loss.dtype)
+  return loss.sum() / jnp.maximum(valid.sum(), 1)
 
 
-def lovasz(logits: jax.Array, label: jax.Array, *, ignore_label: int, per_image: bool = False) -> jax.Array:
+def lovasz(logits: jax.Array, label: jax.Array, *, ignore_label: int, per_image: bool = False,
+           class_weights: jax.Array | np.ndarray | None = None) -> jax.Array:  # fmt: skip
   """The Lovász extension of 1 - IoU: softmax for classes, hinge for one logit (Berman et al. 2018, arXiv 1705.08790).
 
   Args:
     logits: [B, H, W, K] or [B, H, W, 1].
     label: [B, H, W] int; void pixels sort last, with an error of 0, and change no value and no gradient.
     per_image: the mean over images instead of the batch as one image.
+    class_weights: [K], each multiplies the loss of its class; the mean stays that of the classes present (as in
+      mmsegmentation's LovaszLoss; the paper has none). None with one logit.
 
   Only classes with a pixel in the batch (or image) count in the mean. A batch without foreground under the hinge scores
   its largest error. All void: 0.
+
+  Raises:
+    ValueError: class weights for one logit.
   """
+  options = dict(ignore_label=ignore_label, class_weights=class_weights)
   if per_image:
-    return jax.vmap(lambda x, y: lovasz(x[None], y[None], ignore_label=ignore_label))(logits, label).mean()
+    return jax.vmap(lambda x, y: lovasz(x[None], y[None], **options))(logits, label).mean()
+  weights = _of_classes(class_weights, logits.shape[-1], logits.dtype)
   label = label.reshape(-1)
   valid = label != ignore_label
   logits = jnp.where(valid[:, None], logits.reshape(-1, logits.shape[-1]), 0)
@@ -271,7 +296,7 @@ def lovasz(logits: jax.Array, label: jax.Array, *, ignore_label: int, per_image:
   errors = jnp.abs(truth - jax.nn.softmax(logits).T)
   losses = jax.vmap(lambda e, t: _lovasz_sum(e, t, valid, hinge=False))(errors, truth)  # [K]
   present = truth.any(1)
-  return jnp.where(present, losses, 0).sum() / jnp.maximum(present.sum(), 1)
+  return jnp.where(present, weights * losses, 0).sum() / jnp.maximum(present.sum(), 1)
 
 
 def _lovasz_sum(error, truth, valid, *, hinge: bool):

@@ -7,7 +7,7 @@ metrics.jsonl, TensorBoard's files, overlays/.
 import contextlib
 import pathlib
 
-from segjax import atomic, checkpoint, distributed
+from segjax import atomic, checkpoint, config_rules, distributed
 from segjax import config as config_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
@@ -53,7 +53,7 @@ def claim_workdir(config, workdir: pathlib.Path, say) -> Lock:
 def _claim(config, workdir: pathlib.Path, lock: Lock, say) -> None:
   if (workdir / config_lib.CONFIG_FILE).exists():
     saved = config_lib.load(workdir)
-    differences = config_lib.differences(config, saved)
+    differences = config_lib.differences(config, saved, config_rules.idle(config))
     if differences:
       raise ConfigError(
         f"{workdir} holds a run with another config:\n  " + "\n  ".join(differences) + "\nGive another --workdir, or"

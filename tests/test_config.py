@@ -137,7 +137,7 @@ def test_every_field_is_read_somewhere():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_config_builds_and_traces_a_step(name):
   config = config_lib.finalize(importlib.import_module(f"configs.{name}").get_config())
-  config.data.dir = config.data.dir or "/data"
+  config.data.dir = "" if config.data.name == "synthetic" else "/data"
   config_rules.validate(config)
   known = dict(synthetic=6, voc=21, cityscapes=19, kitti_road=2)
   num_classes = known[config.data.name] if config.data.name in known else len(config.data.classes) or 2
@@ -186,7 +186,7 @@ def test_phases_of_deeplab_voc_and_what_a_wrong_one_says(tmp_path):
 @pytest.mark.parametrize("holdout", [0.0, -1.0, 1.5])
 def test_a_holdout_is_a_share_or_a_whole_number(holdout):
   config = default_config(data="folder")
-  config.data.dir, config.data.holdout = "/data", 20
+  config.data.dir, config.data.images, config.data.masks, config.data.holdout = "/data", "images", "masks", 20
   config_rules.validate(config)
   config.data.holdout = holdout
   with pytest.raises(

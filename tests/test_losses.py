@@ -228,3 +228,48 @@ def test_a_softmax_over_one_class_is_refused_with_the_remedy():
     losses.check_terms(("cross_entropy", "dice"), sigmoid=True)
   with pytest.raises(ValueError, match="bce needs the one-logit head: set head = 'sigmoid', or use cross_entropy"):
     losses.check_terms(("bce",), sigmoid=False)
+
+
+def test_focal_weighs_pixels_by_the_alpha_of_their_class():
+  """Equation 5 of the paper, by hand: one pixel of each class, probability of the true class 1/2."""
+  alpha, label = np.array([0.25, 0.75]), jnp.array([[[0, 1]]])
+  want = -(0.25 + 0.75) * 0.5**2 * np.log(0.5) / 2
+  for channels in (1, 2):
+    got = losses.focal(jnp.zeros((1, 1, 2, channels)), label, ignore_label=255, class_weights=alpha)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_lovasz_weighs_the_losses_of_the_classes_that_are_present():
+  """By numpy: sorted errors times the growth of the Jaccard loss (algorithm 1), the weighted mean over present classes."""
+  logits, label = example()
+  label[label == 3] = 255
+  valid = label != 255
+  probability = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))[valid]
+  weights, terms = np.array([0.5, 2.0, 0.0, 7.0]), []
+  for k in range(3):
+    truth = label[valid] == k
+    error = np.abs(truth - probability[:, k])
+    order = np.argsort(-error, kind="stable")
+    jaccard = 1 - (truth.sum() - truth[order].cumsum()) / (truth.sum() + (~truth[order]).cumsum())
+    terms.append(weights[k] * (error[order] * np.diff(jaccard, prepend=0)).sum())
+  got = losses.lovasz(jnp.asarray(logits), jnp.asarray(label), ignore_label=255, class_weights=weights)
+  np.testing.assert_allclose(got, np.mean(terms), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "focal", "lovasz", "dice", "jaccard"])
+def test_class_weights_change_every_loss_that_takes_them_and_give_no_nan(name):
+  logits, label = (jnp.asarray(x) for x in example(num_classes=2))
+  values = [
+    jax.value_and_grad(losses.make_loss(ignore_label=255, terms=(name,), class_weights=weights))(logits, label, 0)
+    for weights in (None, np.array([1.0, 0.0]), np.array([0.2, 3.0]))
+  ]
+  assert all(np.isfinite(value) and np.isfinite(gradient).all() for value, gradient in values)
+  for weighted, _ in values[1:]:
+    assert abs(weighted / values[0][0] - 1) > 0.01
+
+
+@pytest.mark.parametrize("name", ["dice", "jaccard", "lovasz"])
+def test_class_weights_of_one_logit_are_refused_where_they_would_cancel(name):
+  logits, label = (jnp.asarray(x) for x in binary_example())
+  with pytest.raises(ValueError, match="class_weights weigh nothing with one logit"):
+    losses.make_loss(ignore_label=255, terms=("bce", name), class_weights=np.array([1.0, 0.0]))(logits, label, 0)
