@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from segjax import augment, commandline, compiler, losses, metrics
+from segjax import augment, commandline, compiler, losses, metrics, steps
 from segjax.models import convolution, depthwise, layers, resize
 
 ORDER = ("NHWC", "HWIO", "NHWC")
@@ -172,6 +172,20 @@ def counting(size, classes, batch=4):
   return f"confusion matrix {classes}", [(batch, *size)] * 2, forms
 
 
+def sweeping(size, batch):
+  """A row of confusion matrices at all thresholds of an evaluation with one logit."""
+  label = jax.random.choice(jax.random.key(1), jnp.array([0, 1, 255], jnp.uint8), (batch, *size))
+
+  def one_by_one(logits):
+    probability = jax.nn.sigmoid(logits)
+    return jnp.stack([metrics.confusion_matrix(label, probability > t, 2) for t in steps.THRESHOLDS])
+
+  def ours(logits):
+    return metrics.confusion_at_thresholds(label, jax.nn.sigmoid(logits), steps.THRESHOLDS)
+
+  return f"threshold sweep {len(steps.THRESHOLDS)}", [(batch, *size)], {"segjax": ours, "a matrix each": one_by_one}
+
+
 def scoring(size, classes, batch):
   """A row of cross-entropies."""
   label = jax.random.randint(jax.random.key(1), (batch, *size), 0, classes).astype(jnp.uint8)
@@ -235,6 +249,7 @@ ROWS = {
   ],
   "resize": [lambda: resizing((17, 17), (65, 65), 256), lambda: resizing((65, 65), (257, 257), 21)],
   "confusion": [lambda: counting((513, 513), 21), lambda: counting((512, 512), 2)],
+  "sweep": [lambda: sweeping((1280, 1918), 2)],
   "loss": [lambda: scoring((128, 128), 21, 16), lambda: scoring((513, 513), 21, 2)],
   "hue": [lambda: turning_hue((128, 128))],
 }  # fmt: skip

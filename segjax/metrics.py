@@ -5,6 +5,8 @@ the host. Pixels whose label is void count nowhere. Means of per-batch scores, o
 would both be wrong.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,13 +19,35 @@ def confusion_matrix(label: jax.Array, prediction: jax.Array, num_classes: int) 
     label: [B, H, W] int; values outside [0, K) are void.
     prediction: [B, H, W] int in [0, K).
   """
+  return _histogram(label, prediction, num_classes, num_classes)
 
-  def of_image(label, prediction):
-    cell = jnp.where(label < num_classes, label.astype(jnp.int32) * num_classes + prediction, num_classes**2)
-    return jnp.zeros(num_classes**2 + 1, jnp.int32).at[cell.reshape(-1)].add(1)[:-1]
 
-  # Per image, then summed: on several devices each counts its own images, and only [K, K] numbers travel.
-  return jax.vmap(of_image)(label, prediction).sum(0).reshape(num_classes, num_classes)
+def confusion_at_thresholds(label: jax.Array, probability: jax.Array, thresholds: Sequence[float]) -> jax.Array:
+  """Counts of one batch of two classes, [T, 2, 2] int32: `confusion_matrix` of `probability > t` for each threshold.
+
+  One histogram over the bins between thresholds, whose cumulative sum counts what lies above each: a scatter per threshold
+  takes 12 to 23 times as long (benchmarks/kernels.md).
+
+  Args:
+    label: [B, H, W] int; other values than 0 and 1 are void.
+    probability: [B, H, W] float, of the second class; NaN lies above nothing.
+    thresholds: T numbers, rising.
+  """
+  bins = sum((probability > t).astype(jnp.int32) for t in thresholds)  # How many thresholds it exceeds.
+  counts = _histogram(label, bins, 2, len(thresholds) + 1)
+  above = jnp.cumsum(counts[:, :0:-1], axis=1)[:, ::-1]  # [2, T]
+  return jnp.stack([counts.sum(1, keepdims=True) - above, above], axis=-1).transpose(1, 0, 2)
+
+
+def _histogram(label, value, num_classes, num_values):
+  """[num_classes, num_values] int32, how often they meet; labels outside [0, num_classes) count nowhere."""
+
+  def of_image(label, value):
+    cell = jnp.where(label < num_classes, label.astype(jnp.int32) * num_values + value, num_classes * num_values)
+    return jnp.zeros(num_classes * num_values + 1, jnp.int32).at[cell.reshape(-1)].add(1)[:-1]
+
+  # Per image, then summed: on several devices each counts its own images, and only the counts travel.
+  return jax.vmap(of_image)(label, value).sum(0).reshape(num_classes, num_values)
 
 
 def add(total: np.ndarray | None, batch) -> np.ndarray:

@@ -152,7 +152,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
       out["probability"] = jnp.round(255 * probability).astype(jnp.uint8)
     if sigmoid:
       prediction = (probability > threshold).astype(jnp.uint8)
-      out["sweep"] = jnp.stack([metrics.confusion_matrix(batch["label"], probability > t, 2) for t in THRESHOLDS])
+      out["sweep"] = metrics.confusion_at_thresholds(batch["label"], probability, THRESHOLDS)
     else:
       prediction = scores.argmax(-1).astype(jnp.uint8)
     prediction = sharding.split_height(prediction)  # Whole images are put together from it, not from the scores.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from segjax import metrics, sharding
+from segjax import metrics, sharding, steps
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -97,3 +97,24 @@ def test_collapse_is_told_from_an_unbalanced_but_sound_prediction():
   assert metrics.collapsed_class(np.array([[98, 0], [1, 1]])) is None  # Ground truth is as one-sided.
   assert metrics.collapsed_class(np.array([[70, 10], [5, 15]])) is None
   assert metrics.collapsed_class(np.zeros((2, 2))) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_sweep_counts_as_one_matrix_per_threshold_does_ties_included(dtype):
+  with jax.enable_x64(dtype == "float64"):
+    ties = np.array(steps.THRESHOLDS, dtype)
+    values = np.concatenate([ties, np.nextafter(ties, 0), np.nextafter(ties, 1), np.array([0, 1, np.nan], dtype)])
+    rng = np.random.default_rng(0)
+    probability = np.concatenate([np.tile(values, 9), rng.random(900 - 9 * len(values)).astype(dtype)])
+    probability = rng.permutation(probability).reshape(2, 18, 25)
+    label = rng.choice([0, 1, 255], probability.shape).astype(np.uint8)
+    sweep = jax.jit(metrics.confusion_at_thresholds, static_argnums=2)(label, probability, steps.THRESHOLDS)
+    for counts, threshold in zip(sweep, steps.THRESHOLDS):
+      want = metrics.confusion_matrix(label, jnp.asarray(probability) > threshold, 2)
+      np.testing.assert_array_equal(counts, want, strict=True)
+
+
+def test_a_sweep_scatters_pixels_once_whatever_the_number_of_thresholds():
+  shapes = jax.ShapeDtypeStruct((1, 8, 8), np.uint8), jax.ShapeDtypeStruct((1, 8, 8), np.float32)
+  text = jax.jit(metrics.confusion_at_thresholds, static_argnums=2).lower(*shapes, steps.THRESHOLDS).as_text()
+  assert text.count('"stablehlo.scatter"(') == 1
