@@ -60,6 +60,7 @@ class Acts(NamedTuple):
 # init.* has none: a config file names the scheme of weights that the command line may add. Nor have facts of a data set
 # of which evaluation may show a part: a row must not depend on data.eval_split.
 ACTS = (
+  Acts("shard_state", ("mesh.data",), lambda c: c.mesh.data != 1, "set mesh.data to -1 or above 1"),
   Acts("data.dir", ("data.name",), lambda c: c.data.name != "synthetic",
        "take a config of the source that reads it, e.g. configs/folder.py"),
   Acts("data.max_bad_examples", ("data.name",), lambda c: c.data.name != "synthetic",
@@ -314,9 +315,11 @@ def _evaluation(config) -> Rules:
 
 
 def _wrong_types(config: config_dict.ConfigDict) -> list[str]:
-  """What ml_collections lets pass: None anywhere, and anything inside a tuple."""
+  """What ml_collections lets pass: None anywhere, numbers that are not finite, and anything inside a tuple."""
 
   def kind(value) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+      return "something else"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text"}
     return names[type(value)] if type(value) in names else "something else"
 

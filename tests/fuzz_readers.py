@@ -132,7 +132,7 @@ def configs(folder):
   for model in config_lib.MODELS:
     for source in config_lib.SOURCES:
       config = config_lib.default_config(model=model, data=source)
-      config.data.dir = "/data"
+      config.data.dir = "" if source == "synthetic" else "/data"
       saved.append(config_lib.to_json(config))
 
   def read(draw):

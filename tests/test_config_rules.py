@@ -13,7 +13,7 @@ CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs")
 # Fields that no other field can keep from acting. A new field goes here, or gets a row in config_rules.ACTS.
 ALWAYS = """
 seed num_steps batch_size accumulate_steps crop_size dtype log_every eval_every checkpoint_every keep_checkpoints head
-mesh.data mesh.space shard_state remat profile_steps compilation_cache
+mesh.data mesh.space remat profile_steps compilation_cache
 data.name data.train_split data.eval_split data.loader data.workers data.canvas_size data.num_train data.num_val
 data.image_size data.images data.masks data.mask_suffix data.list data.classes data.colors data.label_map data.format
 data.labels data.dataset data.image_feature data.mask_feature data.id_feature
@@ -40,6 +40,7 @@ WEIGHTED = {"data.instances": "components", "loss.border_weight": 10.0}
 
 # Model and data, a config in which the field acts, and what keeps it from doing so.
 CASES = [
+  ("shard_state", UNET, {"shard_state": True}, {"mesh.data": 1}),
   ("data.dir", UNET, {"data.dir": "/data"}, GENERATED),
   ("data.max_bad_examples", UNET, {"data.max_bad_examples": 2}, GENERATED),
   ("data.holdout", UNET, FLAT | {"data.holdout": 20.0}, {"data.images": "images/{split}"}),
@@ -208,6 +209,8 @@ def test_schedules_are_the_same_whatever_the_fields_that_cannot_act():
     ({"loss.class_weights": (0.0, 0.0)}, "loss.class_weights = .*: give one number >= 0 per class, not all 0"),
     ({"loss.hard_fraction": 1e-6, "crop_size": (8, 8)}, "loss.hard_fraction = 1e-06: picks no pixel"),
     ({"profile_steps": (2000, 2001)}, r"profile_steps = \(2000, 2001\): must be \(first, last\), from 1 to num_steps"),
+    ({"optimizer.base_lr": float("inf")}, "optimizer.base_lr = inf: must hold a number"),
+    ({"augment.scale": (0.5, float("nan"))}, "augment.scale = .*: must hold a number"),
     ({"eval.window": (64, 64)}, r"eval.window_stride = \(0, 0\): must lie between 1 and eval.window"),
   ],
 )  # fmt: skip

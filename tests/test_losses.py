@@ -252,7 +252,8 @@ def test_lovasz_weighs_the_losses_of_the_classes_that_are_present():
     order = np.argsort(-error, kind="stable")
     jaccard = 1 - (truth.sum() - truth[order].cumsum()) / (truth.sum() + (~truth[order]).cumsum())
     terms.append(weights[k] * (error[order] * np.diff(jaccard, prepend=0)).sum())
-  got = losses.lovasz(jnp.asarray(logits), jnp.asarray(label), ignore_label=255, class_weights=weights)
+  weighted = jax.jit(functools.partial(losses.lovasz, ignore_label=255, class_weights=weights))
+  got = weighted(jnp.asarray(logits), jnp.asarray(label))
   np.testing.assert_allclose(got, np.mean(terms), rtol=1e-5)
 
 
@@ -260,7 +261,9 @@ def test_lovasz_weighs_the_losses_of_the_classes_that_are_present():
 def test_class_weights_change_every_loss_that_takes_them_and_give_no_nan(name):
   logits, label = (jnp.asarray(x) for x in example(num_classes=2))
   values = [
-    jax.value_and_grad(losses.make_loss(ignore_label=255, terms=(name,), class_weights=weights))(logits, label, 0)
+    jax.jit(jax.value_and_grad(losses.make_loss(ignore_label=255, terms=(name,), class_weights=weights)))(
+      logits, label, 0
+    )
     for weights in (None, np.array([1.0, 0.0]), np.array([0.2, 3.0]))
   ]
   assert all(np.isfinite(value) and np.isfinite(gradient).all() for value, gradient in values)
