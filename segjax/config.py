@@ -248,7 +248,7 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       scales=(1.0,),  # Sizes at which the image is shown; probabilities are averaged at the label's size.
       flip=False,  # Also the mirror image, averaged.
       window=(0, 0),  # (H, W) of sliding windows at each scale, pixels. (0, 0): the whole image at once.
-      window_stride=(0, 0),  # (H, W) from one window to the next; less than `window` to overlap.
+      window_stride=(0, 0),  # (H, W) from one window to the next; less than `window` to overlap. Not of unpadded tiles.
       threshold=0.5,  # Of the foreground's probability under the sigmoid head; each evaluation names the best one.
       outside="void",  # What the canvas shows beyond an image: "void" (the mean pixel), or "mirror".
       checkpoint="best",  # Which one --mode=eval scores: "best" by policy.metric, or "last".

@@ -64,7 +64,7 @@ ACTS = (
   Acts("data.dir", ("data.name",), lambda c: c.data.name != "synthetic",
        "take a config of the source that reads it, e.g. configs/folder.py"),
   Acts("data.max_bad_examples", ("data.name",), lambda c: c.data.name != "synthetic",
-       "generated examples are never bad"),
+       "take a source that reads files; generated examples are never bad"),
   *(Acts(f"data.{field}", ("data.images", "data.masks", "data.list"), _holds_out,
          "take {split} out of data.images and data.masks, and name no data.list, so that images are held out")
     for field in ("holdout", "folds", "split_seed", "group")),
