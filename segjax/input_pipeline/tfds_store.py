@@ -45,6 +45,8 @@ class Records:
           f"{folder}: no feature {feature!r}; it has {', '.join(sorted(builder.info.features))}. Correct the name."
         )
     self._parts = [_open_split(builder, folder, split) for split in splits]
+    shards = {pathlib.Path(path) for split in splits for path in builder.info.splits[split].filepaths}
+    self.files, self.others = dict(image=[], shard=sorted(shards)), {}  # As of `Source`.
     indices = [_index(folder, split, part, image, mask, id) for split, part in zip(splits, self._parts)]
     rows = [(name, part, i) for part, index in enumerate(indices) for i, name in enumerate(index["names"])]
     if id:
