@@ -19,7 +19,7 @@ from absl import app
 
 from segjax import commandline, input_pipeline
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import DataError, inventory
+from segjax.input_pipeline import DataError, images, inventory
 
 
 def scan(source, indices, progress: str | None = None, border: bool = False) -> tuple[np.ndarray, list[str]]:
@@ -155,7 +155,7 @@ def check(config) -> int:
     total += len(found)
   beside = inventory.unused(sources)
   for path, why in beside.items():
-    print(f"{'PROBLEM: ' if why.remedy else 'note: '}{path} is not used: {why}")
+    print(f"{'PROBLEM: ' if why.remedy else 'note: '}{images.printable(str(path))} is not used: {why}")
   twice = repeated(places)
   for problem in twice:
     print(f"PROBLEM: {problem}")

@@ -58,7 +58,7 @@ def _check(source, split: str, workdir: pathlib.Path, bad: BadExamples | None, b
   if bad is not None and files["image"]:
     changed = [(i, file) for i, file in changed if names[i] not in bad.names and _readable(source, i)]
   if changed:
-    problems.append(f"changed {images.listed(str(file) for _, file in changed)}")
+    problems.append(f"changed {images.listed(images.printable(str(file)) for _, file in changed)}")
   if problems:
     raise ConfigError(
       f"The examples of {split!r} are not those that the run in {workdir} began with ({path.name}):"

@@ -113,7 +113,7 @@ class FolderSource(Source):
     self._images, self._pairs = self._root / images.format(split=split), pairs
     self._meaning = f"{meaning.classes} {colors} {void_colors} {label_map}"
     self._instances, self._border_sigma = instances.format(split=split), border_sigma
-    names = [image.relative_to(self._root).with_suffix("").as_posix() for image, _ in pairs]
+    names = [self._name(image) for image, _ in pairs]
 
     def all_others():
       lists = glob.glob(list.format(split="*"), root_dir=self._root) if list else []
@@ -257,6 +257,11 @@ class FolderSource(Source):
           f"{path}: {line!r} {what} of an image and a mask under {self._root}. Add the files, or correct the line."
         )
     return [found[line][0] for line in lines], []
+
+  def _name(self, image: pathlib.Path) -> str:
+    """Relative to the root; of an image elsewhere (data.images="../x") without the parts that lead there."""
+    inside = image.relative_to(self._root) if image.is_relative_to(self._root) else image.relative_to(image.anchor)
+    return pathlib.PurePath(*(part for part in inside.parts if part != "..")).with_suffix("").as_posix()
 
   def _resolve_pairs(self, line: str) -> list[tuple[pathlib.Path, pathlib.Path]]:
     gaps = re.finditer(r"\s+", line)

@@ -6,6 +6,7 @@ indices, where TensorFlow's PNG decoder would expand the palette to colours (cla
 
 import os
 import pathlib
+import re
 import stat
 from typing import BinaryIO
 
@@ -17,6 +18,14 @@ from segjax.config import IGNORE_LABEL
 
 class DataError(Exception):
   """Input that cannot be used; the message names the file, what is wrong with it, and the remedy."""
+
+  def __str__(self) -> str:
+    return super().__str__().encode(errors="backslashreplace").decode()  # Paths need not be UTF-8.
+
+
+def printable(name: str) -> str:
+  """A file's name for one line of UTF-8: line ends, control characters and what is no UTF-8 as Python escapes them."""
+  return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), name)
 
 
 _BAD = 254  # Marks label values that mean nothing; the most classes are 254, numbered 0 to 253.

@@ -11,7 +11,7 @@ import os
 import pathlib
 from collections.abc import Iterable, Mapping
 
-from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.images import DataError, printable
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm")
 _LITTER = ("Thumbs.db", "desktop.ini", "@eaDir", "__MACOSX")  # Of Windows, Synology and macOS; hidden like .DS_Store.
@@ -86,7 +86,7 @@ def search(root: pathlib.Path, levels: int | None = None) -> tuple[list[pathlib.
 
 
 def _of_ending(suffix: str) -> Unused:
-  kind = f"a {suffix} file" if suffix else "a file without an ending"
+  kind = f"a {printable(suffix)} file" if suffix else "a file without an ending"
   guess = mimetypes.guess_type(f"a{suffix}")[0]
   if guess and not guess.startswith("image/"):
     return Unused(kind)  # Notes and tables may lie there.

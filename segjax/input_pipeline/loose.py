@@ -56,7 +56,9 @@ def find(inputs: Sequence[str], outputs: Sequence[pathlib.Path]) -> tuple[list[P
       if not found:
         extensions = ", ".join(inventory.EXTENSIONS)
         raise DataError(f"{given}: no images in this folder or below it ({extensions}). Check the path.")
-      problems += [f"{path}: {why}" for path, why in inventory.without(others, found).items() if why.remedy]
+      problems += [
+        f"{images.printable(str(path))}: {why}" for path, why in inventory.without(others, found).items() if why.remedy
+      ]
     for path, name in found.items():
       named.setdefault(_real(path), (path, pathlib.PurePath(name).with_suffix("").as_posix()))
   firsts = {}

@@ -120,8 +120,8 @@ class Source:
     return self._store.files
 
   def describe(self, index: int) -> str:
-    """The example's name."""
-    return self._store.names[index]
+    """The example's name, as `images.printable` has it."""
+    return images.printable(self._store.names[index])
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
     """image [H, W, 3] uint8, label [H, W] uint8, ids in [0, len(classes)) or 255.
@@ -163,7 +163,9 @@ def held_out(names: Sequence[str], *, holdout: float, folds: int, fold: int, see
       " it, or rename them."
     )
   unit_of = {name: found[name].group() if group else name for name in names}
-  hashes = {unit: int(mix(*((seed,) if seed else ()), *unit.encode())) for unit in unit_of.values()}
+  hashes = {
+    unit: int(mix(*((seed,) if seed else ()), *unit.encode(errors="surrogateescape"))) for unit in unit_of.values()
+  }
   ranked = sorted(hashes, key=hashes.__getitem__)
   if folds:
     held = set(ranked[fold::folds])

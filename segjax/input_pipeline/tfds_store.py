@@ -139,7 +139,7 @@ def _index(folder: pathlib.Path, split: str, part, image: str, mask: str, id: st
   names, sizes, problems = [], [], []
   for i in tqdm.tqdm(range(len(part)), f"indexing {folder.parent.name} {split}", disable=len(part) < 100):
     record = _record(part, i, f"{folder} {split}", [f for f in (image, mask, id) if f])
-    name = record[id].decode() if id else f"{split}_{i:06d}"
+    name = record[id].decode(errors="surrogateescape") if id else f"{split}_{i:06d}"
     try:
       size = images.read_size(f"{folder}: {image} of {name}", io.BytesIO(record[image]))
       mask_size = images.read_size(f"{folder}: {mask} of {name}", io.BytesIO(record[mask]))
