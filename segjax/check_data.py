@@ -1,12 +1,17 @@
 """Looking at a data set before training on it: python -m segjax.check_data --config=configs/x.py
 
 Reads every image and mask of the training and evaluation splits, prints class names with their share of the pixels,
-and every problem with its file and remedy. Exits with 1 where there is a problem.
+and every problem with its file and remedy. Images that are twice in a split, or in both, are problems too, and so is
+what lies in the folders and is not used; hidden entries, notes and what no split names are only named. Exits with 1
+where there is a problem.
 """
 
+import collections
 import concurrent.futures
+import hashlib
 import os
 import sys
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tqdm
@@ -14,7 +19,7 @@ from absl import app
 
 from segjax import commandline, input_pipeline
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import DataError
+from segjax.input_pipeline import DataError, images, inventory
 
 
 def scan(source, indices, progress: str | None = None, border: bool = False) -> tuple[np.ndarray, list[str]]:
@@ -27,20 +32,29 @@ def scan(source, indices, progress: str | None = None, border: bool = False) -> 
   Raises:
     DataError: the source has no instances.
   """
+  counts, _, problems = _scan(source, indices, progress, border)
+  return counts, problems
+
+
+def _scan(source, indices, progress, border) -> tuple[np.ndarray, list[bytes | None], list[str]]:
+  """`scan`, and each image's checksum between its results: None where it cannot be read."""
   if border:
     source.border_files  # noqa: B018 - once, not for every example.
 
-  def count(index):
+  def look(index):
     try:
       if border:
         source.border(int(index))
-      return np.bincount(source[int(index)][1].reshape(-1), minlength=256), None
+      image, label = source[int(index)]
     except DataError as error:
-      return np.zeros(256, np.int64), str(error)
+      return np.zeros(256, np.int64), None, str(error)
+    checksum = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).digest()
+    return np.bincount(label.reshape(-1), minlength=256), checksum, None
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    results = list(tqdm.tqdm(pool.map(count, indices), total=len(indices), desc=progress, disable=progress is None))
-  return np.stack([counts for counts, _ in results]), [problem for _, problem in results if problem]
+    results = list(tqdm.tqdm(pool.map(look, indices), total=len(indices), desc=progress, disable=progress is None))
+  counts, checksums, problems = zip(*results)
+  return np.stack(counts), list(checksums), [problem for problem in problems if problem]
 
 
 def label_statistics(source) -> tuple[np.ndarray, np.ndarray]:
@@ -99,14 +113,35 @@ def probe(source, count: int = 16, border: bool = False, most_bad: int = 0) -> s
   return text + "".join(f"\n  note: {line}" for line in found)
 
 
+def repeated(places: Mapping[bytes, Sequence[tuple[str, str]]]) -> list[str]:
+  """A line for each image that occurs several times.
+
+  Args:
+    places: {checksum: (split, name) of each example}.
+  """
+  found = []
+  for examples in places.values():
+    splits = dict.fromkeys(split for split, _ in examples)
+    if len(examples) > 1:
+      where = "in " + " and ".join(splits) if len(splits) > 1 else f"{len(examples)} times in {examples[0][0]}"
+      why = "Scores would be of images that were trained on. " if len(splits) > 1 else ""
+      names = ", ".join(dict.fromkeys(name for _, name in examples))
+      found.append(f"the same image {where}: {names}. {why}Remove all but one of them.")
+  return found
+
+
 def check(config) -> int:
   """Scans both splits and prints what it finds; returns the number of problems."""
-  total = 0
+  total, sources, places = 0, {}, collections.defaultdict(list)
   for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
     try:
       source = input_pipeline.make_source(config.data, split)
       border = config.loss.border_weight > 0 and split == config.data.train_split
-      counts, found = scan(source, range(len(source)), split, border)
+      counts, checksums, found = _scan(source, range(len(source)), split, border)
+      sources[split] = source
+      for index, checksum in enumerate(checksums):
+        if checksum:
+          places[checksum].append((split, source.describe(index)))
       found += warnings(source, counts)
       print(f"{split}: {len(source)} examples\n{share_table(source, counts)}")
       for note in source.notes:
@@ -118,6 +153,13 @@ def check(config) -> int:
     for problem in found:
       print(f"  PROBLEM in {split}: {problem}")
     total += len(found)
+  beside = inventory.unused(sources)
+  for path, why in beside.items():
+    print(f"{'PROBLEM: ' if why.remedy else 'note: '}{images.printable(str(path))} is not used: {why}")
+  twice = repeated(places)
+  for problem in twice:
+    print(f"PROBLEM: {problem}")
+  total += len(twice) + sum(bool(why.remedy) for why in beside.values())
   print("no problems found" if not total else f"{total} problem(s) found")
   return total
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import pathlib
 import platform
 import runpy
@@ -119,6 +120,8 @@ def keep_freed_memory() -> None:
 @contextlib.contextmanager
 def readable_errors(*more: type[Exception]):
   """Ends the program with the bare message of errors that tell the user what to do: DataError, ConfigError, `more`."""
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")  # Names of files need not be UTF-8.
   try:
     yield
   except (images.DataError, config_lib.ConfigError, *more) as error:

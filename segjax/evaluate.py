@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from segjax import checkpoint, input_pipeline, metrics, report, sharding, steps, warm_start
+from segjax import checkpoint, input_pipeline, metrics, outputs, report, sharding, steps, warm_start
 from segjax import config as config_lib
 from segjax.checkpoint import Checkpoints
 from segjax.state import build, with_sharding
@@ -143,13 +143,14 @@ def evaluate(config, workdir) -> dict[str, float]:
   loaded = load_weights(config, workdir)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
+  results = outputs.output_path(workdir, f"eval_{split}")
   source = input_pipeline.make_source(config.data, split)
   graphdef, _, _, init = build(config, len(source.classes))
   evaluator = make_evaluator(config, source, graphdef, mesh)
   variables, step, origin = trained_variables(config, workdir, loaded, init, mesh)
 
   evaluation = evaluator(variables)
-  writer = report.Writer(workdir / f"eval_{split}", tensorboard=False)
+  writer = report.Writer(results, tensorboard=False)
   writer.scalars(step, evaluation.scalars)
   folder = writer.pictures(step, evaluation.pictures)
   if jax.process_index() == 0:

@@ -39,7 +39,7 @@ import tqdm
 from absl import app, flags
 from PIL import Image
 
-from segjax import commandline
+from segjax import commandline, outputs
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError, loose, order
 from segjax.input_pipeline.canvas import pad_batch
@@ -96,7 +96,7 @@ def predict(
     if "probability" in result:
       pictures["probability"] = report.indexed_image(result["probability"], tables["probability"])
     for kind, picture in pictures.items():
-      path = out / kind / f"{photo.name}.png"
+      path = outputs.output_path(out / kind, f"{photo.name}.png")
       path.parent.mkdir(parents=True, exist_ok=True)
       picture.save(path)
 
@@ -141,7 +141,9 @@ def predict(
 
 
 def _check_outputs(out: pathlib.Path, photos: Sequence[loose.Photo]) -> None:
-  """Raises ConfigError where `out` cannot be written, or a result would replace an image that is to be read."""
+  """Raises ConfigError where `out` cannot be written, or a result would replace an image that is to be read; DataError
+  where an image's name is too long for it."""
+  outputs.check_outputs(out / max(KINDS, key=len), (f"{photo.name}.png" for photo in photos))
   read = {photo.path.resolve() for photo in photos}
   for photo in photos:
     for path in (out / kind / f"{photo.name}.png" for kind in KINDS):

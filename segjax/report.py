@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from segjax import atomic, metrics
+from segjax import atomic, metrics, outputs
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import datasets
 
@@ -58,13 +58,14 @@ class Writer:
       self._tensorboard.flush()
 
   def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
-    """Writes {name: [H, W, 3] uint8} as overlays/step_N/name.png; returns the folder."""
+    """Writes {name: [H, W, 3] uint8} as overlays/step_N/NAME.png (`outputs.flat_names`); returns the folder."""
     folder = self._workdir / "overlays" / f"step_{step:06d}"
     if not self._writes:
       return folder
     folder.mkdir(parents=True, exist_ok=True)
+    files = outputs.flat_names(pictures, ".png")
     for name, picture in pictures.items():
-      Image.fromarray(picture).save(folder / f"{name.replace('/', '_')}.png")
+      Image.fromarray(picture).save(folder / files[name])
     if self._tensorboard:
       self._tensorboard.write_images(step, {f"overlays/{name}": picture[None] for name, picture in pictures.items()})
     return folder

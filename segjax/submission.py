@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from segjax import evaluate, input_pipeline, report, sharding
+from segjax import evaluate, input_pipeline, outputs, report, sharding
 from segjax.config import ConfigError
 from segjax.state import build
 
@@ -27,18 +27,19 @@ def submit(config, workdir) -> pathlib.Path:
   Raises:
     ConfigError: no run or no checkpoint in `workdir`, one of another model, a batch or canvas that the mesh does not
       divide, or files that cannot be written.
-    DataError: the split cannot be used.
+    DataError: the split cannot be used, or names of examples cannot be those of files.
   """
   workdir = pathlib.Path(workdir)
   loaded = evaluate.load_weights(config, workdir)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split, labels=False)
+  final = outputs.output_path(workdir, f"predict_{split}")
+  folder = final.with_name(final.name + ".tmp")
+  outputs.check_outputs(folder, (str(result_path(source, index)) for index in range(len(source))))
   graphdef, _, _, init = build(config, len(source.classes))
   variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
 
-  final = workdir / f"predict_{split}"
-  folder = final.with_name(final.name + ".tmp")
   try:
     if jax.process_index() == 0:
       shutil.rmtree(folder, ignore_errors=True)
@@ -74,7 +75,7 @@ def _wait_for_all(name: str) -> None:
 def result_path(source, index: int) -> pathlib.PurePosixPath:
   """Of a prediction, inside the archive."""
   form = source.submission
-  return pathlib.PurePosixPath(form.folder) / f"{source.describe(index)}{form.suffix}"
+  return outputs.output_path(pathlib.PurePosixPath(form.folder), f"{source.describe(index)}{form.suffix}")
 
 
 def write_png(path: pathlib.Path, prediction: np.ndarray, source) -> None:

@@ -25,10 +25,11 @@ from segjax import config as config_lib
 from segjax import optimizer as optimizer_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import IGNORE_LABEL, ConfigError
-from segjax.input_pipeline import order
+from segjax.examples import check_examples
+from segjax.input_pipeline import inventory, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.state import TrainState, build, materialize, with_sharding
-from segjax.workdir import check_examples, claim_workdir, named_failures, open_checkpoints
+from segjax.workdir import claim_workdir, named_failures, open_checkpoints
 
 
 class NonFiniteLoss(RuntimeError):
@@ -66,7 +67,8 @@ def train(config, workdir) -> dict[str, float]:
     f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in"
     f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {config.data.loader}"
   )
-  for note in dict.fromkeys((*train_source.notes, *eval_source.notes)):
+  splits = {config.data.train_split: train_source, config.data.eval_split: eval_source}
+  for note in dict.fromkeys((*train_source.notes, *eval_source.notes, *inventory.notes(splits))):
     say(f"note: {note}")
   say(check_data.probe(train_source, border=config.loss.border_weight > 0, most_bad=config.data.max_bad_examples))
 
@@ -89,8 +91,8 @@ def train(config, workdir) -> dict[str, float]:
   ):
     if jax.process_index() == 0:
       task.of_split(eval_source, config.data).save(workdir)
-    distributed.on_first(lambda: check_examples(train_source, workdir))
     bad = BadExamples(workdir, config.data.max_bad_examples, jax.process_index())
+    distributed.on_first(lambda: check_examples(config, splits, workdir, bad))
     class_weights = make_class_weights(config, train_source, workdir)
     # Start: 1. resume from the workdir, else 2. from the weights of init.path, else 3. from scratch.
     start = checkpoints.latest_step() or 0

@@ -1,20 +1,17 @@
-"""The folder of a run: claimed by one process at a time, for one config and one list of examples.
+"""The folder of a run: claimed by one process at a time, for one config and its examples.
 
-It holds config.json, task.json and train_examples.txt, which say what the run is; checkpoints/; and what it reports:
+It holds config.json, task.json and examples_SPLIT.json, which say what the run is; checkpoints/; and what it reports:
 metrics.jsonl, TensorBoard's files, overlays/.
 """
 
 import contextlib
 import pathlib
 
-from segjax import atomic, checkpoint, config_rules, distributed
+from segjax import checkpoint, config_rules, distributed
 from segjax import config as config_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
-from segjax.input_pipeline import images
 from segjax.lock import LOCK_FILE, Lock
-
-EXAMPLES_FILE = "train_examples.txt"  # In the workdir: the names of the training examples, in the order of their ids.
 
 
 class WorkdirError(RuntimeError):
@@ -86,25 +83,3 @@ def open_checkpoints(workdir: pathlib.Path, keep: int, say) -> Checkpoints:
   for note in distributed.on_first(lambda: checkpoint.set_aside_damaged(workdir)):
     say(note)
   return Checkpoints(workdir, keep)
-
-
-def check_examples(source, workdir: pathlib.Path) -> None:
-  """Writes down the training examples of a new run; a resumed one must have the same, or ids would mean others.
-
-  Raises:
-    ConfigError: names that went or came since.
-  """
-  path = workdir / EXAMPLES_FILE
-  names = [source.describe(index) for index in range(len(source))]
-  if not path.exists():
-    atomic.write_text(path, "".join(f"{name}\n" for name in names))
-    return
-  before = path.read_text(errors="replace").split("\n")[:-1]
-  if names != before:
-    gone, new = sorted(set(before) - set(names)), sorted(set(names) - set(before))
-    changes = [f"missing {images.listed(gone)}"] if gone else []
-    changes += [f"new {images.listed(new)}"] if new else []
-    raise ConfigError(
-      f"The training examples are not those that the run in {workdir} began with ({EXAMPLES_FILE}):"
-      f" {'; '.join(changes) or 'another order'}. Restore them, or give another --workdir."
-    )

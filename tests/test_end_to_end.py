@@ -203,7 +203,8 @@ def test_real_voc_images_go_through_check_train_eval_and_predict(shared, tmp_pat
   config.num_steps, config.batch_size, config.crop_size, config.mesh.data = 1, 1, (32, 32), 1
   config.model.width, config.model.depth, config.eval.batch_size = 2, 1, 2
 
-  assert check_data.check(config) == 2  # Only that some of the classes are in none of the 8 images, in both splits.
+  # Only that some of the classes are in none of the 8 images, in both splits, and that these hold the same images.
+  assert check_data.check(config) == 2 + 8
   output = capsys.readouterr().out
   assert "val: 8 examples" in output and "no pixel of" in output and "canvas" not in output
   assert "note: split 'val' has 8 images, the official one 1449" in output

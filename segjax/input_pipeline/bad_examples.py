@@ -17,6 +17,7 @@ class BadExamples:
 
   Attributes:
     most: how many examples may be bad; one more stops the run.
+    names: of those that were bad before this start.
 
   Args:
     workdir: of the run; all of its processes see the same one.
@@ -32,7 +33,7 @@ class BadExamples:
     self._lock = threading.Lock()
     known = self._read()
     self._places = {(line["step"], line["row"]) for line in known}
-    names = sorted({line["name"] for line in known})
+    self.names = names = sorted({line["name"] for line in known})
     if len(names) > most:
       raise DataError(
         f"{self._folder}/bad_examples_*.jsonl: this run met {len(names)} bad examples ({images.listed(names)}), more than"

@@ -60,7 +60,7 @@ def cached_border_map(path: pathlib.Path, meaning: str, read: Callable[[], np.nd
   key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{meaning}|{sigma}"
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   folder = pathlib.Path(home) / "segjax" / "borders"
-  cached = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
+  cached = folder / f"{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.npy"
   if cached.is_file():
     return np.load(cached)
   weight = border_map(read(), sigma).astype(np.float16)

@@ -1,11 +1,12 @@
 """Cityscapes, from its own folders or from TFDS's shards; label ids become the 19 training classes as they are read."""
 
 import pathlib
+import re
 
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets, images
+from segjax.input_pipeline import datasets, images, inventory
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.source import Files, Source, count_note
 from segjax.input_pipeline.tfds_store import Records
@@ -18,6 +19,7 @@ LABEL_MAP |= {label_id: train_id for train_id, (_, label_id, _) in enumerate(dat
 
 IMAGES = "leftImg8bit"
 IMAGE_SUFFIX = "_leftImg8bit.png"
+_LABEL_FORMS = r"(?:labelIds|labelTrainIds|instanceIds|instanceTrainIds|color)\.png|polygons\.json"
 _ZIPS = {
   (IMAGES, "train_extra"): "leftImg8bit_trainextra.zip", (IMAGES, None): "leftImg8bit_trainvaltest.zip",
   ("gtFine", None): "gtFine_trainvaltest.zip", ("gtCoarse", None): "gtCoarse.zip",
@@ -51,7 +53,8 @@ def find_pairs(
     DataError: a missing zip, city or file, named, or masks of train ids alone.
   """
   folder = _existing(root, IMAGES, split)
-  image_paths = {path.name.removesuffix(IMAGE_SUFFIX): path for path in folder.glob(f"*/*{IMAGE_SUFFIX}")}
+  found, _ = inventory.search(folder, levels=1)
+  image_paths = {path.name.removesuffix(IMAGE_SUFFIX): path for path in found if _is_image(path, folder)}
   if not image_paths:
     raise DataError(
       f"{folder} holds no CITY/*{IMAGE_SUFFIX}, so the split is empty. Unzip {_zip(IMAGES, split)} again."
@@ -60,7 +63,7 @@ def find_pairs(
   if split == "test":
     return names, [(image_paths[name], None) for name in names]
   mask_folder = _existing(root, labels, split)
-  masks = {path.name: path for path in mask_folder.glob("*/*.png")}
+  masks = {path.name: path for path in inventory.search(mask_folder, levels=1)[0] if path.parent != mask_folder}
   suffix = f"_{labels}_labelIds.png"
   missing = [name for name in names if name + suffix not in masks]
   if missing:
@@ -76,6 +79,29 @@ def find_pairs(
       f" {_zip(labels, split)} again."
     )
   return names, [(image_paths[name], masks[name + suffix]) for name in names]
+
+
+def _is_image(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  return path.name.endswith(IMAGE_SUFFIX) and path.parent != folder
+
+
+def others(root: pathlib.Path, split: str, labels: str) -> dict[pathlib.Path, inventory.Unused]:
+  """What lies beside the split's files; other forms of its labels are the zips' own, and nothing is wrong with them."""
+  folder, mask_folder = root / IMAGES / split, root / labels / split
+  photos, found = inventory.search(folder, levels=1)
+  found |= dict.fromkeys(photos, inventory.MISNAMED)
+  if not mask_folder.is_dir():
+    return found
+  names = {path.name.removesuffix(IMAGE_SUFFIX) for path in photos if _is_image(path, folder)}
+  masks, unknown = inventory.search(mask_folder, levels=1)
+  found |= unknown | dict.fromkeys(masks, inventory.MISNAMED)
+  for path in (*masks, *unknown):
+    if form := re.fullmatch(rf"([^.].*)_{labels}_({_LABEL_FORMS})", path.name):
+      if form[1] not in names and split != "test":
+        found[path] = inventory.NO_IMAGE
+      elif form[2] != "labelIds.png" or split == "test":  # A second one of the same name is not used.
+        del found[path]
+  return found
 
 
 def _zip(kind: str, split: str) -> str:
@@ -129,7 +155,8 @@ class CityscapesSource(Source):
         id="image_id",
       )
     else:
-      store = Files(*find_pairs(pathlib.Path(dir).expanduser(), split, labels))
+      root = pathlib.Path(dir).expanduser()
+      store = Files(*find_pairs(root, split, labels), lambda: others(root, split, labels))
     super().__init__(
       store,
       *self.named_classes(),

@@ -1,18 +1,19 @@
 """Your own images and masks, paired by name, by folder or by list file."""
 
 import functools
+import glob
+import os
 import pathlib
+import re
 
 import numpy as np
 from scipy import ndimage
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import borders, datasets
+from segjax.input_pipeline import borders, datasets, inventory
 from segjax.input_pipeline import images as images_lib
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.source import Files, Source, held_out
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm")
 
 
 class MaskMeaning:
@@ -108,12 +109,18 @@ class FolderSource(Source):
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")
     meaning = MaskMeaning(tuple(classes) or read_classes(self._root), colors, void_colors, label_map)
     held = functools.partial(held_out, holdout=holdout, folds=folds, fold=fold, seed=split_seed, group=group)
-    pairs = self._find_pairs(split, images, masks, mask_suffix, list, held)
+    pairs, others = self._find_pairs(split, images, masks, mask_suffix, list, held)
     self._images, self._pairs = self._root / images.format(split=split), pairs
     self._meaning = f"{meaning.classes} {colors} {void_colors} {label_map}"
     self._instances, self._border_sigma = instances.format(split=split), border_sigma
-    names = [image.relative_to(self._root).with_suffix("").as_posix() for image, _ in pairs]
-    super().__init__(Files(names, pairs), meaning.classes, meaning.palette, meaning.to_label)
+    names = [self._name(image) for image, _ in pairs]
+
+    def all_others():
+      lists = glob.glob(list.format(split="*"), root_dir=self._root) if list else []
+      own = (self._root / name for name in (*lists, "classes.txt"))
+      return inventory.without(others() | self._other_instances(), own)
+
+    super().__init__(Files(names, pairs, all_others), meaning.classes, meaning.palette, meaning.to_label)
 
   @functools.cached_property
   def border_files(self) -> list[pathlib.Path]:
@@ -129,7 +136,7 @@ class FolderSource(Source):
       )
     if self._instances == "components":
       return [mask for _, mask in self._pairs]
-    found = self._files(self._instances, "data.instances", ', or to "components", or set loss.border_weight = 0')
+    found, _ = self._files(self._instances, "data.instances", ', or to "components", or set loss.border_weight = 0')
     names = []
     for image, _ in self._pairs:
       inside = image.is_relative_to(self._images)
@@ -141,6 +148,18 @@ class FolderSource(Source):
         f" {images_lib.listed(missing)}. Add them, or set loss.border_weight = 0."
       )
     return [found[name] for name in names]
+
+  def _other_instances(self) -> dict[pathlib.Path, inventory.Unused]:
+    if self._instances in ("", "components") or not (self._root / self._instances).is_dir():
+      return {}
+    found, others = self._files(self._instances, "data.instances")
+    images, _ = inventory.search(self._images) if self._images.is_dir() else ([], {})
+    names = {image.relative_to(self._images).with_suffix("").as_posix() for image in images}
+    return others | {path: inventory.NO_IMAGE for name, path in found.items() if images and name not in names}
+
+  def files(self, border: bool = False) -> dict[str, list[pathlib.Path]]:
+    """See `Source.files`."""
+    return super().files() | (dict(instances=self.border_files) if border else {})
 
   def border(self, index: int) -> np.ndarray:
     """[H, W] float16 in [0, 1], how much the ground between two instances weighs; see `borders.border_map`.
@@ -185,41 +204,80 @@ class FolderSource(Source):
         f"split {split!r}: data.images, data.masks and data.list name no {{split}}, so there are only train and val"
         " (data.holdout or data.folds of all images). Use {split} in one of the three."
       )
+    names = None
     if list_file:
       path = self._root / list_file.format(split=split)
       if not path.is_file():
         raise DataError(f"{path}: no such list file. Check data.list and the split {split!r}.")
-      entries = [line.split() for line in images_lib.read_lines(path)]
-    else:
-      entries = None
-    if entries and all(len(entry) == 2 for entry in entries):
-      pairs = [(self._resolve(path, image), self._resolve(path, mask)) for image, mask in entries]
-    else:
-      found = self._files(images.format(split=split), "data.images")
-      found_masks = self._files(masks.format(split=split), "data.masks")
-      names = sorted(found) if entries is None else [self._name(path, entry) for entry in entries]
-      if fixed and entries is None:
-        held = held_out(names)
-        names = [name for name in names if (name in held) == (split == "val")]
-      missing = [f"image {name}" for name in names if name not in found]
-      missing += [
-        f"mask {name}{mask_suffix}" for name in names if name in found and name + mask_suffix not in found_masks
-      ]
-      if missing:
-        raise DataError(
-          f"split {split!r} of {self._root}: {len(missing)} files are missing: {images_lib.listed(missing)}. Masks carry their"
-          f" image's name plus data.mask_suffix ({mask_suffix!r}). Add the files, or remove the names or images."
-        )
-      pairs = [(found[name], found_masks[name + mask_suffix]) for name in names]
-    if not pairs:
+      pairs, names = self._read_list(path)
+      if pairs:
+        return pairs, lambda: self._beside(pairs)
+    found, others = self._files(images.format(split=split), "data.images")
+    found_masks, more = self._files(masks.format(split=split), "data.masks")
+    others = (
+      others | more | _unlisted(found_masks, found, mask_suffix) | dict.fromkeys(found.values(), inventory.UNLISTED)
+    )
+    if names is None:
+      names = sorted(found)
+      held = held_out(names) if fixed else ()
+      names = [name for name in names if not fixed or (name in held) == (split == "val")]
+    missing = [f"image {name}" for name in names if name not in found]
+    missing += [
+      f"mask {name}{mask_suffix}" for name in names if name in found and name + mask_suffix not in found_masks
+    ]
+    if missing:
+      raise DataError(
+        f"split {split!r} of {self._root}: {len(missing)} files are missing: {images_lib.listed(missing)}. Masks carry their"
+        f" image's name plus data.mask_suffix ({mask_suffix!r}). Add the files, or remove the names or images."
+      )
+    if not names:
       where = list_file or images
       raise DataError(
         f"split {split!r} of {self._root} is empty ({where.format(split=split)}). Check the split's name."
       )
-    return pairs
+    return [(found[name], found_masks[name + mask_suffix]) for name in names], lambda: others
 
-  def _files(self, folder: str, field: str, otherwise: str = "") -> dict[str, pathlib.Path]:
-    """All image files below `folder`, by their path without extension."""
+  def _read_list(self, path: pathlib.Path) -> tuple[list[tuple[pathlib.Path, pathlib.Path]], list[str]]:
+    """The (image, mask) paths that the lines name, or else their names without endings; either may hold spaces.
+
+    Raises:
+      DataError: a line that names no pair of files, or several, where others name one.
+    """
+    lines = images_lib.read_lines(path)
+    found = {line: self._resolve_pairs(line) for line in lines}
+    if not any(found.values()):
+      return [], [
+        line[: -len(pathlib.PurePath(line).suffix)] if line.lower().endswith(inventory.EXTENSIONS) else line
+        for line in lines
+      ]
+    for line, pairs in found.items():
+      if len(pairs) != 1:
+        what = f"can be read as {len(pairs)} pairs" if pairs else "is no pair"
+        raise DataError(
+          f"{path}: {line!r} {what} of an image and a mask under {self._root}. Add the files, or correct the line."
+        )
+    return [found[line][0] for line in lines], []
+
+  def _name(self, image: pathlib.Path) -> str:
+    """Relative to the root; of an image elsewhere (data.images="../x") without the parts that lead there."""
+    inside = image.relative_to(self._root) if image.is_relative_to(self._root) else image.relative_to(image.anchor)
+    return pathlib.PurePath(*(part for part in inside.parts if part != "..")).with_suffix("").as_posix()
+
+  def _resolve_pairs(self, line: str) -> list[tuple[pathlib.Path, pathlib.Path]]:
+    gaps = re.finditer(r"\s+", line)
+    pairs = [(self._resolve(line[: gap.start()]), self._resolve(line[gap.end() :])) for gap in gaps]
+    return [pair for pair in pairs if all(pair)]
+
+  def _beside(self, pairs) -> dict[pathlib.Path, inventory.Unused]:
+    """What else lies in the folders of listed files; other splits may lie there as well."""
+    others = {}
+    for folder in {path.parent for pair in pairs for path in pair}:
+      files, found = inventory.search(folder, levels=0)
+      others |= found | dict.fromkeys(files, inventory.UNLISTED)
+    return {path: inventory.UNLISTED if why is inventory.FOLDER else why for path, why in others.items()}
+
+  def _files(self, folder: str, field: str, otherwise: str = "") -> tuple[dict[str, pathlib.Path], dict]:
+    """All image files below `folder`, by their path without extension; and what else lies there."""
     root = self._root / folder
     if not root.is_dir():
       present = sorted(p.name for p in self._root.iterdir())
@@ -227,26 +285,27 @@ class FolderSource(Source):
         f"{root}: no such folder. {self._root} holds {images_lib.listed(present)}; set {field} to the right one{otherwise}."
       )
     files = {}
-    for path in sorted(root.rglob("*")):
-      if path.suffix.lower() in EXTENSIONS:
-        name = path.relative_to(root).with_suffix("").as_posix()
-        if name in files:
-          raise DataError(f"{files[name]} and {path} have the same name. Remove one of the two.")
-        files[name] = path
-    return files
+    paths, others = inventory.search(root)
+    for path in paths:
+      name = path.relative_to(root).with_suffix("").as_posix()
+      if name in files:
+        raise DataError(f"{files[name]} and {path} have the same name. Remove one of the two.")
+      files[name] = path
+    return files, others
 
-  @staticmethod
-  def _name(path, entry) -> str:
-    if len(entry) != 1:
-      raise DataError(f"{path}: {' '.join(entry)!r} is neither one name nor an image and a mask. Correct the line.")
-    name = entry[0]
-    return name[: -len(pathlib.PurePath(name).suffix)] if name.lower().endswith(EXTENSIONS) else name
-
-  def _resolve(self, list_path, text: str) -> pathlib.Path:
+  def _resolve(self, text: str) -> pathlib.Path | None:
     """A listed path under the root; leading folders of the list's author (/SegNet/CamVid/train/...) are dropped."""
     parts = pathlib.PurePosixPath(text).parts
     for start in range(len(parts)):
       candidate = self._root.joinpath(*[part for part in parts[start:] if part != "/"])
-      if candidate.is_file():
+      if os.path.isfile(candidate):  # Not Path.is_file(), which raises for names that are too long.
         return candidate
-    raise DataError(f"{list_path} names {text}, which is not under {self._root}. Add the file, or remove the line.")
+    return None
+
+
+def _unlisted(masks: dict[str, pathlib.Path], images: dict, suffix: str) -> dict[pathlib.Path, inventory.Unused]:
+  """Why a mask is not used, if it is not."""
+  return {
+    path: inventory.UNLISTED if name.endswith(suffix) and name.removesuffix(suffix) in images else inventory.NO_IMAGE
+    for name, path in masks.items()
+  }

@@ -4,7 +4,10 @@ One reader serves both loaders, so their pixels are the same by construction, an
 indices, where TensorFlow's PNG decoder would expand the palette to colours (class 1 would arrive as grey 38).
 """
 
+import os
 import pathlib
+import re
+import stat
 from typing import BinaryIO
 
 import numpy as np
@@ -15,6 +18,14 @@ from segjax.config import IGNORE_LABEL
 
 class DataError(Exception):
   """Input that cannot be used; the message names the file, what is wrong with it, and the remedy."""
+
+  def __str__(self) -> str:
+    return super().__str__().encode(errors="backslashreplace").decode()  # Paths need not be UTF-8.
+
+
+def printable(name: str) -> str:
+  """A file's name for one line of UTF-8: line ends, control characters and what is no UTF-8 as Python escapes them."""
+  return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), name)
 
 
 _BAD = 254  # Marks label values that mean nothing; the most classes are 254, numbered 0 to 253.
@@ -31,9 +42,17 @@ def read_lines(path: pathlib.Path) -> list[str]:
     DataError: it cannot be read, or is no text.
   """
   try:
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    check_regular(path)  # Lines end at line ends alone: names may hold what str.splitlines() takes for one.
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
   except (OSError, ValueError) as error:
     raise DataError(f"{path}: not a readable text file ({error}). Restore it, in UTF-8.") from error
+
+
+def check_regular(path: pathlib.Path | str) -> None:
+  """Raises DataError where `path` is a folder, a pipe or a device, which might be waited for without end; OSError where
+  there is nothing."""
+  if not stat.S_ISREG(os.stat(path).st_mode):
+    raise DataError(f"{path}: no regular file (a folder, pipe or device). Put the file in its place, or remove it.")
 
 
 def _check_pixels(path, image) -> None:
@@ -51,6 +70,8 @@ def read_size(path: pathlib.Path | str, file: BinaryIO | None = None) -> tuple[i
     DataError: missing, not an image, or one of more than `MAX_PIXELS`, which none of these functions reads.
   """
   try:
+    if file is None:
+      check_regular(path)
     with Image.open(file or path) as opened:
       _check_pixels(path, opened)
       return opened.height, opened.width
@@ -64,6 +85,8 @@ def read_size(path: pathlib.Path | str, file: BinaryIO | None = None) -> tuple[i
 
 def _decode(path: pathlib.Path | str, file: BinaryIO | None, convert):
   try:
+    if file is None:
+      check_regular(path)
     with Image.open(file or path) as opened:
       _check_pixels(path, opened)
       opened.load()

@@ -5,12 +5,13 @@ import re
 
 import numpy as np
 
-from segjax.input_pipeline import datasets, images
+from segjax.input_pipeline import datasets, images, inventory
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.source import Files, Source, count_note, held_out
 
 SPLITS = ("train", "val", "trainval", "test")
 _COLOR_TABLE = {int(color, 16): label for color, label in datasets.KITTI_ROAD_MASK_COLORS.items()}
+_IMAGE, _MASK = r"(um|umm|uu)_\d{6}\.png", r"(um|umm|uu)_(road|lane)_(\d{6})\.png"
 _REMEDY = (
   "KITTI's masks hold FF0000 (background), FF00FF (road) and 000000 (void), and nothing between: restore the file from"
   " data_road.zip, and never resize masks with interpolation."
@@ -51,9 +52,25 @@ def find_images(root: pathlib.Path, part: str) -> dict[str, pathlib.Path]:
     DataError: there is none.
   """
   folder = root / part / "image_2"
-  found = {path.stem: path for path in sorted(folder.glob("*.png")) if re.fullmatch(r"(um|umm|uu)_\d{6}", path.stem)}
+  found = {path.stem: path for path in sorted(folder.glob("*.png")) if re.fullmatch(_IMAGE, path.name)}
   if not found:
     raise DataError(f"{folder} holds no um_*.png, umm_*.png or uu_*.png. Unzip data_road.zip again.")
+  return found
+
+
+def others(root: pathlib.Path, part: str) -> dict[pathlib.Path, inventory.Unused]:
+  """What no split of "training" or "testing" can use."""
+  images, found = inventory.search(root / part / "image_2", levels=0)
+  found |= {path: inventory.MISNAMED for path in images if not re.fullmatch(_IMAGE, path.name)}
+  if (folder := root / part / "gt_image_2").is_dir():
+    masks, unknown = inventory.search(folder, levels=0)
+    names = {path.name for path in images}
+    found |= unknown
+    for path in masks:
+      if not (parts := re.fullmatch(_MASK, path.name)):
+        found[path] = inventory.MISNAMED
+      elif f"{parts[1]}_{parts[3]}.png" not in names:
+        found[path] = inventory.NO_IMAGE
   return found
 
 
@@ -104,7 +121,9 @@ class KittiRoadSource(Source):
       raise DataError(f"split {split!r} of {root} is empty. Hold out more images: data.holdout or data.folds.")
     super().__init__(
       Files(
-        list(found), [(path, None if split == "test" else masks / mask_name(n, labels)) for n, path in found.items()]
+        list(found),
+        [(path, None if split == "test" else masks / mask_name(n, labels)) for n, path in found.items()],
+        lambda: others(root, part),
       ),
       *self.named_classes(labels=labels),
       to_label,

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import images
-from segjax.input_pipeline.folder import EXTENSIONS
+from segjax.input_pipeline import images, inventory
 from segjax.input_pipeline.images import DataError
 
 ROUNDING = 64  # Pixels between canvases of images that have their own, so that few programs are compiled.
@@ -47,17 +46,21 @@ def find(inputs: Sequence[str], outputs: Sequence[pathlib.Path]) -> tuple[list[P
   Raises:
     DataError: a folder without images, or two images of one name.
   """
-  outputs = [folder.resolve() for folder in outputs]
-  named = {}  # {resolved path: (path, name)}
+  outputs = {_real(folder) for folder in outputs}
+  named, problems = {}, []  # {real path: (path, name)}
   for given in map(pathlib.Path, inputs):
     found = {given: given.name}
-    if given.is_dir():
-      paths = [path for path in sorted(given.rglob("*")) if path.suffix.lower() in EXTENSIONS and path.is_file()]
-      found = {path: path.relative_to(given) for path in paths if not set(outputs) & set(path.resolve().parents)}
+    if os.path.isdir(given):  # Not Path.is_dir(), which raises for names that are too long.
+      paths, others = inventory.search(given)
+      found = {path: path.relative_to(given) for path in paths if not outputs & set(_real(path).parents)}
       if not found:
-        raise DataError(f"{given}: no images in this folder or below it ({', '.join(EXTENSIONS)}). Check the path.")
+        extensions = ", ".join(inventory.EXTENSIONS)
+        raise DataError(f"{given}: no images in this folder or below it ({extensions}). Check the path.")
+      problems += [
+        f"{images.printable(str(path))}: {why}" for path, why in inventory.without(others, found).items() if why.remedy
+      ]
     for path, name in found.items():
-      named.setdefault(path.resolve(), (path, pathlib.PurePath(name).with_suffix("").as_posix()))
+      named.setdefault(_real(path), (path, pathlib.PurePath(name).with_suffix("").as_posix()))
   firsts = {}
   for path, name in named.values():
     if name in firsts:
@@ -70,7 +73,7 @@ def find(inputs: Sequence[str], outputs: Sequence[pathlib.Path]) -> tuple[list[P
   def look(item):
     path, name = item
     try:
-      if not path.exists():
+      if not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder.")
       return Photo(path, name, images.read_size(path))
     except DataError as error:
@@ -78,7 +81,11 @@ def find(inputs: Sequence[str], outputs: Sequence[pathlib.Path]) -> tuple[list[P
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     seen = list(pool.map(look, named.values()))
-  return [s for s in seen if isinstance(s, Photo)], [s for s in seen if isinstance(s, str)]
+  return [s for s in seen if isinstance(s, Photo)], problems + [s for s in seen if isinstance(s, str)]
+
+
+def _real(path: pathlib.Path) -> pathlib.Path:
+  return pathlib.Path(os.path.realpath(path))  # Path.resolve() raises for links in a circle.
 
 
 def read_ahead(photos: Sequence[Photo], workers: int) -> Iterator[tuple[Photo, np.ndarray | DataError]]:

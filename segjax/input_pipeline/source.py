@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets, images
+from segjax.input_pipeline import datasets, images, inventory
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.order import mix
 
@@ -23,11 +23,24 @@ class Files:
   Args:
     names: of the examples, for messages and pictures.
     pairs: (image, mask) paths; mask None where the split has no labels.
+    others: () -> what else lies in their folders; see `inventory.search`.
   """
 
-  def __init__(self, names: Sequence[str], pairs: Sequence[tuple[pathlib.Path, pathlib.Path | None]]):
+  def __init__(self, names: Sequence[str], pairs: Sequence[tuple[pathlib.Path, pathlib.Path | None]],
+               others: Callable[[], dict[pathlib.Path, inventory.Unused]]):  # fmt: skip
     self.names = list(names)
     self._pairs = list(pairs)
+    self._others = others
+
+  @functools.cached_property
+  def others(self) -> dict[pathlib.Path, inventory.Unused]:
+    """As of `Source.others`."""
+    return self._others()
+
+  @property
+  def files(self) -> dict[str, list[pathlib.Path]]:
+    """As of `Source.files`."""
+    return dict(image=[image for image, _ in self._pairs], mask=[mask for _, mask in self._pairs if mask])
 
   @functools.cached_property
   def canvas_size(self) -> tuple[int, int]:
@@ -89,9 +102,26 @@ class Source:
     """
     return self._store.canvas_size
 
+  @property
+  def others(self) -> dict[pathlib.Path, inventory.Unused]:
+    """What lies in the split's folders beside its own files, and why; may be another split's (`inventory.unused`).
+
+    Raises:
+      DataError: a folder that may not be read.
+    """
+    return self._store.others
+
+  def files(self, border: bool = False) -> dict[str, list[pathlib.Path]]:
+    """The files that are read: {"image": one for each example, "mask": likewise, or none}, or {"image": [], "shard": ...}.
+
+    Args:
+      border: adds "instances", what `border` reads.
+    """
+    return self._store.files
+
   def describe(self, index: int) -> str:
-    """The example's name."""
-    return self._store.names[index]
+    """The example's name, as `images.printable` has it."""
+    return images.printable(self._store.names[index])
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
     """image [H, W, 3] uint8, label [H, W] uint8, ids in [0, len(classes)) or 255.
@@ -133,7 +163,9 @@ def held_out(names: Sequence[str], *, holdout: float, folds: int, fold: int, see
       " it, or rename them."
     )
   unit_of = {name: found[name].group() if group else name for name in names}
-  hashes = {unit: int(mix(*((seed,) if seed else ()), *unit.encode())) for unit in unit_of.values()}
+  hashes = {
+    unit: int(mix(*((seed,) if seed else ()), *unit.encode(errors="surrogateescape"))) for unit in unit_of.values()
+  }
   ranked = sorted(hashes, key=hashes.__getitem__)
   if folds:
     held = set(ranked[fold::folds])

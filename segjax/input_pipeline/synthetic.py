@@ -56,7 +56,7 @@ class SyntheticSource:
   def __init__(self, *, split: str, dir: str = "", num_train: int, num_val: int, image_size: tuple[int, int]):
     self.classes, self.palette = self.named_classes()
     self.canvas_size = tuple(image_size)
-    self.labelled, self.notes, self.submission = True, (), datasets.PLAIN_SUBMISSION
+    self.labelled, self.notes, self.submission, self.others = True, (), datasets.PLAIN_SUBMISSION, {}
     self._length = num_train if split == "train" else num_val
     self._seed = int.from_bytes(split.encode()[:7], "little")
 
@@ -67,6 +67,10 @@ class SyntheticSource:
 
   def __len__(self) -> int:
     return self._length
+
+  def files(self, border: bool = False) -> dict[str, list]:
+    """As of `source.Source.files`."""
+    return dict(image=[])
 
   def describe(self, index: int) -> str:
     """A name for messages and pictures."""

@@ -45,6 +45,8 @@ class Records:
           f"{folder}: no feature {feature!r}; it has {', '.join(sorted(builder.info.features))}. Correct the name."
         )
     self._parts = [_open_split(builder, folder, split) for split in splits]
+    shards = {pathlib.Path(path) for split in splits for path in builder.info.splits[split].filepaths}
+    self.files, self.others = dict(image=[], shard=sorted(shards)), {}  # As of `Source`.
     indices = [_index(folder, split, part, image, mask, id) for split, part in zip(splits, self._parts)]
     rows = [(name, part, i) for part, index in enumerate(indices) for i, name in enumerate(index["names"])]
     if id:
@@ -137,7 +139,7 @@ def _index(folder: pathlib.Path, split: str, part, image: str, mask: str, id: st
   names, sizes, problems = [], [], []
   for i in tqdm.tqdm(range(len(part)), f"indexing {folder.parent.name} {split}", disable=len(part) < 100):
     record = _record(part, i, f"{folder} {split}", [f for f in (image, mask, id) if f])
-    name = record[id].decode() if id else f"{split}_{i:06d}"
+    name = record[id].decode(errors="surrogateescape") if id else f"{split}_{i:06d}"
     try:
       size = images.read_size(f"{folder}: {image} of {name}", io.BytesIO(record[image]))
       mask_size = images.read_size(f"{folder}: {mask} of {name}", io.BytesIO(record[mask]))

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from segjax.input_pipeline import datasets, images
+from segjax.input_pipeline import datasets, images, inventory
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.source import Files, Source, count_note
 from segjax.input_pipeline.tfds_store import Records
@@ -53,7 +53,7 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
       "Make it from VOC and SBD: python -m segjax.prepare voc --devkit=VOCdevkit/VOC2012 --sbd=benchmark_RELEASE/dataset"
     )  # fmt: skip
     raise DataError(f"{path}: no such list. {remedy}")
-  names = [name for line in images.read_lines(path) for name in line.split()]
+  names = images.read_lines(path)
   if not names:
     raise DataError(f"{path}: the split {split!r} is empty. Restore the list.")
   if len(set(names)) < len(names):
@@ -94,6 +94,18 @@ def _stems(folder: pathlib.Path) -> set[str]:
   return {path.stem for path in folder.iterdir()} if folder.is_dir() else set()
 
 
+def others(root: pathlib.Path) -> dict[pathlib.Path, inventory.Unused]:
+  """What no split can use; images without a mask are VOC's detection images, and nothing is wrong with them."""
+  photos, found = inventory.search(root / "JPEGImages", levels=0)
+  found |= {path: inventory.MISNAMED for path in photos if path.suffix != ".jpg"}
+  names = {path.stem for path in photos if path.suffix == ".jpg"}
+  for folder in filter(pathlib.Path.is_dir, (root / "SegmentationClass", root / AUG_FOLDER)):
+    masks, unknown = inventory.search(folder, levels=0)
+    found |= unknown | {path: inventory.NO_IMAGE for path in masks if path.stem not in names}
+    found |= {path: inventory.MISNAMED for path in masks if path.suffix != ".png"}
+  return found
+
+
 def to_label(path: str, mask: np.ndarray) -> np.ndarray:
   """A VOC mask as stored, palette indices, to [H, W] uint8 ids in 0 to 20 or 255.
 
@@ -123,7 +135,8 @@ class VocSource(Source):
     if format == "tfds":
       store = Records(dir, "voc_segmentation", TFDS_SPLITS[split], image="image", mask="label", id="id")
     else:
-      store = Files(*find_pairs(find_root(dir), split))
+      root = find_root(dir)
+      store = Files(*find_pairs(root, split), lambda: others(root))
     super().__init__(
       store,
       *self.named_classes(),
