@@ -106,17 +106,18 @@ class _LastingStream:
 
   def write(self, text: str) -> int:
     try:
-      self._stream.write(text)
-    except UnicodeEncodeError:
-      self._stream.write(text.encode("ascii", "backslashreplace").decode())
-    except OSError as error:
+      try:
+        self._stream.write(text)
+      except UnicodeEncodeError:
+        self._stream.write(text.encode("ascii", "backslashreplace").decode())
+    except (OSError, ValueError) as error:  # A closed file is a ValueError.
       self.lost = error
     return len(text)
 
   def flush(self) -> None:
     try:
       self._stream.flush()
-    except OSError as error:
+    except (OSError, ValueError) as error:
       self.lost = error
 
   def end(self) -> None:
@@ -124,9 +125,8 @@ class _LastingStream:
     self.lost = None
     self.flush()
     if self.lost is not None:
-      null = os.open(os.devnull, os.O_WRONLY)
-      os.dup2(null, self._stream.fileno())
-      os.close(null)
+      with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as null:  # No file at all.
+        os.dup2(null.fileno(), self._stream.fileno())
       self.flush()
 
 

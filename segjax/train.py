@@ -133,13 +133,12 @@ def train(config, workdir) -> dict[str, float]:
     if not tensorboard:
       say("TensorBoard is off: it would import TensorFlow, which the grain loader avoids. Curves are in metrics.jsonl.")
     writer = report.Writer(workdir, start_step=start, tensorboard=tensorboard, unscored=unscored)
-    progress = report.Progress(start, config.num_steps, config.batch_size)
     if before := bad.count(start):
       say(f"note: {before} bad examples before (bad_examples_*.jsonl); data.max_bad_examples = {bad.most}")
-    say(f"training from step {start} to {config.num_steps}; the evaluation compiles ...", flush=True)
+    say("compiling the evaluation ...", flush=True)
     validation.compile(abstract)
-    say(f"compiled after {progress.seconds():.0f} s; the first step compiles ...", flush=True)
-    progress.restart(start)
+    progress = report.Progress(start, config.num_steps, config.batch_size)
+    say(f"training from step {start} to {config.num_steps}; the first step compiles ...", flush=True)
 
     step, recent = start, []
     while True:
