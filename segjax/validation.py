@@ -83,6 +83,10 @@ class Validation:
       state.policy = sharding.gather(optimizer_lib.init_policy(self._regime, scale), self._mesh)
       if score is not None and score.regime == self._regime:  # Made up for by a run that then died.
         state.policy = self._remember(state.policy, score.value)
+    if self.pending(step, checkpoints):
+      self._say(
+        f"note: the evaluation at step {step} failed or was cut short before; it comes first, from the checkpoint"
+      )
     best = checkpoints.best_step()
     if best is not None and checkpoints.score(best).measure != self._measure:
       self._say(

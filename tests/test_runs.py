@@ -103,7 +103,7 @@ def test_a_failing_evaluation_loses_no_step_and_the_run_ends_as_if_it_had_not_fa
 
 
 def test_a_run_that_died_before_its_score_was_recorded_evaluates_again_and_tells_it_once(
-  config, fake, tmp_path, monkeypatch
+  config, fake, tmp_path, monkeypatch, capsys
 ):
   def dies(score, folder):
     raise KeyboardInterrupt
@@ -117,6 +117,7 @@ def test_a_run_that_died_before_its_score_was_recorded_evaluates_again_and_tells
   fake.scores = [0.5, 0.6]
   train_lib.train(config, tmp_path / "run")
   assert scored(tmp_path / "run") == [(3, 0.5), (6, 0.6)] and not fake.scores
+  assert "note: the evaluation at step 3 failed or was cut short before" in capsys.readouterr().out
   assert train_lib.train(config, tmp_path / "run") == {}
 
 
