@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import json
+import math
 import pathlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
+from segjax import atomic, distributed
 from segjax.config import ConfigError
 from segjax.state import TrainState
 
@@ -107,6 +109,42 @@ def _steps(folder: pathlib.Path) -> list[int]:
   return [int(name) for name in names if name.isdecimal()]  # Others are being written.
 
 
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """What an evaluation found of a checkpoint.
+
+  Attributes:
+    value: higher is better; NaN where the metric has none.
+    measure: what it depends on beside the weights, see `evaluate.measure`; scores of another one cannot be compared.
+    regime: of the policies that it counts for, see `optimizer.init_policy`.
+  """
+
+  value: float
+  measure: dict | None = None
+  regime: int = 0
+
+  def write(self, folder: pathlib.Path) -> None:
+    """Adds it to a complete checkpoint, whole or not at all: first the file, then its checksum."""
+    path = folder / "metrics" / "metrics"  # Where Orbax looks for it.
+    path.parent.mkdir(exist_ok=True)
+    value = None if math.isnan(self.value) else self.value
+    atomic.write_text(path, json.dumps(dict(score=value, measure=self.measure, regime=self.regime)))
+    sums = folder / CHECKSUMS
+    atomic.write_text(sums, f"{sums.read_text()}{_sha256(path)}  {path.relative_to(folder)}\n")
+
+
+class _KeepsLastAndBest:
+  """Orbax' `PreservationPolicy`: the newest `keep` checkpoints, and that of the best score."""
+
+  def __init__(self, keep: int, best_step):
+    self._keep, self._best_step = keep, best_step
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    del context
+    kept = {*sorted(checkpoint.step for checkpoint in checkpoints)[-self._keep :], self._best_step()}
+    return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
 class Checkpoints:
   """The checkpoints of a workdir.
 
@@ -127,22 +165,17 @@ class Checkpoints:
   def __init__(self, workdir, keep: int = 1, read_only: bool = False):
     self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
     self._read_only = read_only
-    policies = [
-      checkpoint_managers.LatestN(keep),
-      checkpoint_managers.BestN(
-        get_metric_fn=lambda metrics: metrics["score"], n=1, keep_checkpoints_without_metrics=False
-      ),
-    ]
+    self._keep = keep
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-      best_fn=lambda metrics: metrics["score"],
+      preservation_policy=_KeepsLastAndBest(keep, self.best_step),
       step_prefix="step",
       read_only=read_only,
       temporary_path_class=_Checksummed,
     )
     try:
-      self._manager = ocp.CheckpointManager(self.folder, options=options)  # Reads the score of each.
-    except ValueError as error:
+      self._manager = ocp.CheckpointManager(self.folder, options=options)
+      self._scores = {step: score for step in self._manager.all_steps() if (score := self._read_score(step))}
+    except (ValueError, KeyError, TypeError) as error:
       found = [line for step in _steps(self.folder) for line in damage(self.folder / f"step_{step}")]
       raise ConfigError(
         f"{self.folder} cannot be opened: {'; '.join(found) or error}. Restore what is damaged, or move that checkpoint"
@@ -153,20 +186,27 @@ class Checkpoints:
     """The newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
+  def score(self, step: int) -> Score | None:
+    """What was recorded of a step; None where it is not there, or was not evaluated to the end."""
+    return self._scores[step] if step in self._scores else None
+
   def best_step(self) -> int | None:
-    """The checkpoint of the best score; None where none was scored."""
-    return self._manager.best_step()
+    """The checkpoint of the best score among those measured as the last one was; None where none has a score."""
+    steps = self._manager.all_steps()
+    scores = {n: s for n, s in self._scores.items() if n in steps and not math.isnan(s.value)}
+    comparable = [step for step, score in scores.items() if score.measure == scores[max(scores)].measure]
+    return max(comparable, key=lambda step: (scores[step].value, step), default=None)
 
   def best_score(self) -> float | None:
     """The score of `best_step`."""
     step = self.best_step()
-    return None if step is None else float(self._manager.metrics(step)["score"])
+    return None if step is None else self._scores[step].value
 
   def save(self, state: TrainState, score: float | None = None) -> None:
     """Starts saving the state under its step; a step that is there already is left as it is.
 
     Args:
-      score: higher is better; of a step that was evaluated.
+      score: to `record` at once, where it is known.
 
     Raises:
       OSError: this or the save before could not be written, e.g. because the disk is full.
@@ -174,9 +214,23 @@ class Checkpoints:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    metrics = None if score is None else {"score": score}
     with _system_errors():
-      self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), metrics=metrics, force=True)
+      self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), force=True)
+    if score is not None:
+      self.record(step, Score(score))
+
+  def record(self, step: int, score: Score) -> None:
+    """Writes down the score of a saved step, and removes checkpoints that are neither new nor best any more.
+
+    Raises:
+      OSError: the checkpoint or its score could not be written.
+    """
+    self.wait()
+    distributed.on_first(lambda: score.write(self.folder / f"step_{step}"))
+    self._scores[step] = score
+    steps = sorted(self._manager.all_steps())
+    for old in {*steps[: -self._keep]} - {self.best_step()}:
+      self._manager.delete(old)
 
   def restore(self, abstract: TrainState, step: int) -> TrainState:
     """Reads a checkpoint into the shapes and shardings of `abstract`, on any number of devices.
@@ -236,6 +290,13 @@ class Checkpoints:
     # After a failure among several processes the others may be gone, and Orbax would wait for them.
     if jax.process_count() == 1 or error is None or isinstance(error, SystemExit):
       self.close()
+
+  def _read_score(self, step: int) -> Score | None:
+    stored = self._manager.metrics(step)
+    if stored is None:
+      return None
+    value = math.nan if stored["score"] is None else float(stored["score"])
+    return Score(value, stored["measure"], stored["regime"]) if "measure" in stored else Score(value)
 
   def _check(self, step: int) -> None:
     found = damage(self.folder / f"step_{step}") if self._read_only else []

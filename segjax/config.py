@@ -101,7 +101,7 @@ SOURCES = {
 }
 
 # What a resumed run may change: none of these alters the updates from here on (num_steps does so through the
-# schedule, which train.py says aloud).
+# schedule, and what is evaluated how often through a plateau policy, which then counts anew; both are said aloud).
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
   "profile_steps", "compilation_cache", "eval", "init",

@@ -178,27 +178,58 @@ def on_first(function: Callable):
 
 
 class StopSignal:
-  """SIGTERM as a request to stop at the next step, the same one on every process.
+  """SIGTERM, SIGINT (Ctrl-C) or SIGHUP as a request to stop at the next step, the same one on every process.
 
-  Among several processes JAX's preemption service catches the signal, on whichever of them it arrives, and agrees on
-  the step.
+  A second SIGINT ends the program at once, whatever it is doing. A signal that the program was started to ignore (as by
+  nohup) stays ignored. Among several processes JAX's preemption service catches SIGTERM, on whichever of them it arrives,
+  and agrees on the step; the other signals are passed on to it.
+
+  Attributes:
+    name: of the signal that came, once one did.
   """
 
   def __init__(self):
-    self._received, self._previous = False, None
+    self.name, self._received, self._previous = "SIGTERM", False, {}
 
   def __enter__(self) -> "StopSignal":
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._previous = signal.signal(signal.SIGTERM, self._receive)
+    if threading.current_thread() is threading.main_thread():
+      reader, self._writer = os.pipe()
+      os.set_blocking(self._writer, False)
+      threading.Thread(target=_end_at_second_interrupt, args=(reader,), name="segjax-stop", daemon=True).start()
+      self._previous_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+      for number in (signal.SIGINT, signal.SIGHUP, *(() if jax.process_count() > 1 else (signal.SIGTERM,))):
+        if signal.getsignal(number) != signal.SIG_IGN:
+          self._previous[number] = signal.signal(number, self._receive)
     return self
 
   def __exit__(self, *error) -> None:
-    if self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
+    for number, previous in self._previous.items():
+      signal.signal(number, signal.SIG_DFL if previous is None else previous)
+    if threading.current_thread() is threading.main_thread():
+      signal.set_wakeup_fd(self._previous_writer)
+      os.close(self._writer)
 
   def _receive(self, number, frame) -> None:
-    self._received = True
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self._received, self.name = True, signal.Signals(number).name
 
   def requested(self, step: int) -> bool:
     """Whether to stop before `step`; to be asked for every step."""
     return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._received
+
+
+def _end_at_second_interrupt(reader: int) -> None:
+  """Hears of signals through a pipe: the main thread, where handlers run, may be minutes in a compilation."""
+  interrupts = 0
+  while number := os.read(reader, 1):
+    if number[0] == signal.SIGINT:
+      interrupts += 1
+      with contextlib.suppress(OSError):  # Nobody reads it.
+        os.write(
+          2, b"\nSIGINT: " + (b"stopping, once more to stop at once\n" if interrupts == 1 else b"stopped at once\n")
+        )
+      if interrupts == 2:
+        os._exit(128 + signal.SIGINT)
+  os.close(reader)

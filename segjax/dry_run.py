@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from segjax import input_pipeline, programs, report, sharding
+from segjax import input_pipeline, programs, report, sharding, steps
 from segjax.programs import Program
 from segjax.state import build, with_sharding
 
@@ -87,10 +87,15 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
       flush=True,
     )
 
-  # During an evaluation the rest of the state stays where it is; with shard_state, all of it.
-  beside = at_rest - (0 if config.shard_state else bytes_per_device(variables))
-  batch = programs.abstract_batch(mesh, batch_size, canvas, config.loss.border_weight > 0)
-  needed = max(compiled["train"].peak + sharding.AHEAD * bytes_per_device(batch), compiled["evaluation"].peak + beside)
+  # Beside what a step itself holds: batches that were transferred ahead, and those of steps that wait for it.
+  train, evaluation, waiting = compiled["train"], compiled["evaluation"], sharding.AHEAD + steps.IN_FLIGHT - 1
+  batch = bytes_per_device(steps.abstract_batch(mesh, batch_size, canvas, config.loss.border_weight > 0))
+  eval_batch = bytes_per_device(steps.abstract_batch(mesh, eval_size, eval_canvas))
+  # During an evaluation the rest of the state stays where it is (with shard_state, all of it), with the last batch of
+  # training and those to come; and the results of a step are read while the next is computed.
+  beside = at_rest - (0 if config.shard_state else bytes_per_device(variables)) + (1 + sharding.AHEAD) * batch
+  evaluating = evaluation.peak + evaluation.outputs + waiting * eval_batch + beside
+  needed = max(train.peak + waiting * batch, evaluating)
   available, meaning = device_memory(device)
   verdict = "fits" if needed <= available else (
     "DOES NOT FIT. Set remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"

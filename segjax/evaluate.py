@@ -1,6 +1,7 @@
 """Scoring: whole images against their own labels, one confusion matrix over the split."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterator
 
@@ -32,7 +33,7 @@ class Evaluation:
 
 @dataclasses.dataclass
 class Evaluator:
-  """Scores variables on one split; compiled at its first call, and not again.
+  """Scores variables on one split; compiled by `compile`, or else at its first call, and not again.
 
   Attributes:
     source: the split.
@@ -44,6 +45,13 @@ class Evaluator:
   step: object
   config: object
   mesh: jax.sharding.Mesh
+
+  def compile(self, variables: dict) -> None:
+    """Compiles the step that all calls use, for abstract variables, so that what does not fit says so at once."""
+    abstract = with_sharding(variables, sharding.replicated(self.mesh))
+    canvas = input_pipeline.canvas_of(self.source, self.config.data)
+    batch = steps.abstract_batch(self.mesh, self.config.eval.batch_size, canvas)
+    self.step = self.step.lower(abstract, batch).compile()
 
   def __call__(self, variables: dict) -> "Evaluation":
     """Scores of the whole split, and pictures of its first `eval.num_overlays` examples."""
@@ -94,6 +102,13 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   """
   sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
   return Evaluator(source, make_step(config, graphdef, mesh, len(source.classes)), config, mesh)
+
+
+def measure(config) -> dict:
+  """What a score depends on beside the weights, as JSON has it: only scores of one measure can be compared."""
+  none = ("eval.batch_size", "eval.checkpoint", "eval.num_overlays")
+  fields = {name: value for name, value in config_lib.fields(config.eval, "eval.").items() if name not in none}
+  return json.loads(json.dumps({"data.eval_split": config.data.eval_split} | fields))
 
 
 def protocol(config) -> dict:

@@ -66,8 +66,13 @@ class Lock:
     threading.Thread(target=self._touch, name="segjax-lock", daemon=True).start()
 
   def check(self) -> None:
-    """Raises ConfigError where another run has taken the lock, having found this one dead (e.g. suspended)."""
+    """Raises ConfigError where another run has taken the lock, having found this one dead (e.g. suspended).
+
+    Raises:
+      FileNotFoundError: the lock was removed, in all likelihood with its folder.
+    """
     if self._token is not None and self._holder().get("token") != self._token:
+      self._path.stat()
       raise ConfigError(
         f"{self._path.parent}: another run took {self._path} while this one was suspended or cut off. This one stops."
       )

@@ -53,15 +53,21 @@ def make_schedule(
   return schedule
 
 
-def init_policy() -> dict:
+def init_policy(regime: int = 0, scale: float = 1.0) -> dict:
   """What training policies remember from one evaluation to the next; part of the training state, so resumes keep it.
+
+  Args:
+    regime: a number for what is evaluated how and how often; what is remembered of one means nothing in another.
+    scale: what the learning rate is multiplied by already.
 
   Returns:
     `plateau`: of optax.contrib.reduce_on_plateau. `best`: float32, the highest score so far. `stale`: int32, evaluations
-    since then.
+    since then. `regime`: int32.
   """
   plateau = optax.contrib.reduce_on_plateau(factor=0.5, atol=1e-4, rtol=0.0).init(None)
-  return dict(plateau=plateau, best=jnp.full((), -jnp.inf, jnp.float32), stale=jnp.zeros((), jnp.int32))
+  plateau = plateau._replace(scale=jnp.full_like(plateau.scale, scale))
+  best, stale = jnp.full((), -jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
+  return dict(plateau=plateau, best=best, stale=stale, regime=jnp.full((), regime, jnp.int32))
 
 
 def update_policy(policy: dict, score, *, min_gain: float, plateau_factor: float, plateau_patience: int) -> dict:
@@ -80,7 +86,7 @@ def update_policy(policy: dict, score, *, min_gain: float, plateau_factor: float
     loss = jnp.where(jnp.isnan(score), jnp.inf, 1 - score)  # It looks for a minimum.
     _, plateau = reduce.update(jnp.zeros(()), plateau, value=loss)
   best = jnp.where(better, score, policy["best"])
-  return dict(plateau=plateau, best=best, stale=jnp.where(better, 0, policy["stale"] + 1))
+  return policy | dict(plateau=plateau, best=best, stale=jnp.where(better, 0, policy["stale"] + 1))
 
 
 def plateau_scale(policy: dict) -> jax.Array:

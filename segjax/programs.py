@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from segjax import evaluate, flops, hlo, sharding, state, train
+from segjax.steps import abstract_batch
 
 
 @dataclasses.dataclass
@@ -76,13 +77,3 @@ def compile_eval(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Pro
 
 
 COMPILE = {"train": compile_train, "eval": compile_eval}
-
-
-def abstract_batch(mesh, batch_size: int, canvas: tuple[int, int], border: bool = False) -> dict:
-  """The shapes of a global batch on its canvas, see `input_pipeline`."""
-  shapes = dict(image=((*canvas, 3), np.uint8), label=(canvas, np.uint8), size=((2,), np.int32), id=((), np.int32))
-  shapes |= dict(border=(canvas, np.float16)) if border else {}
-  return {
-    name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
-    for name, (shape, dtype) in shapes.items()
-  }

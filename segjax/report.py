@@ -1,9 +1,13 @@
 """What a person sees of a run: progress lines, tables, curves and pictures."""
 
+import contextlib
 import importlib.util
 import json
+import os
 import pathlib
+import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -27,9 +31,10 @@ class Writer:
     tensorboard: False under the grain loader, which must not import TensorFlow.
     start_step: lines of later steps are dropped: a run that resumes from an older checkpoint writes them again.
       None keeps all.
+    unscored: drops the scores of that step too: it is to be evaluated again.
   """
 
-  def __init__(self, workdir, *, tensorboard: bool, start_step: int | None = None):
+  def __init__(self, workdir, *, tensorboard: bool, start_step: int | None = None, unscored: bool = False):
     self._workdir = pathlib.Path(workdir)
     self._path = self._workdir / "metrics.jsonl"
     self._tensorboard = None
@@ -38,7 +43,8 @@ class Writer:
       return
     self._workdir.mkdir(parents=True, exist_ok=True)
     if start_step is not None and self._path.exists():
-      lines = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= start_step]
+      lines = self._path.read_text(errors="replace").splitlines()
+      lines = [line for line in lines if _place(line) <= (start_step, not unscored)]
       atomic.write_text(self._path, "".join(line + "\n" for line in lines))
     if tensorboard and importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
       from clu.metric_writers import summary_writer  # Imports TensorFlow.
@@ -58,24 +64,89 @@ class Writer:
       self._tensorboard.flush()
 
   def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
-    """Writes {name: [H, W, 3] uint8} as overlays/step_N/NAME.png (`outputs.flat_names`); returns the folder."""
+    """Writes {name: [H, W, 3] uint8} as overlays/step_N/NAME.png (`outputs.flat_names`); returns the folder.
+
+    One that cannot be written is told of and left out: a score is worth more than its pictures.
+    """
     folder = self._workdir / "overlays" / f"step_{step:06d}"
     if not self._writes:
       return folder
-    folder.mkdir(parents=True, exist_ok=True)
     files = outputs.flat_names(pictures, ".png")
     for name, picture in pictures.items():
-      Image.fromarray(picture).save(folder / files[name])
-    if self._tensorboard:
-      self._tensorboard.write_images(step, {f"overlays/{name}": picture[None] for name, picture in pictures.items()})
+      try:
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / files[name])
+        if self._tensorboard:
+          self._tensorboard.write_images(step, {f"overlays/{name}": picture[None]})
+      except (OSError, ValueError) as error:
+        print(f"note: no picture of {name!r}: {error}", flush=True)
     return folder
 
 
-def _step_of(line: str) -> float:
+def _place(line: str) -> tuple[float, bool]:
+  """(step, whether it has its scores): the order of the lines of metrics.jsonl."""
   try:
-    return json.loads(line)["step"]
+    values = json.loads(line)
+    return values["step"], "train/loss" not in values
   except (ValueError, KeyError, TypeError):
-    return float("inf")  # A line cut short when its run was killed.
+    return float("inf"), True  # A line cut short when its run was killed.
+
+
+class _LastingStream:
+  """A text stream that goes on where what it writes to is closed, full or cannot show a character.
+
+  Attributes:
+    lost: what was the matter at last; None where all was written.
+  """
+
+  def __init__(self, stream):
+    self._stream, self.lost = stream, None
+
+  def __getattr__(self, name: str):
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    try:
+      try:
+        self._stream.write(text)
+      except UnicodeEncodeError:
+        self._stream.write(text.encode("ascii", "backslashreplace").decode())
+    except (OSError, ValueError) as error:  # A closed file is a ValueError.
+      self.lost = error
+    return len(text)
+
+  def flush(self) -> None:
+    try:
+      self._stream.flush()
+    except (OSError, ValueError) as error:
+      self.lost = error
+
+  def end(self) -> None:
+    """Drops what still cannot be written: the interpreter would end with exit code 120 for it."""
+    self.lost = None
+    self.flush()
+    if self.lost is not None:
+      with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as null:  # No file at all.
+        os.dup2(null.fileno(), self._stream.fileno())
+      self.flush()
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+  """In its block nobody fails for want of somebody to read: a closed pipe (`| head`) or a full log loses lines only."""
+  streams = {name: _LastingStream(getattr(sys, name)) for name in ("stdout", "stderr") if getattr(sys, name)}
+  before = {name: getattr(sys, name) for name in streams}
+  for name, stream in streams.items():
+    setattr(sys, name, stream)
+  try:
+    yield
+  finally:
+    for name, stream in streams.items():
+      if stream.lost is not None:
+        print(f"note: {name} could not be written ({stream.lost}); lines are missing there", file=sys.stderr)
+    for name, stream in streams.items():
+      setattr(sys, name, before[name])
+      stream.end()
 
 
 class Profiler:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -14,7 +15,18 @@ from segjax.config import IGNORE_LABEL
 from segjax.models import resize
 from segjax.state import TrainState
 
+IN_FLIGHT = 2  # Steps that the devices have been given at most: one is computed, and the next waits for it there.
 THRESHOLDS = tuple(n / 20 for n in range(1, 20))  # Of the foreground's probability, swept in each evaluation.
+
+
+def abstract_batch(mesh: Mesh, batch_size: int, canvas: tuple[int, int], border: bool = False) -> dict:
+  """The shapes of a global batch on its canvas, see `input_pipeline`; what a step is compiled for."""
+  shapes = dict(image=((*canvas, 3), np.uint8), label=(canvas, np.uint8), size=((2,), np.int32), id=((), np.int32))
+  shapes |= dict(border=(canvas, np.float16)) if border else {}
+  return {
+    name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
+    for name, (shape, dtype) in shapes.items()
+  }
 
 
 def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:

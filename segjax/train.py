@@ -1,6 +1,5 @@
 """Training, from a config to a scored checkpoint, top to bottom in the order things happen."""
 
-import functools
 import json
 import pathlib
 
@@ -21,7 +20,6 @@ from segjax import (
   task,
   warm_start,
 )
-from segjax import config as config_lib
 from segjax import optimizer as optimizer_lib
 from segjax.checkpoint import Checkpoints
 from segjax.config import IGNORE_LABEL, ConfigError
@@ -29,6 +27,7 @@ from segjax.examples import check_examples
 from segjax.input_pipeline import inventory, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.state import TrainState, build, materialize, with_sharding
+from segjax.validation import Validation
 from segjax.workdir import claim_workdir, named_failures, open_checkpoints
 
 
@@ -36,6 +35,7 @@ class NonFiniteLoss(RuntimeError):
   """The loss or a gradient became infinite or NaN; the message names the step and what to try."""
 
 
+@report.lasting_output()
 def train(config, workdir) -> dict[str, float]:
   """Trains and evaluates as `config` says, resuming whatever `workdir` holds.
 
@@ -45,7 +45,7 @@ def train(config, workdir) -> dict[str, float]:
   Raises:
     ConfigError: `workdir` belongs to a run with another config (names the fields), or mesh, model, weights or class
       weights do not fit.
-    DataError: the data set cannot be used.
+    DataError: the data set cannot be used, or an example of the evaluation split, for which see the message.
     NonFiniteLoss: training diverged; the last good checkpoint is kept.
     workdir.WorkdirError: the workdir can no longer be written; its complete checkpoints are kept.
   """
@@ -60,12 +60,13 @@ def train(config, workdir) -> dict[str, float]:
   )
 
   # Data: opened, paired and probed before anything slow.
+  split = config.data.eval_split
   train_source = input_pipeline.make_source(config.data, config.data.train_split)
-  eval_source = input_pipeline.make_source(config.data, config.data.eval_split)
+  eval_source = input_pipeline.make_source(config.data, split)
   sharding.check_batch(mesh, "batch_size", config.batch_size, config.accumulate_steps)
   say(
-    f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in"
-    f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {config.data.loader}"
+    f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in {split!r},"
+    f" {len(train_source.classes)} classes, loader {config.data.loader}"
   )
   splits = {config.data.train_split: train_source, config.data.eval_split: eval_source}
   for note in dict.fromkeys((*train_source.notes, *eval_source.notes, *inventory.notes(splits))):
@@ -77,9 +78,8 @@ def train(config, workdir) -> dict[str, float]:
   state_sharding = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
   abstract = with_sharding(jax.eval_shape(init), state_sharding)
   say(f"parameters of {config.model.name}:\n{report.parameter_table(abstract.params, abstract.batch_stats)}")
-  check_policy(config, eval_source.classes)
   check_loss(config)
-  evaluator = evaluate.make_evaluator(config, eval_source, graphdef, mesh)
+  validation = Validation(config, evaluate.make_evaluator(config, eval_source, graphdef, mesh), say)
 
   # The workdir: new, or of a run with the same config. Nothing is written before this point.
   with (
@@ -96,7 +96,8 @@ def train(config, workdir) -> dict[str, float]:
     class_weights = make_class_weights(config, train_source, workdir)
     # Start: 1. resume from the workdir, else 2. from the weights of init.path, else 3. from scratch.
     start = checkpoints.latest_step() or 0
-    if start >= config.num_steps:
+    unscored = validation.pending(start, checkpoints)
+    if start >= config.num_steps and not unscored:
       say(
         f"{workdir}: this run is complete ({start} of {config.num_steps} steps, best {config.policy.metric}"
         f" {_percent(checkpoints.best_score())}).\n  to continue:   raise --config.num_steps\n  to start anew: give"
@@ -106,13 +107,14 @@ def train(config, workdir) -> dict[str, float]:
     if start:
       state = checkpoints.restore(abstract, start)
       say(f"init: resumed {workdir} at step {start}")
-      if stops_early(config, state):
-        say("this run stopped early. To continue: raise --config.policy.early_stop, or set it to 0")
-        return {}
     else:
       loaded = warm_start.load(config.init) if config.init.path else None
       state = materialize(init, state_sharding)
       state = with_weights(state, loaded, config.init.exclude, mesh, say)
+    validation.begin(state, checkpoints)
+    if validation.stops(state):
+      say("this run stopped early. To continue: raise --config.policy.early_stop, or set it to 0")
+      return {}
 
     # The step, and its batches from `start` on.
     train_step = make_step(config, graphdef, optimizer, mesh, state_sharding, class_weights)
@@ -132,20 +134,25 @@ def train(config, workdir) -> dict[str, float]:
     tensorboard = config.data.loader != "grain" and jax.process_index() == 0
     if not tensorboard:
       say("TensorBoard is off: it would import TensorFlow, which the grain loader avoids. Curves are in metrics.jsonl.")
-    writer = report.Writer(workdir, start_step=start, tensorboard=tensorboard)
-    progress = report.Progress(start, config.num_steps, config.batch_size)
+    writer = report.Writer(workdir, start_step=start, tensorboard=tensorboard, unscored=unscored)
     if before := bad.count(start):
       say(f"note: {before} bad examples before (bad_examples_*.jsonl); data.max_bad_examples = {bad.most}")
+    say("compiling the evaluation ...", flush=True)
+    validation.compile(abstract)
+    progress = report.Progress(start, config.num_steps, config.batch_size)
     say(f"training from step {start} to {config.num_steps}; the first step compiles ...", flush=True)
 
-    p = config.policy
-    remember = functools.partial(
-      optimizer_lib.update_policy, min_gain=p.min_gain, plateau_factor=p.plateau_factor,
-      plateau_patience=p.plateau_patience,
-    )  # fmt: skip
-    remember = jax.jit(remember, out_shardings=sharding.replicated(mesh))
-    scores, recent = {}, []
-    for step in range(start + 1, config.num_steps + 1):
+    step, recent = start, []
+    while True:
+      if validation.pending(step, checkpoints):  # Also where a run before this one ended in it.
+        scores = validation(state, checkpoints, writer)
+        progress.restart(step)
+        if validation.stops(state):
+          say(f"stopped early: no gain in {split}/{config.policy.metric} over {config.policy.early_stop} evaluations")
+          break
+      if step >= config.num_steps:
+        break
+      step += 1
       if stop.requested(step):
         # Here, not after a step, so that whatever is due at a step (evaluation) has been done when the run stops at it.
         check_finite(config, state, schedule, train_source, checkpoints, bad)
@@ -153,18 +160,19 @@ def train(config, workdir) -> dict[str, float]:
         checkpoints.save(state)
         checkpoints.wait()
         say(
-          f"SIGTERM: stopped after step {step - 1} of {config.num_steps}, checkpoint saved. The same command goes on"
+          f"{stop.name}: stopped after step {step - 1} of {config.num_steps}, checkpoint saved. The same command goes on"
           f" from there (exit code {distributed.PREEMPTED})",
           flush=True,
         )
         raise distributed.Preempted
+      # Else the host, which never waits for a step, has batch after batch queued in the devices' memory.
+      jax.block_until_ready(recent[-steps.IN_FLIGHT : 1 - steps.IN_FLIGHT])
       with profiler.step(step):
         state, step_metrics = train_step(state, progress.wait(batches))
       if profiler.after(step, step_metrics):
         say(f"profile of the steps {config.profile_steps[0]} to {step}: {workdir / 'profile'}", flush=True)
       recent.append(step_metrics)  # Stays on the device: the host waits for it at log steps only.
-      evaluation_due = step == config.num_steps or step % config.eval_every == 0
-      checkpoint_due = evaluation_due or step % config.checkpoint_every == 0
+      checkpoint_due = validation.due(step) or step % config.checkpoint_every == 0
 
       if step % config.log_every == 0 or checkpoint_due:
         means = {f"train/{k}": float(np.mean([m[k] for m in jax.device_get(recent)])) for k in step_metrics}
@@ -185,26 +193,13 @@ def train(config, workdir) -> dict[str, float]:
         say(f"compiled after {progress.seconds():.0f} s, loss {float(step_metrics['loss']):.4f}", flush=True)
         progress.restart(step)  # Compilation would spoil images/s and ETA.
 
-      if evaluation_due:
-        evaluation = evaluator(sharding.gather(state.eval_variables(), mesh))
-        scores = evaluation.scalars
-        writer.scalars(step, scores)
-        writer.pictures(step, evaluation.pictures)
-        say(f"{config.data.eval_split} at step {step}:\n{evaluation.table}", flush=True)
-        state.policy = remember(state.policy, scores[f"{config.data.eval_split}/{p.metric}"])
       if checkpoint_due:
         lock.check()
-        checkpoints.save(state, scores[f"{config.data.eval_split}/{p.metric}"] if evaluation_due else None)
+        checkpoints.save(state)
         progress.restart(step)
-      if evaluation_due and stops_early(config, state):
-        say(
-          f"stopped early: no gain in {config.data.eval_split}/{p.metric} over {p.early_stop} evaluations", flush=True
-        )
-        break
 
-    checkpoints.wait()
     say(
-      f"done: {config.data.eval_split} mean IoU {_percent(scores[f'{config.data.eval_split}/mean_iou'])}, best {p.metric}"
+      f"done: {split} mean IoU {_percent(scores[f'{split}/mean_iou'])}, best {config.policy.metric}"
       f" {_percent(checkpoints.best_score())} at step {checkpoints.best_step()}\n"
       f"  checkpoints  {checkpoints.folder}\n  curves       {workdir / 'metrics.jsonl'}"
       + (f" (or: tensorboard --logdir {workdir})" if tensorboard else "")
@@ -250,28 +245,12 @@ def make_step(config, graphdef, optimizer, mesh, state_sharding: TrainState, cla
   )
 
 
-def check_policy(config, classes: tuple[str, ...]) -> None:
-  """Raises ConfigError where no evaluation gives `policy.metric`; lists those that there are."""
-  nothing = report.score_scalars("", classes, np.zeros((len(classes),) * 2, np.int64))
-  known = [name.removeprefix("/") for name in nothing]
-  if config.policy.metric not in known:
-    metric = config.policy.metric
-    raise ConfigError(
-      f"config.policy.metric = {metric!r}: choose one of {', '.join(known)}.{config_lib.suggest(metric, known)}"
-    )
-
-
 def check_loss(config) -> None:
   """Raises ConfigError where `loss.terms` names no loss, or one that does not fit the head."""
   try:
     losses.check_terms(config.loss.terms, config.head == "sigmoid")
   except ValueError as error:
     raise ConfigError(f"config.loss.terms = {tuple(config.loss.terms)}: {error}") from error
-
-
-def stops_early(config, state: TrainState) -> bool:
-  """Whether `policy.early_stop` evaluations in a row brought no gain."""
-  return 0 < config.policy.early_stop <= int(state.policy["stale"])
 
 
 def with_weights(state: TrainState, loaded, exclude: tuple[str, ...], mesh, say) -> TrainState:

@@ -5,6 +5,7 @@ metrics.jsonl, TensorBoard's files, overlays/.
 """
 
 import contextlib
+import errno
 import pathlib
 
 from segjax import checkpoint, config_rules, distributed
@@ -15,7 +16,7 @@ from segjax.lock import LOCK_FILE, Lock
 
 
 class WorkdirError(RuntimeError):
-  """The workdir could not be written in mid-run, e.g. because the disk is full; the message names what is left."""
+  """The workdir was removed in mid-run or could not be written, e.g. on a full disk; the message names what is left."""
 
 
 @contextlib.contextmanager
@@ -24,12 +25,25 @@ def named_failures(workdir: pathlib.Path):
   try:
     yield
   except OSError as error:
+    if isinstance(error, FileNotFoundError) or _missing(workdir / config_lib.CONFIG_FILE):
+      raise WorkdirError(
+        f"{workdir} was removed, moved or emptied in mid-run ({error}). Put back what is missing, and the same command goes"
+        " on from the newest checkpoint there; without it, start anew."
+      ) from error
     newest = checkpoint.newest_step(workdir)
     kept = "There is no complete checkpoint yet" if newest is None else f"The checkpoint of step {newest} is complete"
     raise WorkdirError(
       f"{workdir} can no longer be written: {error}\n{kept}. Free space there (df -h {workdir}; fewer"
       " keep_checkpoints need less) or restore write access, and give the same command: it goes on from there."
     ) from error
+
+
+def _missing(path: pathlib.Path) -> bool:
+  try:
+    path.stat()
+  except OSError as error:
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+  return False
 
 
 def claim_workdir(config, workdir: pathlib.Path, say) -> Lock:

@@ -63,6 +63,20 @@ def test_a_run_too_large_for_its_devices_is_told_so_with_remedies(config, capsys
   assert size > 2**20 and meaning == "host memory, which 8 devices share"
 
 
+def test_what_waits_on_the_devices_is_counted(config, capsys, monkeypatch):
+  config.eval.batch_size, config.data.image_size = 16, (240, 320)
+  program = dataclasses.replace(compile_step(jax.jit(lambda x: x + 1), 1.0), arguments=0, outputs=1000, temporary=2**30)
+  for name in ("compile_train", "compile_eval"):
+    monkeypatch.setattr(f"segjax.programs.{name}", lambda *arguments: program)
+  dry_run(config)
+  needed = float(capsys.readouterr().out.split("needs at most ")[1].split(" MiB")[0].replace(",", ""))
+  image = 240 * 320 * 4 + 12  # Image, label, size and id.
+  _, current = make_step(config, mesh_of(1))
+  kept = sum(leaf.nbytes for leaf in jax.tree.leaves((current.params, current.opt_state, current.batch_stats)))
+  # While evaluating: three batches of it beside the step's own, three of training, two results, the state but for averages.
+  assert needed == pytest.approx((program.peak + 1000 + 3 * 16 * image + 3 * 8 * image + kept) / 2**20, abs=0.1)
+
+
 def test_multiply_adds_count_every_part_and_what_is_computed_again(config):
   def count(**fields):
     other = config.copy_and_resolve_references()

@@ -26,7 +26,7 @@ LAYERS = [
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
   {"outputs", "state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
   {"warm_start", "workdir", "examples"},
-  {"check_data", "evaluate", "predict", "submission", "train", "prepare", "programs", "dry_run", "input_speed", "step_speed", "benchmark"},
+  {"check_data", "evaluate", "predict", "submission", "train", "prepare", "programs", "dry_run", "input_speed", "step_speed", "benchmark", "validation"},
   {"main"},
 ]  # fmt: skip
 
