@@ -169,6 +169,9 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       # Training examples that may turn out unreadable in mid-run; each is all void in its step, and counted. One more stops
       # the run. Evaluation always stops at the first.
       max_bad_examples=0,
+      # Images that EXIF wants turned, where the mask's size does not tell whether it was drawn on the turned image, and in
+      # predict, where the run's masks did not: "refuse", "apply" (turn them, as viewers do), "ignore" (pixels as stored).
+      exif="refuse",
       canvas_size=(0, 0),  # (H, W) that images are padded to on the host. (0, 0): the largest of the split.
       **copy.deepcopy(SOURCES[data]),
     )

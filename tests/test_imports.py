@@ -19,7 +19,7 @@ LAYERS = [
   {"pretrained", "pretrained.files", "pretrained.state_dict", "pretrained.tf_deeplab", "pretrained.torch_parts",
    "pretrained.vainf", "pretrained.timm", "pretrained.smp", "pretrained.torchvision", "pretrained.wkentaro",
    "pretrained.peers"},
-  {"input_pipeline", "input_pipeline.bad_examples", "input_pipeline.images", "input_pipeline.order", "input_pipeline.synthetic",
+  {"input_pipeline", "input_pipeline.bad_examples", "input_pipeline.images", "input_pipeline.mask_values", "input_pipeline.order", "input_pipeline.synthetic",
    "input_pipeline.source", "input_pipeline.canvas", "input_pipeline.folder", "input_pipeline.borders",
    "input_pipeline.voc", "input_pipeline.cityscapes", "input_pipeline.kitti_road", "input_pipeline.loose",
    "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
