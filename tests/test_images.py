@@ -15,6 +15,7 @@ from segjax.input_pipeline import DataError, datasets, images, loose
 from tests.test_folder import IMAGE, MASK, make, source, write
 
 RNG = np.random.default_rng(1)
+NOISE = RNG.integers(0, 256, (256, 400, 3), dtype=np.uint8)  # Its JPEGs are longer than Pillow's buffer of 64 KiB.
 SMOOTH = np.asarray(Image.fromarray(IMAGE).resize((96, 64), Image.Resampling.BICUBIC))
 
 
@@ -91,12 +92,12 @@ DEEP = RNG.integers(0, 3520, (6, 8, 3), dtype=np.uint16)
     (frames("TIFF"), "several frames or pages"),
     (frames("PNG"), "several frames or pages"),
     (frames("WEBP"), "several frames or pages"),
-    (half_zero(jpeg()), "damaged or truncated .Premature end of JPEG file"),
-    (half_zero(jpeg(mode="L")), "damaged or truncated"),
-    (half_zero(jpeg(mode="CMYK", subsampling=0)), "damaged or truncated"),
-    (half_zero(jpeg(mode="CMYK", subsampling=2)), "damaged or truncated"),  # Which simplejpeg does not read.
-    (half_zero(jpeg(progressive=True)), "damaged or truncated"),
-    (jpeg()[:900] + b"\xff\xd9", "damaged or truncated"),
+    (half_zero(jpeg(NOISE)), "damaged or truncated .Premature end of JPEG file"),
+    (half_zero(jpeg(NOISE, mode="L")), "damaged or truncated"),
+    (half_zero(jpeg(NOISE, mode="CMYK", subsampling=0)), "damaged or truncated"),
+    (half_zero(jpeg(NOISE, mode="CMYK", subsampling=2)), "damaged or truncated"),  # Which simplejpeg does not read.
+    (half_zero(jpeg(NOISE, progressive=True)), "damaged or truncated"),
+    (jpeg(NOISE)[:70000] + b"\xff\xd9", "damaged or truncated"),
     (jpeg()[:900] + bytes(200) + jpeg()[1100:], "damaged or truncated"),
   ],
 )

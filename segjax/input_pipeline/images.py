@@ -2,7 +2,7 @@
 
 One reader serves both loaders, so their pixels are the same by construction, and Pillow gives palette masks as
 indices, where TensorFlow's PNG decoder would expand the palette to colours (class 1 would arrive as grey 38). JPEGs are
-decoded by simplejpeg, to the same bits a third faster, because it also tells damage: Pillow ignores libjpeg's warnings,
+decoded by simplejpeg, to the same bits a sixth faster, because it also tells damage: Pillow ignores libjpeg's warnings,
 and reads a file whose second half is zeros without a word. What would reach the network other than it is stored (16-bit
 colours, all frames but the first, ...) is refused.
 """
