@@ -43,7 +43,9 @@ setuptools.setup(
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "tfds": TFDS,
+    "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
     "test": [
+      "imagecodecs",
       "cityscapesscripts",  # The official score to compare with.
       "pytest>=8",
       "pytest-xdist",  # Tests on all cores.

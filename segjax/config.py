@@ -64,8 +64,10 @@ SOURCES = {
     # the first _. Empty: each by itself.
     group="",
     classes=(),  # Class names in the order of their ids. Empty: the lines of `dir`/classes.txt.
-    colors=(),  # One RRGGBB per class: overlays, and the meaning of RGB masks. Empty: a standard palette.
-    void_colors=(),  # RRGGBB of RGB masks that mean void.
+    # One RRGGBB per class: overlays, and the meaning of RGB and palette masks. Empty: a standard palette, and palette masks
+    # are read as numbers.
+    colors=(),
+    void_colors=(),  # RRGGBB of RGB and palette masks that mean void.
     label_map="",  # Mask values to ids, "255:1,11:255"; 255 is void. Values not named keep their number.
     # Masks of instances (0: none), by the image's name, for loss.border_weight. "components": the connected components of
     # all classes but the first. Empty: none.

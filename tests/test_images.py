@@ -96,6 +96,8 @@ DEEP = RNG.integers(0, 3520, (6, 8, 3), dtype=np.uint16)
     (half_zero(jpeg(NOISE, mode="L")), "damaged or truncated"),
     (half_zero(jpeg(NOISE, mode="CMYK", subsampling=0)), "damaged or truncated"),
     (half_zero(jpeg(NOISE, mode="CMYK", subsampling=2)), "damaged or truncated"),  # Which simplejpeg does not read.
+    (half_zero(saved(Image.fromarray(NOISE), "WEBP")), "damaged or truncated .its end was never written"),
+    (half_zero(saved(Image.fromarray(SMOOTH), "WEBP", lossless=True)), "its end was never written"),
     (half_zero(jpeg(NOISE, progressive=True)), "damaged or truncated"),
     (jpeg(NOISE)[:70000] + b"\xff\xd9", "damaged or truncated"),
     (jpeg()[:900] + bytes(200) + jpeg()[1100:], "damaged or truncated"),
@@ -333,3 +335,26 @@ def test_a_tiff_is_turned_as_its_format_says():
   content = saved(Image.fromarray(IMAGE), "TIFF", tiffinfo=tags)
   np.testing.assert_array_equal(images.read_image("x", io.BytesIO(content)), np.rot90(IMAGE, -1))
   assert images.read_size("x", io.BytesIO(content)) == (8, 6)
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_pngs_come_out_the_same_without_the_optional_decoder_and_damage_is_told_by_both(monkeypatch, channels):
+  pytest.importorskip("imagecodecs")
+  sound = saved(Image.fromarray(RNG.integers(0, 256, (40, 50, *channels), dtype=np.uint8)), "PNG")
+  flipped = bytearray(sound)
+  flipped[len(sound) // 2] ^= 4
+  files = [
+    io.BytesIO(sound),
+    io.BytesIO(png(RNG.integers(0, 256, (5, 6, 3), dtype=np.uint8), 8, 2, (b"gAMA", b"\0\0\xb1\x8f"))),
+  ]
+
+  def read():
+    for file in (io.BytesIO(flipped), io.BytesIO(sound[: len(sound) // 2]), io.BytesIO(half_zero(sound))):
+      for reader in (images.read_image, images.read_mask):
+        with pytest.raises(DataError, match="damaged or truncated"):
+          reader("x", file)
+    return [reader("x", file).tobytes() for file in files for reader in (images.read_image, images.read_mask)]
+
+  fast = read()
+  monkeypatch.setattr(images, "imagecodecs", None)
+  assert fast == read()

@@ -15,7 +15,7 @@ def encode_colors(rgb: np.ndarray) -> np.ndarray:
 
 
 def map_colors(path, rgb: np.ndarray, table: dict[int, int], remedy: str = "") -> np.ndarray:
-  """An RGB mask to ids through {encoded colour: id}.
+  """An RGB mask (or a palette's) to ids through {encoded colour: id}.
 
   Args:
     remedy: what to do about other colours; empty for the advice that suits masks of one's own.
@@ -30,7 +30,7 @@ def map_colors(path, rgb: np.ndarray, table: dict[int, int], remedy: str = "") -
     listed = ", ".join(f"{color} ({count} px)" for color, count in unknown[:8])
     remedy = remedy or (
       "Name every class's colour in data.colors (in the order of data.classes) and void's in data.void_colors, or export"
-      " masks as palette or grey PNGs of class ids."
+      " masks as grey PNGs of class ids. (Palette PNGs are read by number where data.colors is empty.)"
     )
     raise DataError(f"{path}: an RGB mask with colours that no class has: {listed}. {remedy}")
   return np.array([table[int(c)] for c in colors], np.int64)[inverse].reshape(codes.shape)
