@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 import struct
 import zlib
 
@@ -287,7 +288,7 @@ def test_prediction_turns_images_as_the_runs_masks_told(tmp_path):
 
 
 @pytest.mark.parametrize("read", [images.read_header, images.read_image, images.read_mask])
-def test_pillow_offers_a_file_to_no_other_reader_than_those_of_our_formats(tmp_path, read, monkeypatch):
+def test_pillow_offers_a_file_to_no_other_reader_than_those_of_our_formats(tmp_path, read):
   Image.init()
   eps, tga = tmp_path / "eps.png", tmp_path / "tga.png"
   eps.write_bytes(saved(Image.fromarray(IMAGE), "EPS"))
@@ -299,6 +300,12 @@ def test_pillow_offers_a_file_to_no_other_reader_than_those_of_our_formats(tmp_p
   for extension in ("png", "jpg", "bmp", "tif", "gif", "webp", "ppm"):
     write(tmp_path / f"a.{extension}", IMAGE)
     assert images.read_image(tmp_path / f"a.{extension}").shape == IMAGE.shape
+
+
+def test_pictures_are_opened_in_one_place():
+  package = pathlib.Path(images.__file__).parents[1]
+  calls = {path.name: path.read_text().count("Image.open(") for path in package.rglob("*.py")}
+  assert {name: count for name, count in calls.items() if count} == {"images.py": 1}
 
 
 @pytest.mark.parametrize("folder", ["voc_samples", "voc_part", "camvid", "kitti_road", "nuclei", "salt"])

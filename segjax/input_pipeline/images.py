@@ -103,10 +103,11 @@ def _storage(image: ImageFile.ImageFile) -> tuple[str, int]:
 def _is_deep(image: ImageFile.ImageFile) -> bool:
   """Whether samples have more than 8 bits, be it that Pillow keeps 8 of them."""
   mode, white = _storage(image)
-  bits = image.tag_v2[TiffImagePlugin.BITSPERSAMPLE] if image.format == "TIFF" and (
-    TiffImagePlugin.BITSPERSAMPLE in image.tag_v2
-  ) else (16,) if image.format == "PNG" and ";16" in mode else (8,)  # fmt: skip
-  return image.mode.startswith(("I", "F")) or white > 255 or max(bits) > 8
+  if image.format == "TIFF" and TiffImagePlugin.BITSPERSAMPLE in image.tag_v2:
+    bits = max(image.tag_v2[TiffImagePlugin.BITSPERSAMPLE])
+  else:
+    bits = 16 if image.format == "PNG" and ";16" in mode else 8
+  return image.mode.startswith(("I", "F")) or white > 255 or bits > 8
 
 
 @dataclasses.dataclass(frozen=True)
