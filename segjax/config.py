@@ -66,8 +66,10 @@ SOURCES = {
     # the first _. Empty: each by itself.
     group="",
     classes=(),  # Class names in the order of their ids. Empty: the lines of `dir`/classes.txt.
-    colors=(),  # One RRGGBB per class: overlays, and the meaning of RGB masks. Empty: a standard palette.
-    void_colors=(),  # RRGGBB of RGB masks that mean void.
+    # One RRGGBB per class: overlays, and the meaning of RGB and palette masks. Empty: a standard palette, and palette masks
+    # are read as numbers.
+    colors=(),
+    void_colors=(),  # RRGGBB of RGB and palette masks that mean void.
     label_map="",  # Mask values to ids, "255:1,11:255"; 255 is void. Values not named keep their number.
     # Masks of instances (0: none), by the image's name, for loss.border_weight. "components": the connected components of
     # all classes but the first. Empty: none.
@@ -171,6 +173,9 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       # Training examples that may turn out unreadable in mid-run; each is all void in its step, and counted. One more stops
       # the run. Evaluation always stops at the first.
       max_bad_examples=0,
+      # Images that EXIF wants turned, where the mask's size does not tell whether it was drawn on the turned image, and in
+      # predict, where the run's masks did not: "refuse", "apply" (turn them, as viewers do), "ignore" (pixels as stored).
+      exif="refuse",
       canvas_size=(0, 0),  # (H, W) that images are padded to on the host. (0, 0): the largest of the split.
       **copy.deepcopy(SOURCES[data]),
     )

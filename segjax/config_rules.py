@@ -11,6 +11,7 @@ from segjax.config import ConfigError, default_config, fields
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
   "data.loader": ("tf_data", "grain"),
+  "data.exif": ("refuse", "apply", "ignore"),
   "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
   "data.labels": {"cityscapes": ("gtFine", "gtCoarse"), "kitti_road": ("road", "lane")},
   "head": ("softmax", "sigmoid"),

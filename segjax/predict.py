@@ -9,8 +9,8 @@ same name that an earlier call left there are overwritten, but two images of one
   probability/NAME.png  for two classes: the second's probability, 0 to 255 for 0 to 1, as a palette image, shown from
                         black to white over blue, green and red
 
-Pixels are taken as stored, without the rotation that a camera may note in EXIF, as in training. Files that cannot be
-used are named at the end and the others predicted; the exit code then is 1.
+Images that EXIF wants turned are turned or not as in the run's evaluation split, if its masks' sizes told, or else by
+--config.data.exif. Files that cannot be used are named at the end and the others predicted; the exit code then is 1.
 
 Same as evaluation, bit for bit, for images that fit its canvas (config.data.canvas_size, or the largest image of the
 run's evaluation split, which the workdir remembers): the same program gets the same canvas, in batches of as many. To
@@ -39,7 +39,7 @@ import tqdm
 from absl import app, flags
 from PIL import Image
 
-from segjax import commandline, outputs
+from segjax import commandline, outputs, task
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError, loose, order
 from segjax.input_pipeline.canvas import pad_batch
@@ -67,7 +67,8 @@ def predict(
     ConfigError: no run, checkpoint or weights, or those of another model; `out` cannot be written; too little memory.
     DataError: a folder without images, no usable image at all, or two images of one name.
   """
-  photos, problems = loose.find(inputs, [out / kind for kind in KINDS])
+  exif = task.exif_rule(config, workdir)
+  photos, problems = loose.find(inputs, [out / kind for kind in KINDS], exif)
   if not photos:
     raise DataError("\n  ".join(["None of the images can be used:", *problems]))
   _check_outputs(out, photos)
@@ -75,7 +76,7 @@ def predict(
   # Not earlier: whoever misspelt a name should not wait for these imports.
   import jax
 
-  from segjax import evaluate, report, sharding, steps, task
+  from segjax import evaluate, report, sharding, steps
   from segjax.state import build
 
   loaded = evaluate.load_weights(config, workdir)
@@ -115,7 +116,7 @@ def predict(
         before = len(problems)
         ahead = min(workers, AHEAD // max(h * w for h, w in (photo.size for photo in group)) + 1)
         tiles = _Tiles(canvas, model.stride, model.border, problems)
-        batches = tiles.batches(loose.read_ahead(group, ahead), batch_size)
+        batches = tiles.batches(loose.read_ahead(group, ahead, exif), batch_size)
         for index, result in evaluate.predictions(step, variables, batches, mesh):
           if whole := tiles.join(index, result):
             writing.append(pool.submit(write, *whole))

@@ -12,7 +12,7 @@ import numpy as np
 from segjax import atomic, input_pipeline
 from segjax import config as config_lib
 from segjax.config import ConfigError
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline import datasets, images
 
 TASK_FILE = "task.json"  # In the workdir, beside the config.
 
@@ -25,22 +25,24 @@ class Task:
     classes: names in the order of ids.
     palette: [K, 3] uint8.
     canvas_size: (H, W) that evaluation pads images to; None where it is not known.
+    exif: what becomes of images without a mask that EXIF wants turned: "refuse", "apply" or "ignore".
   """
 
   classes: tuple[str, ...]
   palette: np.ndarray
   canvas_size: tuple[int, int] | None
+  exif: str
 
   def save(self, workdir: pathlib.Path) -> None:
     """Writes `workdir`/task.json, whole or not at all."""
     colors = [bytes(color).hex().upper() for color in self.palette]
-    content = dict(classes=self.classes, colors=colors, canvas_size=self.canvas_size)
+    content = dict(classes=self.classes, colors=colors, canvas_size=self.canvas_size, exif=self.exif)
     atomic.write_text(workdir / TASK_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def of_split(source, data) -> Task:
   """The task of a source of `config.data` that is the evaluation's split."""
-  return Task(source.classes, source.palette, input_pipeline.canvas_of(source, data))
+  return Task(source.classes, source.palette, input_pipeline.canvas_of(source, data), source.exif)
 
 
 def load(workdir: pathlib.Path) -> Task:
@@ -55,8 +57,10 @@ def load(workdir: pathlib.Path) -> Task:
     palette = datasets.parse_colors(saved["colors"])
     if len(palette) != len(saved["classes"]):
       raise ValueError(f"{len(palette)} colours for {len(saved['classes'])} classes")
+    if saved["exif"] not in images.EXIF_RULES:
+      raise ValueError(f"exif {saved['exif']!r}")
     height, width = saved["canvas_size"]
-    return Task(tuple(saved["classes"]), palette, (int(height), int(width)))
+    return Task(tuple(saved["classes"]), palette, (int(height), int(width)), saved["exif"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
       f"{path} cannot be used ({error}). Restore it, or repeat the run's training command, which writes it again (a"
@@ -64,19 +68,32 @@ def load(workdir: pathlib.Path) -> Task:
     ) from error
 
 
+def _saved(config, workdir: pathlib.Path | None) -> Task | None:
+  """The task of the run in `workdir`; without one, of the run that `init.path` names; None where neither has one."""
+  has_run = workdir is not None and (workdir / config_lib.CONFIG_FILE).exists()
+  origin = workdir if has_run else pathlib.Path(config.init.path).expanduser()
+  return load(origin) if (origin / TASK_FILE).exists() else None
+
+
+def exif_rule(config, workdir: pathlib.Path | None) -> str:
+  """`Task.exif` of what `find` finds; needs no names of classes.
+
+  Raises:
+    ConfigError: a damaged file.
+  """
+  saved = _saved(config, workdir)
+  return saved.exif if saved and config.data.exif == "refuse" else config.data.exif
+
+
 def find(config, workdir: pathlib.Path | None) -> Task:
   """The task of the run in `workdir`; without one, of the run that `init.path` names; else what the config alone tells.
 
-  `data.canvas_size` goes before the canvas that was saved, as it does in evaluation.
+  `data.canvas_size` and `data.exif` go before what was saved, as they do in evaluation.
 
   Raises:
     ConfigError: a damaged file.
     DataError: nobody names the classes.
   """
-  has_run = workdir is not None and (workdir / config_lib.CONFIG_FILE).exists()
-  origin = workdir if has_run else pathlib.Path(config.init.path).expanduser()
-  if (origin / TASK_FILE).exists():
-    task = load(origin)
-  else:
-    task = Task(*input_pipeline.named_classes(config.data), canvas_size=None)
-  return dataclasses.replace(task, canvas_size=tuple(config.data.canvas_size)) if any(config.data.canvas_size) else task
+  task = _saved(config, workdir) or Task(*input_pipeline.named_classes(config.data), canvas_size=None, exif="refuse")
+  canvas_size = tuple(config.data.canvas_size) if any(config.data.canvas_size) else task.canvas_size
+  return dataclasses.replace(task, canvas_size=canvas_size, exif=exif_rule(config, workdir))

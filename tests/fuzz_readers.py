@@ -235,7 +235,7 @@ def checkpoints(folder):
 def tasks(folder):
   from segjax import task
 
-  sound = task.Task(("a", "b"), np.zeros((2, 3), np.uint8), (24, 32))
+  sound = task.Task(("a", "b"), np.zeros((2, 3), np.uint8), (24, 32), "refuse")
   sound.save(folder)
   content = (folder / task.TASK_FILE).read_bytes()
 

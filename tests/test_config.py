@@ -115,7 +115,7 @@ def test_model_and_source_options_are_their_constructors_arguments():
       assert value == parameters[option].default, (name, option)
   for name, options in config_lib.SOURCES.items():
     parameters = inspect.signature(input_pipeline.SOURCES[name].__init__).parameters
-    assert set(options) == set(parameters) - {"self", "dir", "split"}, name
+    assert {"dir", "split", "exif", *options} == set(parameters) - {"self"}, name
   assert config_lib.MODELS.keys() == models.MODELS.keys()
   assert config_lib.SOURCES.keys() == input_pipeline.SOURCES.keys()
 

@@ -280,7 +280,7 @@ def test_mistakes_are_told_before_anything_is_predicted(data, run, tmp_path):
   shutil.copytree(run, fresh, ignore=shutil.ignore_patterns("step_*"))
   check(ConfigError, "fresh/checkpoints holds no checkpoint", workdir=fresh)
   assert not (tmp_path / "out/ids").exists()
-  assert len(loose.find([str(images), str(images / "1.png")], [])[0]) == 5  # Named twice, predicted once.
+  assert len(loose.find([str(images), str(images / "1.png")], [], "refuse")[0]) == 5  # Named twice, predicted once.
 
 
 def test_the_task_must_be_that_of_the_checkpoint(run, tmp_path):

@@ -46,7 +46,7 @@ def make_source(data, split: str, labels: bool = True):
     DataError: the data set cannot be used, or has no public labels for this split; the message says why.
   """
   options = {name: data[name] for name in config_lib.SOURCES[data.name]}
-  source = SOURCES[data.name](dir=data.dir, split=split, **options)
+  source = SOURCES[data.name](dir=data.dir, split=split, exif=data.exif, **options)
   if labels and not source.labelled:
     raise DataError(
       f"Split {split!r} of {data.name} has no public labels, so it can neither train nor be scored here. Write its"

@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets, images, inventory
+from segjax.input_pipeline import datasets, images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.source import Files, Source, count_note
 from segjax.input_pipeline.tfds_store import Records
@@ -41,7 +41,7 @@ def to_label(path: str, mask: np.ndarray) -> np.ndarray:
       "They look like train ids (255 = void) under the name of label ids, and mapping them again would garble them."
       " Restore the file of label ids from the zip."
     )
-  return images.map_labels(path, mask, LABEL_MAP, len(CLASSES), remedy)
+  return mask_values.map_labels(path, mask, LABEL_MAP, len(CLASSES), remedy)
 
 
 def find_pairs(
@@ -134,12 +134,13 @@ class CityscapesSource(Source):
     split: "train", "val", "test" (no public labels), or "train_extra" (with labels="gtCoarse" only).
     format: "tree" for Cityscapes' own folders, "tfds" for TFDS's `cityscapes`.
     labels: "gtFine" or "gtCoarse".
+    exif: see `images.Reading`.
 
   Raises:
     DataError: another split, a wrong root, or a missing zip, city or file, named.
   """
 
-  def __init__(self, *, dir: str, split: str, format: str, labels: str):
+  def __init__(self, *, dir: str, split: str, format: str, labels: str, exif: str = "refuse"):
     if split not in datasets.CITYSCAPES_COUNTS:
       raise DataError(f"Cityscapes has no split {split!r}: choose one of {', '.join(datasets.CITYSCAPES_COUNTS)}.")
     if split == "train_extra" and labels != "gtCoarse":
@@ -153,10 +154,12 @@ class CityscapesSource(Source):
         image="image_left",
         mask="segmentation_label",
         id="image_id",
+        reading=images.Reading(exif),
       )
     else:
       root = pathlib.Path(dir).expanduser()
-      store = Files(*find_pairs(root, split, labels), lambda: others(root, split, labels))
+      pairs = find_pairs(root, split, labels)
+      store = Files(*pairs, images.Reading(exif), lambda: others(root, split, labels))
     super().__init__(
       store,
       *self.named_classes(),

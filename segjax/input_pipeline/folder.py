@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import borders, datasets, inventory
+from segjax.input_pipeline import borders, datasets, inventory, mask_values
 from segjax.input_pipeline import images as images_lib
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.source import Files, Source, held_out
@@ -35,19 +35,26 @@ class MaskMeaning:
       )
     if not 2 <= len(classes) < IGNORE_LABEL or len(set(classes)) < len(classes):
       raise DataError(f"data.classes = {classes}: needs 2 to 254 different names, background included.")
-    self._label_map = images_lib.parse_label_map(label_map)
+    self._label_map = mask_values.parse_label_map(label_map)
     for value, target in self._label_map.items():
       if target >= len(classes) and target != IGNORE_LABEL:
         raise DataError(f"data.label_map sends {value} to {target}, but there are only {len(classes)} classes.")
     try:
       self.palette = datasets.parse_colors(colors) if colors else datasets.palette(len(classes))
-      void = images_lib.encode_colors(datasets.parse_colors(void_colors)).tolist()
+      void = mask_values.encode_colors(datasets.parse_colors(void_colors)).tolist()
     except ValueError as error:
       raise DataError(f"data.colors or data.void_colors: {error}") from error
     if len(self.palette) != len(classes):
       raise DataError(f"data.colors names {len(self.palette)} colours for {len(classes)} classes; give one each.")
-    codes = images_lib.encode_colors(self.palette).tolist() if colors else []
+    self._by_color = bool(colors)
+    codes = mask_values.encode_colors(self.palette).tolist() if colors else []
     self._color_table = dict.fromkeys(void, IGNORE_LABEL) | {code: i for i, code in enumerate(codes)}
+
+  def reading(self, exif: str) -> images_lib.Reading:
+    """How to read files: palette masks by colour where colours are named, else by number, which all must mean the same."""
+    to_class = {number: number for number in range(256)} | self._label_map
+    named = [number for number in range(256) if to_class[number] < len(self.classes)]
+    return images_lib.Reading(exif, self._by_color, () if self._by_color else named)
 
   def to_label(self, path: str, mask: np.ndarray) -> np.ndarray:
     """A mask as stored to [H, W] uint8 class ids.
@@ -56,9 +63,9 @@ class MaskMeaning:
       DataError: other label values or colours.
     """
     if mask.ndim == 2:
-      return images_lib.map_labels(path, mask, self._label_map, len(self.classes))
-    ids = images_lib.map_colors(path, mask, self._color_table)
-    return images_lib.map_labels(path, ids, {}, len(self.classes))  # Colours name their class already.
+      return mask_values.map_labels(path, mask, self._label_map, len(self.classes))
+    ids = mask_values.map_colors(path, mask, self._color_table)
+    return mask_values.map_labels(path, ids, {}, len(self.classes))  # Colours name their class already.
 
 
 def read_classes(root: pathlib.Path) -> tuple[str, ...]:
@@ -90,11 +97,13 @@ class FolderSource(Source):
     holdout, folds, fold, split_seed, group: see `held_out`.
     list: list file under `dir`; a line is a name, or the paths of an image and its mask (SegNet's CamVid lists).
     classes: names in the order of ids; empty: the lines of `dir`/classes.txt.
-    colors: RRGGBB per class; empty: the VOC palette, and RGB masks are refused.
-    void_colors: RRGGBB that mean void in RGB masks.
+    colors: RRGGBB per class, of RGB and palette masks. Empty: those of VOC for pictures; palette masks are read as numbers,
+      refused if palettes contradict each other, and so are RGB masks.
+    void_colors: RRGGBB that mean void in RGB and palette masks.
     label_map: "VALUE:CLASS,..."; 255 is void.
     instances: folder of masks with a number per instance, or "components"; what `border` needs. Empty: none.
     border_sigma: pixels, of `border`.
+    exif: see `images.Reading`.
 
   Raises:
     DataError: missing folder, list, image or mask, an empty split, or options that contradict each other; each with the
@@ -103,7 +112,7 @@ class FolderSource(Source):
 
   def __init__(self, *, dir: str, split: str, images: str, masks: str, mask_suffix: str, list: str, holdout: float,
                folds: int, fold: int, split_seed: int, group: str, classes: tuple, colors: tuple, void_colors: tuple,
-               label_map: str, instances: str, border_sigma: float):  # fmt: skip
+               label_map: str, instances: str, border_sigma: float, exif: str = "refuse"):  # fmt: skip
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")
@@ -120,7 +129,8 @@ class FolderSource(Source):
       own = (self._root / name for name in (*lists, "classes.txt"))
       return inventory.without(others() | self._other_instances(), own)
 
-    super().__init__(Files(names, pairs, all_others), meaning.classes, meaning.palette, meaning.to_label)
+    store = Files(names, pairs, meaning.reading(exif), all_others)
+    super().__init__(store, meaning.classes, meaning.palette, meaning.to_label)
 
   @functools.cached_property
   def border_files(self) -> list[pathlib.Path]:
@@ -182,8 +192,8 @@ class FolderSource(Source):
           f"{path}: no mask of instances, it holds 0 and 255 alone. Where touching instances are drawn apart, set"
           ' data.instances="components"; else store one number per instance.'
         )
-      image = self._pairs[index][0]
-      if mask.shape != (size := images_lib.read_size(image)):
+      image, mask_path = self._pairs[index]
+      if mask.shape != (size := images_lib.read_size(mask_path)):  # The image's, as it is shown.
         raise DataError(images_lib.size_problem(image, size, path, mask.shape))
       return np.unique(mask, return_inverse=True)[1].reshape(mask.shape) + (mask.min() > 0)
 

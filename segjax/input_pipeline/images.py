@@ -1,19 +1,29 @@
-"""Reading image and mask files, with errors that name the file and the remedy. Pillow and NumPy only.
+"""Reading image and mask files as they are stored, with errors that name the file and the remedy.
 
 One reader serves both loaders, so their pixels are the same by construction, and Pillow gives palette masks as
-indices, where TensorFlow's PNG decoder would expand the palette to colours (class 1 would arrive as grey 38).
+indices, where TensorFlow's PNG decoder would expand the palette to colours (class 1 would arrive as grey 38). JPEGs are
+decoded by simplejpeg, to the same bits a sixth faster, because it also tells damage: Pillow ignores libjpeg's warnings,
+and reads a file whose second half is zeros without a word. What would reach the network other than it is stored (16-bit
+colours, all frames but the first, ...) is refused.
 """
 
+import contextlib
+import dataclasses
 import os
 import pathlib
 import re
 import stat
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+import simplejpeg
+from PIL import Image, ImageFile, TiffImagePlugin
 
-from segjax.config import IGNORE_LABEL
+try:  # Optional: 80 MB. PNGs of 8 bits are decoded to the same bits 1.2 to 1.7 times as fast (2048x1024: 35 ms, not 58).
+  import imagecodecs
+except ImportError:
+  imagecodecs = None
 
 
 class DataError(Exception):
@@ -28,11 +38,23 @@ def printable(name: str) -> str:
   return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), name)
 
 
-_BAD = 254  # Marks label values that mean nothing; the most classes are 254, numbered 0 to 253.
+# What Pillow may open, whatever a file's name: its EPS reader, for one, runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
+_JPEGS = ("JPEG", "MPO")  # An MPO is a photograph as JPEG, with more pictures behind it (depth, brightness, a preview).
 
 # Height times width; a few bytes may claim any. 16384 x 16384 in RGB are 0.8 GB. Pillow would warn from 2^26 on.
 MAX_PIXELS = 2**28
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+# What EXIF calls the orientation of the stored pixels: how to stand them upright.
+_UPRIGHT = {
+  2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
+  6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: np.rot90,
+}  # fmt: skip
+_ORIENTATION = 274  # The number of EXIF's field.
+# What becomes of an image that EXIF wants turned, where its mask's size does not tell whether it was drawn on the turned
+# one: refuse it, turn it as viewers do, or take the pixels as stored.
+EXIF_RULES = ("refuse", "apply", "ignore")
 
 
 def read_lines(path: pathlib.Path) -> list[str]:
@@ -55,93 +77,319 @@ def check_regular(path: pathlib.Path | str) -> None:
     raise DataError(f"{path}: no regular file (a folder, pipe or device). Put the file in its place, or remove it.")
 
 
-def _check_pixels(path, image) -> None:
-  if image.width * image.height > MAX_PIXELS:
-    raise DataError(
-      f"{path}: claims {image.height}x{image.width} pixels, more than {MAX_PIXELS} in all. Cut it into parts, or replace it"
-      " if that cannot be true."
-    )
+def _ends_in_zeros(file: BinaryIO) -> bool:
+  file.seek(file.seek(0, os.SEEK_END) * 3 // 4)
+  return not any(file.read())
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path | str, file: BinaryIO | None, failure: str) -> Iterator[ImageFile.ImageFile]:
+  """The picture, its header read. What fails then, until it is closed, is a DataError that begins with `failure`."""
+  try:
+    if file is None:
+      check_regular(path)
+    with Image.open(file or path, formats=FORMATS) as image:
+      if image.width * image.height > MAX_PIXELS:
+        raise DataError(
+          f"{path}: claims {image.height}x{image.width} pixels, more than {MAX_PIXELS} in all. Cut it into parts, or"
+          " replace it if that cannot be true."
+        )
+      if image.format not in _JPEGS and getattr(image, "is_animated", False):  # Only some formats have the attribute.
+        raise DataError(
+          f"{path}: holds several frames or pages, of which only the first would be read. Store each in a file of its own."
+        )
+      if image.format == "WEBP" and _ends_in_zeros(image.fp):  # Its decoder takes them for pixels.
+        raise DataError(f"{path}: damaged or truncated (its end was never written). Replace the file, or remove it.")
+      yield image
+  except DataError:
+    raise
+  except FileNotFoundError as error:
+    raise DataError(f"{path}: no such file. Restore it, or remove its name from the split.") from error
+  except Exception as error:  # Each of the decoders has its own.
+    raise DataError(f"{path}: {failure} ({error}). Replace the file, or remove it.") from error
+
+
+def _storage(image: ImageFile.ImageFile) -> tuple[str, int]:
+  """How samples are stored, in Pillow's words ("L;2": grey of 2 bits), and the number that PPM calls white, else 255.
+
+  Only before the pixels are loaded.
+  """
+  decoder, _, _, args = image.tile[0] if image.tile else ("", None, 0, "")
+  args = args if isinstance(args, tuple) else (args,)
+  return str(args[0]), args[1] if decoder in ("ppm", "ppm_plain") and len(args) > 1 else 255
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+  """Whether samples have more than 8 bits, be it that Pillow keeps 8 of them."""
+  mode, white = _storage(image)
+  if image.format == "TIFF" and TiffImagePlugin.BITSPERSAMPLE in image.tag_v2:
+    bits = max(image.tag_v2[TiffImagePlugin.BITSPERSAMPLE])
+  else:
+    bits = 16 if image.format == "PNG" and ";16" in mode else 8
+  return image.mode.startswith(("I", "F")) or white > 255 or bits > 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How a store reads its files.
+
+  Attributes:
+    exif: one of `EXIF_RULES`.
+    by_color: whether palette masks are read as the colours that they show, instead of as numbers.
+    same_colors: numbers whose colours must agree in all palettes of a split.
+  """
+
+  exif: str = "refuse"
+  by_color: bool = False
+  same_colors: Sequence[int] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """Of an image.
+
+  Attributes:
+    size: (H, W) as stored.
+    orientation: as of EXIF, 1 to 8; 1 is upright. (A TIFF's is part of its format, and Pillow turns it.)
+  """
+
+  path: pathlib.Path | str
+  size: tuple[int, int]
+  orientation: int
+
+  def told_by(self, mask_size: tuple[int, int] | None) -> str | None:
+    """What to do about EXIF as of `Reading.exif`, if the mask's size tells; None where it does not."""
+    turned = self._turned()
+    if mask_size is None or turned == self.size:
+      return None
+    return {self.size: "ignore", turned: "apply"}.get(mask_size)
+
+  def must_turn(self, exif: str, mask_size: tuple[int, int] | None) -> bool:
+    """Whether to stand the pixels upright.
+
+    Args:
+      exif: of `Reading`, for what the mask does not tell.
+      mask_size: (H, W); None without a mask.
+
+    Raises:
+      DataError: nobody tells.
+    """
+    if self.orientation == 1:
+      return False
+    rule = self.told_by(mask_size) or exif
+    if rule == "refuse":
+      drawn = "the mask's size does not tell which of the two it was drawn on" if mask_size else "no mask tells"
+      raise DataError(
+        f"{self.path}: EXIF gives it orientation {self.orientation}, so viewers show it turned, and {drawn}. Set"
+        " --config.data.exif=apply to turn such images as viewers do, or --config.data.exif=ignore to take pixels as stored."
+      )
+    return rule == "apply"
+
+  def size_by(self, exif: str, mask_size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(H, W) as `read_image` gives it; arguments and errors as of `must_turn`."""
+    return self._turned() if self.must_turn(exif, mask_size) else self.size
+
+  def _turned(self) -> tuple[int, int]:
+    return self.size[::-1] if self.orientation >= 5 else self.size
+
+
+def _header(path, image: ImageFile.ImageFile) -> Header:
+  orientation = 1
+  if "exif" in image.info and image.format != "TIFF":
+    try:
+      orientation = image.getexif()[_ORIENTATION] if _ORIENTATION in image.getexif() else 1
+    except Exception:  # Unreadable EXIF turns nothing in viewers either; Pillow raises whatever its parser meets.
+      orientation = 1
+  return Header(path, (image.height, image.width), orientation if orientation in _UPRIGHT else 1)
+
+
+def read_header(path: pathlib.Path | str, file: BinaryIO | None = None) -> Header:
+  """Of an image, without decoding; arguments as of `read_image`.
+
+  Raises:
+    DataError: missing, not an image, one of several frames, or of more than `MAX_PIXELS`, which none of these functions
+      reads.
+  """
+  with _opened(path, file, "not a readable image") as image:
+    return _header(path, image)
 
 
 def read_size(path: pathlib.Path | str, file: BinaryIO | None = None) -> tuple[int, int]:
-  """(H, W) from the header of the file at `path`, without decoding; arguments as of `read_image`.
+  """(H, W) as stored; arguments and errors as of `read_header`."""
+  return read_header(path, file).size
 
-  Raises:
-    DataError: missing, not an image, or one of more than `MAX_PIXELS`, which none of these functions reads.
-  """
+
+def _decode_jpeg(image: ImageFile.ImageFile) -> np.ndarray:
+  """[H, W, 3] uint8; raises ValueError on any of libjpeg's warnings, each of which means damage."""
+  image.fp.seek(0)
+  data = image.fp.read()
   try:
-    if file is None:
-      check_regular(path)
-    with Image.open(file or path) as opened:
-      _check_pixels(path, opened)
-      return opened.height, opened.width
-  except DataError:
-    raise
-  except FileNotFoundError as error:
-    raise DataError(f"{path}: no such file. Restore it, or remove its name from the split.") from error
-  except Exception as error:  # Each of Pillow's decoders has its own.
-    raise DataError(f"{path}: not a readable image ({error}). Replace the file, or remove it.") from error
+    simplejpeg.decode_jpeg_header(data)
+  except ValueError:  # Rare ways to store colours at less resolution, which it does not know.
+    if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):  # The end of the image, and the last begin of pixels.
+      raise
+  else:
+    pixels = simplejpeg.decode_jpeg(data, "CMYK" if image.mode == "CMYK" else "RGB", strict=True)
+    if image.mode != "CMYK":
+      return pixels
+  return np.asarray(image.convert("RGB"))  # It cannot turn inks into colours.
 
 
-def _decode(path: pathlib.Path | str, file: BinaryIO | None, convert):
-  try:
-    if file is None:
-      check_regular(path)
-    with Image.open(file or path) as opened:
-      _check_pixels(path, opened)
-      opened.load()
-      return convert(opened)
-  except DataError:
-    raise
-  except FileNotFoundError as error:
-    raise DataError(f"{path}: no such file. Restore it, or remove its name from the split.") from error
-  except Exception as error:
-    raise DataError(f"{path}: damaged or truncated ({error}). Replace the file, or remove it.") from error
+def _decode(image: ImageFile.ImageFile) -> np.ndarray:
+  """[H, W] or [H, W, C], as stored."""
+  plain = image.mode in ("L", "RGB") and _storage(image)[0] == image.mode
+  if imagecodecs and image.format == "PNG" and plain and not {"transparency", "interlace"} & image.info.keys():
+    image.fp.seek(0)
+    return imagecodecs.spng_decode(image.fp.read())
+  image.load()
+  return np.asarray(image)
 
 
-def read_image(path: pathlib.Path | str, file: BinaryIO | None = None) -> np.ndarray:
+def read_image(
+  path: pathlib.Path | str, file: BinaryIO | None = None, *, exif: str = "refuse", mask_size: tuple | None = None
+) -> np.ndarray:
   """[H, W, 3] uint8 RGB. Grey becomes three equal channels; transparency is dropped.
 
   Args:
     path: of the file, or its name in messages where `file` holds the bytes.
     file: an open file, for images inside other files.
+    exif, mask_size: as of `Header.must_turn`.
 
   Raises:
-    DataError: missing, damaged, or with more than 8 bits per channel, which RGB conversion would clip.
+    DataError: missing, damaged, one of several frames, with more than 8 bits per channel, which RGB conversion would
+      clip, or turned by EXIF so that nobody knows how its mask lies.
   """
+  with _opened(path, file, "damaged or truncated") as image:
+    if _is_deep(image):
+      raise DataError(
+        f"{path}: its {image.mode} pixels have more than 8 bits per channel. Convert the image to 8 bits."
+      )
+    header = _header(path, image)
+    turn = header.must_turn(exif, mask_size)
+    if image.format in _JPEGS:
+      pixels = _decode_jpeg(image)
+    else:
+      pixels = _decode(image) if image.mode == "RGB" else np.asarray(image.convert("RGB"))
+    return np.ascontiguousarray(_UPRIGHT[header.orientation](pixels)) if turn else pixels
 
-  def convert(image):
-    if image.mode.startswith(("I", "F")):
-      raise DataError(f"{path}: {image.mode} pixels have more than 8 bits per channel. Convert the image to 8 bits.")
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
-  return _decode(path, file, convert)
+def _check_mask(path, image: ImageFile.ImageFile) -> None:
+  """Raises DataError where labels cannot be read from the file as they were meant."""
+  if image.format in _JPEGS or ("compression" in image.info and "jpeg" in str(image.info["compression"])):
+    raise DataError(f"{path}: a JPEG cannot hold labels, its compression blurs them. Export masks as PNG.")
+  if re.search(r";\d?I", _storage(image)[0]):
+    raise DataError(f"{path}: counts from white to black, which inverts its labels. Export masks as PNG.")
+  if image.mode == "F":
+    raise DataError(f"{path}: floating-point pixels are no labels. Export masks with integer pixels.")
+  if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and not image.mode.startswith("I"):
+    raise DataError(f"{path}: {image.mode} pixels are no labels. Export masks as palette, grey or RGB.")
+  if not image.mode.startswith("I") and _is_deep(image):
+    raise DataError(f"{path}: its {image.mode} pixels have more than 8 bits per channel. Export masks with 8 bits.")
+  if (orientation := _header(path, image).orientation) != 1:
+    raise DataError(f"{path}: EXIF gives the mask orientation {orientation}. Export masks as PNG, without EXIF.")
 
 
-def read_mask(path: pathlib.Path | str, file: BinaryIO | None = None) -> np.ndarray:
+def _check_opaque(path, image: Image.Image, mask: np.ndarray) -> None:
+  """Raises DataError where pixels of a mask are transparent: whatever is stored there, nobody saw it."""
+  clear = image.info["transparency"] if "transparency" in image.info else ()
+  if "A" in image.getbands():
+    count = int((np.asarray(image.getchannel("A")) < 255).sum())
+  elif isinstance(clear, bytes):  # The opacity of each number, 255 beyond the end.
+    count = int(np.isin(mask, np.flatnonzero(np.frombuffer(clear, np.uint8) < 255)).sum())
+  elif isinstance(clear, tuple):
+    count = int((mask == np.array(clear)).all(-1).sum()) if clear else 0
+  else:
+    count = int((mask == clear).sum())
+  if count:
+    raise DataError(
+      f"{path}: {count} of the mask's pixels are transparent, so their labels are not seen. Fill them with a class or"
+      " with void (255, or one of data.void_colors), and export masks without transparency."
+    )
+
+
+def read_mask(path: pathlib.Path | str, file: BinaryIO | None = None, *, by_color: bool = False) -> np.ndarray:
   """The stored numbers: [H, W] integers (palette files as indices), or [H, W, 3] uint8 for an RGB file.
 
-  Arguments as of `read_image`.
+  Grey of 1, 2 or 4 bits gives what is stored, 0 to 1, 3 or 15, not spread over 0 to 255 as for a picture.
+
+  Args:
+    path, file: as of `read_image`.
+    by_color: whether palette files are RGB too.
 
   Raises:
-    DataError: missing, damaged, or JPEG, whose compression changes labels along every edge.
+    DataError: missing, damaged, one of several frames, with transparent pixels, more than 8 bits per colour, turned by
+      EXIF, or JPEG, whose compression changes labels along every edge.
   """
-
-  def convert(image):
-    if image.format == "JPEG":
-      raise DataError(f"{path}: a JPEG cannot hold labels, its compression blurs them. Export masks as PNG.")
-    if image.mode in ("RGB", "RGBA"):
+  with _opened(path, file, "damaged or truncated") as image:
+    _check_mask(path, image)
+    mode, white = _storage(image)
+    if image.mode == "RGBA":
+      mask = np.asarray(image.convert("RGB"))
+    elif image.mode in ("LA", "PA"):
+      mask = np.asarray(image.getchannel(0))
+    else:
+      mask = _decode(image)
+      if mode.startswith(("L;2", "L;4")):  # Pillow has spread them.
+        mask = mask // (85 if mode.startswith("L;2") else 17)
+      elif image.format == "PPM" and white != 255:
+        most = 65535 if image.mode == "I" else 255
+        mask = (mask.astype(np.int64) * white + most // 2) // most
+    _check_opaque(path, image, mask)
+    if by_color and image.mode in ("P", "PA"):
       return np.asarray(image.convert("RGB"))
-    if image.mode == "LA":
-      image = image.getchannel(0)
-    if image.mode == "F":
-      raise DataError(f"{path}: floating-point pixels are no labels. Export masks with integer pixels.")
-    mask = np.asarray(image)
-    if mask.ndim != 2:
-      raise DataError(f"{path}: {image.mode} pixels are no labels. Export masks as palette, grey or RGB.")
     return mask.astype(np.uint8) if mask.dtype == bool else mask
 
-  return _decode(path, file, convert)
+
+class MaskHeaders:
+  """Sees from their headers that the masks of a split mean the same by their numbers.
+
+  Args:
+    same_colors: see `Reading`.
+  """
+
+  def __init__(self, same_colors: Sequence[int]):
+    self._same_colors = same_colors
+    self._colors = {}  # {number: (its colour, the file that says so)}
+    self._depths = {}  # {whether grey has fewer than 8 bits: the file that has it}
+
+  def size(self, path: pathlib.Path | str, file: BinaryIO | None = None) -> tuple[int, int]:
+    """(H, W) of one more mask; arguments as of `read_image`.
+
+    Raises:
+      DataError: what `read_header` raises, or a mask that contradicts an earlier one, which is named too.
+    """
+    with _opened(path, file, "not a readable image") as image:
+      if image.mode == "P" and self._same_colors:
+        self._compare_colors(path, _palette(image))
+      elif image.mode in ("1", "L") or image.mode.startswith("I"):
+        self._compare_depth(path, image.mode == "1" or _storage(image)[0].startswith(("L;2", "L;4")))
+      return image.height, image.width
+
+  def _compare_colors(self, path, palette: bytes) -> None:
+    for number in self._same_colors:
+      color = palette[3 * number : 3 * number + 3]
+      known, other = self._colors.setdefault(number, (color, path)) if color else (color, path)
+      if known != color:
+        raise DataError(
+          f"{path} and {other}: palettes that contradict each other. {number} is {color.hex().upper()} in the first,"
+          f" {known.hex().upper()} in the other, so that their numbers do not mean the same. Name every class's colour in"
+          " data.colors, to read palette masks by colour, or export all masks with one palette."
+        )
+
+  def _compare_depth(self, path, few: bool) -> None:
+    self._depths.setdefault(few, path)
+    if len(self._depths) == 2:
+      raise DataError(
+        f"{self._depths[True]} stores fewer than 8 bits a pixel, {self._depths[False]} does not. Programs that save space"
+        " write 255 as 1 if a file holds nothing between, so it is not known what 1 means. Export all masks with 8 bits."
+      )
+
+
+def _palette(image: ImageFile.ImageFile) -> bytes:
+  """Red, green and blue of each number that the palette names."""
+  if image.palette.rawmode != "RGB":  # Of other formats than PNG and GIF.
+    return bytes(image.getpalette("RGB"))
+  return bytes(image.palette.palette)
 
 
 def size_problem(image_path, image_size, mask_path, mask_size) -> str:
@@ -156,104 +404,3 @@ def listed(names) -> str:
   """The first ten names, and how many more there are."""
   names = list(names)
   return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def encode_colors(rgb: np.ndarray) -> np.ndarray:
-  """[..., 3] uint8 -> [...] int32, red * 65536 + green * 256 + blue."""
-  rgb = rgb.astype(np.int32)
-  return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
-
-
-def map_colors(path, rgb: np.ndarray, table: dict[int, int], remedy: str = "") -> np.ndarray:
-  """An RGB mask to ids through {encoded colour: id}.
-
-  Args:
-    remedy: what to do about other colours; empty for the advice that suits masks of one's own.
-
-  Raises:
-    DataError: no table, or colours outside it, with their pixel counts.
-  """
-  codes = encode_colors(rgb)
-  colors, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
-  unknown = [(f"{int(c):06X}", int(n)) for c, n in zip(colors, counts) if int(c) not in table]
-  if unknown:
-    listed = ", ".join(f"{color} ({count} px)" for color, count in unknown[:8])
-    remedy = remedy or (
-      "Name every class's colour in data.colors (in the order of data.classes) and void's in data.void_colors, or export"
-      " masks as palette or grey PNGs of class ids."
-    )
-    raise DataError(f"{path}: an RGB mask with colours that no class has: {listed}. {remedy}")
-  return np.array([table[int(c)] for c in colors], np.int64)[inverse].reshape(codes.shape)
-
-
-def parse_label_map(text: str) -> dict[int, int]:
-  """ "255:1,11:255" -> {255: 1, 11: 255}.
-
-  Raises:
-    DataError: text of another form, or a value named twice.
-  """
-  table = {}
-  for item in filter(None, (part.strip() for part in text.split(","))):
-    value, colon, target = item.partition(":")
-    if not (colon and value.strip().isdecimal() and target.strip().isdecimal()):
-      raise DataError(f"data.label_map: {item!r} is not of the form VALUE:CLASS, e.g. 255:1.")
-    if int(value) in table:
-      raise DataError(f"data.label_map names the value {int(value)} twice.")
-    table[int(value)] = int(target)
-  return table
-
-
-def map_labels(path, mask: np.ndarray, label_map: dict[int, int], num_classes: int, remedy: str = "") -> np.ndarray:
-  """Stored numbers to class ids, [H, W] uint8, all in [0, num_classes) or void.
-
-  JAX would hide a bad label (an out-of-range one silently trains nothing, -1 wraps to the last class), so this check
-  runs on every mask that is read.
-
-  Args:
-    label_map: {stored number: class id}; -1 refuses the number. Numbers not named keep their value.
-    remedy: what to do about other values; empty for the advice that suits masks of one's own.
-
-  Raises:
-    DataError: other values, with their pixel counts and the remedy.
-  """
-
-  def to_id(value: int) -> int:
-    label = label_map[value] if value in label_map else value
-    return label if label == IGNORE_LABEL or 0 <= label < num_classes else _BAD
-
-  if mask.dtype == np.uint8:  # A byte table: five times faster than NumPy's.
-    label = mask.tobytes().translate(bytes(map(to_id, range(256))))
-    if _BAD not in label:
-      return np.frombuffer(label, np.uint8).reshape(mask.shape)
-  if mask.dtype.itemsize > 2:
-    values, inverse, counts = np.unique(mask, return_inverse=True, return_counts=True)
-  else:  # A look-up table: ten times faster than the sort in np.unique.
-    counts = np.bincount(mask.reshape(-1))
-    values, inverse = np.arange(len(counts)), mask
-  ids = np.array([to_id(int(v)) for v in values], np.uint8)
-  bad = (ids == _BAD) & (counts > 0)
-  if bad.any():
-    present = values[counts > 0]
-    listed = ", ".join(f"{int(v)} ({int(n)} px)" for v, n in list(zip(values[bad], counts[bad]))[:8])
-    if remedy:
-      raise DataError(f"{path}: label values that do not belong here: {listed}. {remedy}")
-    if bad.sum() > 8:
-      raise DataError(
-        f"{path}: {bad.sum()} label values outside the {num_classes} classes (0 to {num_classes - 1}; {IGNORE_LABEL} is"
-        f" void): {listed}, ... So many are those of a mask that was smoothed or resized, or that numbers instances."
-        " Export it anew, with one number per class and no interpolation, or name all classes in data.classes."
-      )
-    raise DataError(
-      f"{path}: label values outside the {num_classes} classes (0 to {num_classes - 1}; {IGNORE_LABEL} is void):"
-      f" {listed}. Map them with data.label_map, e.g. {_suggest_map(values[bad], present, num_classes)}, or name all"
-      " classes in data.classes."
-    )
-  return ids[inverse].reshape(mask.shape)
-
-
-def _suggest_map(bad: np.ndarray, values: np.ndarray, num_classes: int) -> str:
-  if num_classes == 2 and len(bad) == 1:
-    return f"{int(bad[0])}:1"  # A binary mask drawn with another number than 1.
-  if 0 not in values and int(values.max()) == num_classes:
-    return ",".join(f"{i + 1}:{i}" for i in range(min(num_classes, 3))) + ("..." if num_classes > 3 else "")
-  return f"{int(bad[0])}:{IGNORE_LABEL}"

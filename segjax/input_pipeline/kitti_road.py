@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from segjax.input_pipeline import datasets, images, inventory
+from segjax.input_pipeline import datasets, images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.source import Files, Source, count_note, held_out
 
@@ -26,7 +26,7 @@ def to_label(path: str, mask: np.ndarray) -> np.ndarray:
   """
   if mask.ndim == 2:
     raise DataError(f"{path}: not an RGB file. {_REMEDY}")
-  return images.map_colors(path, mask, _COLOR_TABLE, _REMEDY).astype(np.uint8)
+  return mask_values.map_colors(path, mask, _COLOR_TABLE, _REMEDY).astype(np.uint8)
 
 
 def find_root(dir: str) -> pathlib.Path:
@@ -89,12 +89,14 @@ class KittiRoadSource(Source):
       "trainval" is all of them, "test" the testing images (no public labels).
     labels: "road", or "lane": then only the images um_* count, as the others have no such masks.
     holdout, folds, fold, split_seed: see `held_out`.
+    exif: see `images.Reading`.
 
   Raises:
     DataError: another split, a wrong root, or files that are missing, named.
   """
 
-  def __init__(self, *, dir: str, split: str, labels: str, holdout: float, folds: int, fold: int, split_seed: int):
+  def __init__(self, *, dir: str, split: str, labels: str, holdout: float, folds: int, fold: int, split_seed: int,
+               exif: str = "refuse"):  # fmt: skip
     if split not in SPLITS:
       raise DataError(f"KITTI road has no split {split!r}: choose one of {', '.join(SPLITS)}.")
     root, part = find_root(dir), "testing" if split == "test" else "training"
@@ -123,6 +125,7 @@ class KittiRoadSource(Source):
       Files(
         list(found),
         [(path, None if split == "test" else masks / mask_name(n, labels)) for n, path in found.items()],
+        images.Reading(exif),
         lambda: others(root, part),
       ),
       *self.named_classes(labels=labels),

@@ -35,12 +35,13 @@ class Photo:
   size: tuple[int, int]
 
 
-def find(inputs: Sequence[str], outputs: Sequence[pathlib.Path]) -> tuple[list[Photo], list[str]]:
+def find(inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: str) -> tuple[list[Photo], list[str]]:
   """The images that `inputs` name, and what cannot be used, one line each. Reads headers only.
 
   Args:
     inputs: files, whatever their extension, and folders, searched with their subfolders for images. A file that several
       of them name counts once.
+    exif: what becomes of images that EXIF wants turned; see `images.Reading`.
     outputs: folders that results go to: no search enters them, so that results of an earlier call are no inputs.
 
   Raises:
@@ -75,7 +76,7 @@ def find(inputs: Sequence[str], outputs: Sequence[pathlib.Path]) -> tuple[list[P
     try:
       if not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder.")
-      return Photo(path, name, images.read_size(path))
+      return Photo(path, name, images.read_header(path).size_by(exif))
     except DataError as error:
       return str(error)
 
@@ -88,12 +89,15 @@ def _real(path: pathlib.Path) -> pathlib.Path:
   return pathlib.Path(os.path.realpath(path))  # Path.resolve() raises for links in a circle.
 
 
-def read_ahead(photos: Sequence[Photo], workers: int) -> Iterator[tuple[Photo, np.ndarray | DataError]]:
-  """Each photo with its pixels [h, w, 3] uint8, or what is wrong with it; the next `workers` are being read meanwhile."""
+def read_ahead(photos: Sequence[Photo], workers: int, exif: str) -> Iterator[tuple[Photo, np.ndarray | DataError]]:
+  """Each photo with its pixels [h, w, 3] uint8, or what is wrong with it; the next `workers` are being read meanwhile.
+
+  `exif`: as of `find`.
+  """
 
   def read(photo):
     try:
-      image = images.read_image(photo.path)
+      image = images.read_image(photo.path, exif=exif)
     except DataError as error:
       return error
     if image.shape[:2] != photo.size:

@@ -23,14 +23,15 @@ class Files:
   Args:
     names: of the examples, for messages and pictures.
     pairs: (image, mask) paths; mask None where the split has no labels.
+    reading: how to read them.
     others: () -> what else lies in their folders; see `inventory.search`.
   """
 
   def __init__(self, names: Sequence[str], pairs: Sequence[tuple[pathlib.Path, pathlib.Path | None]],
-               others: Callable[[], dict[pathlib.Path, inventory.Unused]]):  # fmt: skip
+               reading: images.Reading, others: Callable[[], dict[pathlib.Path, inventory.Unused]]):  # fmt: skip
     self.names = list(names)
     self._pairs = list(pairs)
-    self._others = others
+    self._reading, self._others = reading, others
 
   @functools.cached_property
   def others(self) -> dict[pathlib.Path, inventory.Unused]:
@@ -49,26 +50,44 @@ class Files:
     Raises:
       DataError: every unreadable header, and every mask of another size than its image.
     """
-    sizes, problems = [], []
+    return self._headers[0]
+
+  @property
+  def exif(self) -> str:
+    """What becomes of images without a mask that EXIF wants turned, as of `images.Reading.exif`.
+
+    What the masks of this split tell, where they agree, or else what was configured.
+    """
+    told = self._headers[1]
+    return next(iter(told)) if len(told) == 1 else self._reading.exif
+
+  @functools.cached_property
+  def _headers(self) -> tuple[tuple[int, int], set[str]]:
+    """The canvas, and all that masks' sizes tell about EXIF."""
+    masks, sizes, told, problems = images.MaskHeaders(self._reading.same_colors), [], set(), []
     for image_path, mask_path in self._pairs:
       try:
-        size = images.read_size(image_path)
-        mask_size = images.read_size(mask_path) if mask_path else size
-        if size != mask_size:
+        header = images.read_header(image_path)
+        mask_size = masks.size(mask_path) if mask_path else None
+        size = header.size_by(self._reading.exif, mask_size)
+        if mask_size and size != mask_size:
           raise DataError(images.size_problem(image_path, size, mask_path, mask_size))
+        told.add(header.told_by(mask_size))
         sizes.append(size)
       except DataError as error:
         problems.append(str(error))
     if problems:
       shown = "\n  ".join(problems[:20])
       raise DataError(f"{len(problems)} of {len(self._pairs)} examples cannot be used:\n  {shown}")
-    return max(h for h, _ in sizes), max(w for _, w in sizes)
+    return (max(h for h, _ in sizes), max(w for _, w in sizes)), told - {None}
 
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray | None]:
     """Image's path and pixels [H, W, 3] uint8, mask's path and stored numbers [H, W] (RGB: [H, W, 3]) or None."""
     image_path, mask_path = self._pairs[index]
-    mask = images.read_mask(mask_path) if mask_path else None
-    return str(image_path), images.read_image(image_path), str(mask_path), mask
+    mask = images.read_mask(mask_path, by_color=self._reading.by_color) if mask_path else None
+    mask_size = None if mask is None else mask.shape[:2]
+    image = images.read_image(image_path, exif=self._reading.exif, mask_size=mask_size)
+    return str(image_path), image, str(mask_path), mask
 
 
 class Source:
@@ -101,6 +120,11 @@ class Source:
       DataError: every image that cannot be used, and every mask of another size than its image.
     """
     return self._store.canvas_size
+
+  @property
+  def exif(self) -> str:
+    """What becomes of images without a mask that EXIF wants turned: "refuse", "apply" or "ignore"; see `Files.exif`."""
+    return self._store.exif
 
   @property
   def others(self) -> dict[pathlib.Path, inventory.Unused]:

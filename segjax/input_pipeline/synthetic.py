@@ -50,13 +50,15 @@ class SyntheticSource:
   Args:
     split: "train" has `num_train` examples, any other split `num_val`, drawn from other seeds.
     image_size: (H, W), pixels.
-    dir: unused, there are no files.
+    dir, exif: unused, there are no files.
   """
 
-  def __init__(self, *, split: str, dir: str = "", num_train: int, num_val: int, image_size: tuple[int, int]):
+  def __init__(self, *, split: str, dir: str = "", exif: str = "refuse", num_train: int, num_val: int,
+               image_size: tuple[int, int]):  # fmt: skip
     self.classes, self.palette = self.named_classes()
     self.canvas_size = tuple(image_size)
-    self.labelled, self.notes, self.submission, self.others = True, (), datasets.PLAIN_SUBMISSION, {}
+    self.labelled, self.notes, self.submission = True, (), datasets.PLAIN_SUBMISSION
+    self.others, self.exif = {}, exif
     self._length = num_train if split == "train" else num_val
     self._seed = int.from_bytes(split.encode()[:7], "little")
 

@@ -17,18 +17,19 @@ class TfdsSource(Source):
     dataset: "name" or "name/config", e.g. "oxford_iiit_pet".
     image_feature, mask_feature: names of the features.
     id_feature: feature that names the examples; empty: they are numbered.
-    classes, colors, void_colors, label_map: as of the folder source.
+    classes, colors, void_colors, label_map, exif: as of the folder source.
 
   Raises:
     DataError: no such data set, split or feature, another file format, or options that contradict each other.
   """
 
   def __init__(self, *, dir: str, split: str, dataset: str, image_feature: str, mask_feature: str, id_feature: str,
-               classes: tuple, colors: tuple, void_colors: tuple, label_map: str):  # fmt: skip
+               classes: tuple, colors: tuple, void_colors: tuple, label_map: str, exif: str = "refuse"):  # fmt: skip
     if not dataset:
       raise DataError("data.dataset: name a TFDS data set, e.g. --config.data.dataset=oxford_iiit_pet.")
     meaning = MaskMeaning(tuple(classes), colors, void_colors, label_map)
-    store = Records(dir, dataset, (split,), image=image_feature, mask=mask_feature, id=id_feature)
+    features = dict(image=image_feature, mask=mask_feature, id=id_feature)
+    store = Records(dir, dataset, (split,), **features, reading=meaning.reading(exif))
     super().__init__(store, meaning.classes, meaning.palette, meaning.to_label)
 
   @staticmethod

@@ -30,13 +30,18 @@ class Records:
     splits: whose examples to join.
     image, mask: names of the features.
     id: feature to name and order examples by; empty: the order of the records.
+    reading: how to read images and masks.
+
+  Attributes:
+    exif: as of `source.Files`, though what masks tell is not kept in the index.
 
   Raises:
     DataError: no such data set, split or feature, another file format than ArrayRecord, or TFDS not installed.
   """
 
-  def __init__(self, dir: str, dataset: str, splits: tuple[str, ...], *, image: str, mask: str, id: str):
-    self._dataset, self._features = dataset, (image, mask)
+  def __init__(self, dir: str, dataset: str, splits: tuple[str, ...], *, image: str, mask: str, id: str,
+               reading: images.Reading):  # fmt: skip
+    self._dataset, self._features, self._reading, self.exif = dataset, (image, mask), reading, reading.exif
     folder = _find_version(pathlib.Path(dir).expanduser(), dataset)
     builder = _open_builder(folder)
     for feature in filter(None, (image, mask, id)):
@@ -47,7 +52,7 @@ class Records:
     self._parts = [_open_split(builder, folder, split) for split in splits]
     shards = {pathlib.Path(path) for split in splits for path in builder.info.splits[split].filepaths}
     self.files, self.others = dict(image=[], shard=sorted(shards)), {}  # As of `Source`.
-    indices = [_index(folder, split, part, image, mask, id) for split, part in zip(splits, self._parts)]
+    indices = [_index(folder, split, part, image, mask, id, reading) for split, part in zip(splits, self._parts)]
     rows = [(name, part, i) for part, index in enumerate(indices) for i, name in enumerate(index["names"])]
     if id:
       rows.sort()
@@ -68,7 +73,9 @@ class Records:
     record = _record(self._parts[part], place, self._dataset, self._features)
     image, mask = (io.BytesIO(record[feature]) for feature in self._features)
     where = [f"{self._dataset}: {feature} of {self.names[index]}" for feature in self._features]
-    return where[0], images.read_image(where[0], image), where[1], images.read_mask(where[1], mask)
+    labels = images.read_mask(where[1], mask, by_color=self._reading.by_color)
+    pixels = images.read_image(where[0], image, exif=self._reading.exif, mask_size=labels.shape[:2])
+    return where[0], pixels, where[1], labels
 
 
 def _find_version(root: pathlib.Path, dataset: str) -> pathlib.Path:
@@ -125,7 +132,9 @@ def _record(part, place: int, where: str, features) -> dict[str, bytes]:
   return record
 
 
-def _index(folder: pathlib.Path, split: str, part, image: str, mask: str, id: str) -> dict[str, list]:
+def _index(
+  folder: pathlib.Path, split: str, part, image: str, mask: str, id: str, reading: images.Reading
+) -> dict[str, list]:
   """{"names": [...], "sizes": [[h, w], ...]} of the records of a split, from its file or by reading them all.
 
   Raises:
@@ -136,13 +145,14 @@ def _index(folder: pathlib.Path, split: str, part, image: str, mask: str, id: st
     index = json.loads(path.read_text())
     if len(index["names"]) == len(part):
       return index
-  names, sizes, problems = [], [], []
+  masks, names, sizes, problems = images.MaskHeaders(reading.same_colors), [], [], []
   for i in tqdm.tqdm(range(len(part)), f"indexing {folder.parent.name} {split}", disable=len(part) < 100):
     record = _record(part, i, f"{folder} {split}", [f for f in (image, mask, id) if f])
     name = record[id].decode(errors="surrogateescape") if id else f"{split}_{i:06d}"
     try:
-      size = images.read_size(f"{folder}: {image} of {name}", io.BytesIO(record[image]))
-      mask_size = images.read_size(f"{folder}: {mask} of {name}", io.BytesIO(record[mask]))
+      mask_size = masks.size(f"{folder}: {mask} of {name}", io.BytesIO(record[mask]))
+      header = images.read_header(f"{folder}: {image} of {name}", io.BytesIO(record[image]))
+      size = header.size_by(reading.exif, mask_size)
       if size != mask_size:
         raise DataError(images.size_problem(f"{image} of {name}", size, f"{folder}: {mask} of {name}", mask_size))
     except DataError as error:

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from segjax.input_pipeline import datasets, images, inventory
+from segjax.input_pipeline import datasets, images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.source import Files, Source, count_note
 from segjax.input_pipeline.tfds_store import Records
@@ -114,7 +114,7 @@ def to_label(path: str, mask: np.ndarray) -> np.ndarray:
   """
   if mask.ndim == 3:
     raise DataError(f"{path}: an RGB file. {_REMEDY}")
-  return images.map_labels(path, mask, {}, len(datasets.VOC_CLASSES), _REMEDY)
+  return mask_values.map_labels(path, mask, {}, len(datasets.VOC_CLASSES), _REMEDY)
 
 
 class VocSource(Source):
@@ -124,19 +124,21 @@ class VocSource(Source):
     dir: VOC2012, or a folder above it; with `format` "tfds", TFDS's data directory.
     split: "train", "val", "trainval", "trainaug" (with SBD, from segjax.prepare) or "test" (no public labels).
     format: "tree" for VOC's own folders, "tfds" for the TFDS data set `voc_segmentation`.
+    exif: see `images.Reading`.
 
   Raises:
     DataError: another split, a wrong root, or files that are missing, named.
   """
 
-  def __init__(self, *, dir: str, split: str, format: str):
+  def __init__(self, *, dir: str, split: str, format: str, exif: str = "refuse"):
     if split not in datasets.VOC_COUNTS:
       raise DataError(f"VOC has no split {split!r}: choose one of {', '.join(datasets.VOC_COUNTS)}.")
     if format == "tfds":
-      store = Records(dir, "voc_segmentation", TFDS_SPLITS[split], image="image", mask="label", id="id")
+      features = dict(image="image", mask="label", id="id")
+      store = Records(dir, "voc_segmentation", TFDS_SPLITS[split], **features, reading=images.Reading(exif))
     else:
       root = find_root(dir)
-      store = Files(*find_pairs(root, split), lambda: others(root))
+      store = Files(*find_pairs(root, split), images.Reading(exif), lambda: others(root))
     super().__init__(
       store,
       *self.named_classes(),
