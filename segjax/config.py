@@ -102,7 +102,7 @@ SOURCES = {
 # schedule, which train.py says aloud).
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
-  "profile_steps", "compilation_cache", "eval", "init",
+  "profile_steps", "eval", "init",
   "data.dir", "data.eval_split", "data.loader", "data.workers", "data.max_bad_examples", "data.format",
   "policy.early_stop",
 )  # fmt: skip
@@ -153,9 +153,6 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
   # Steps (first, last) to trace, into WORKDIR/profile, for TensorBoard or ui.perfetto.dev; (0, 0): none. Not the first
   # one, which compiles.
   config.profile_steps = (0, 0)
-  # Folder where compiled programs are kept, so that a restart need not compile: "auto": compilation_cache beside the
-  # workdir, unless JAX_COMPILATION_CACHE_DIR names another; "": none.
-  config.compilation_cache = "auto"
 
   config.model = config_dict.ConfigDict(dict(name=model, **copy.deepcopy(MODELS[model])))
   config.data = config_dict.ConfigDict(

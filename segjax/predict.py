@@ -240,8 +240,7 @@ def main(argv: list[str]) -> None:
     workdir = None if args.workdir is None else pathlib.Path(args.workdir)
     commandline.enable_float64(config)
     commandline.keep_freed_memory()
-    if workdir is not None:
-      commandline.enable_compilation_cache(config, args.workdir)
+    commandline.enable_compilation_cache()
     problems = predict(config, workdir, argv[1:], pathlib.Path(args.out), args.tile)
   if problems:
     print(f"segjax: {len(problems)} file(s) skipped:\n  " + "\n  ".join(problems), file=sys.stderr)
