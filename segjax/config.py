@@ -103,7 +103,7 @@ SOURCES = {
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
   "profile_steps", "eval", "init",
-  "data.dir", "data.eval_split", "data.loader", "data.workers", "data.max_bad_examples", "data.format",
+  "data.dir", "data.eval_split", "data.loader", "data.workers", "data.cache", "data.max_bad_examples", "data.format",
   "policy.early_stop",
 )  # fmt: skip
 
@@ -163,6 +163,9 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       eval_split="val",
       loader="tf_data",  # "tf_data", or "grain", which never imports TensorFlow. Batches are the same, bit for bit.
       workers=0,  # Threads that read and decode, per host. 0: one per core.
+      # Decoded examples are kept, so that each is decoded once: "memory", for the run; "disk", in ~/.cache/segjax/examples
+      # (below $XDG_CACHE_HOME where that is set), for all runs, 4 bytes a pixel. Batches stay the same, bit for bit.
+      cache="none",
       # Training examples that may turn out unreadable in mid-run; each is all void in its step, and counted. One more stops
       # the run. Evaluation always stops at the first.
       max_bad_examples=0,

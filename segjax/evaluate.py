@@ -144,6 +144,7 @@ def evaluate(config, workdir) -> dict[str, float]:
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split)
+  input_pipeline.cache.check_room(config.data.cache, (source,))
   graphdef, _, _, init = build(config, len(source.classes))
   evaluator = make_evaluator(config, source, graphdef, mesh)
   variables, step, origin = trained_variables(config, workdir, loaded, init, mesh)

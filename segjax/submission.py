@@ -34,6 +34,7 @@ def submit(config, workdir) -> pathlib.Path:
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split, labels=False)
+  input_pipeline.cache.check_room(config.data.cache, (source,))
   graphdef, _, _, init = build(config, len(source.classes))
   variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
 

@@ -68,6 +68,7 @@ def train(config, workdir) -> dict[str, float]:
   )
   for note in dict.fromkeys((*train_source.notes, *eval_source.notes)):
     say(f"note: {note}")
+  input_pipeline.cache.check_room(config.data.cache, (train_source, eval_source))
   say(check_data.probe(train_source, border=config.loss.border_weight > 0, most_bad=config.data.max_bad_examples))
 
   # Model and optimiser: shapes inferred abstractly, and where their arrays live.

@@ -20,7 +20,7 @@ LAYERS = [
    "pretrained.vainf", "pretrained.timm", "pretrained.smp", "pretrained.torchvision", "pretrained.wkentaro",
    "pretrained.peers"},
   {"input_pipeline", "input_pipeline.bad_examples", "input_pipeline.images", "input_pipeline.order", "input_pipeline.synthetic",
-   "input_pipeline.source", "input_pipeline.canvas", "input_pipeline.folder", "input_pipeline.borders",
+   "input_pipeline.source", "input_pipeline.cache", "input_pipeline.canvas", "input_pipeline.folder", "input_pipeline.borders",
    "input_pipeline.voc", "input_pipeline.cityscapes", "input_pipeline.kitti_road", "input_pipeline.loose",
    "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},

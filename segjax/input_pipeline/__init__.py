@@ -1,7 +1,7 @@
 """From files to host batches. Nothing below this package imports JAX, so data workers stay free of it.
 
 A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the facts
-`classes`, `palette` [K, 3] uint8, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`); its class
+`classes`, `palette` [K, 3] uint8, `sizes`, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`); its class
 tells `named_classes` without any example. `order` says which examples a step sees. A loader reads them:
 
     batches(positions, load, canvas_size, batch_size, num_workers) -> iterator of dicts
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from segjax import config as config_lib
-from segjax.input_pipeline import datasets, order
+from segjax.input_pipeline import cache, datasets, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.input_pipeline.cityscapes import CityscapesSource
 from segjax.input_pipeline.folder import FolderSource
@@ -140,6 +140,8 @@ def _batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of the steps [start, stop); `ids(step)` gives the global batch, `rows` this host's part of it."""
   ids = functools.lru_cache(maxsize=64)(ids)
+  if data.cache != "none":
+    source = cache.Cached(source, data.cache)
 
   def load(position: int) -> dict[str, np.ndarray]:
     step, row = divmod(int(position), len(rows))

@@ -24,8 +24,8 @@ def pad_batch(examples: Sequence[dict], canvas_size: tuple[int, int]) -> dict[st
     if name not in FILL:
       batch[name] = np.stack([example[name] for example in examples])
       continue
-    batch[name] = np.full((len(examples), *canvas_size, *first.shape[2:]), FILL[name], first.dtype)
+    batch[name] = np.empty((len(examples), *canvas_size, *first.shape[2:]), first.dtype)
     for row, example in zip(batch[name], examples):
       h, w = example[name].shape[:2]
-      row[:h, :w] = example[name]
+      row[:h, :w], row[:h, w:], row[h:] = example[name], FILL[name], FILL[name]  # Each pixel is written once.
   return batch

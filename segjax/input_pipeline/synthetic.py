@@ -56,8 +56,8 @@ class SyntheticSource:
   def __init__(self, *, split: str, dir: str = "", num_train: int, num_val: int, image_size: tuple[int, int]):
     self.classes, self.palette = self.named_classes()
     self.canvas_size = tuple(image_size)
+    self.sizes = [self.canvas_size] * (num_train if split == "train" else num_val)
     self.labelled, self.notes, self.submission = True, (), datasets.PLAIN_SUBMISSION
-    self._length = num_train if split == "train" else num_val
     self._seed = int.from_bytes(split.encode()[:7], "little")
 
   @staticmethod
@@ -66,7 +66,7 @@ class SyntheticSource:
     return CLASSES, datasets.palette(len(CLASSES))
 
   def __len__(self) -> int:
-    return self._length
+    return len(self.sizes)
 
   def describe(self, index: int) -> str:
     """A name for messages and pictures."""

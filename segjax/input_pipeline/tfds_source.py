@@ -29,7 +29,7 @@ class TfdsSource(Source):
       raise DataError("data.dataset: name a TFDS data set, e.g. --config.data.dataset=oxford_iiit_pet.")
     meaning = MaskMeaning(tuple(classes), colors, void_colors, label_map)
     store = Records(dir, dataset, (split,), image=image_feature, mask=mask_feature, id=id_feature)
-    super().__init__(store, meaning.classes, meaning.palette, meaning.to_label)
+    super().__init__(store, meaning.classes, meaning.palette, meaning.to_label, meaning=meaning.key)
 
   @staticmethod
   def named_classes(*, classes, colors, void_colors, label_map, **_) -> tuple[tuple[str, ...], np.ndarray]:
