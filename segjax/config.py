@@ -169,7 +169,10 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       # Training examples that may turn out unreadable in mid-run; each is all void in its step, and counted. One more stops
       # the run. Evaluation always stops at the first.
       max_bad_examples=0,
-      canvas_size=(0, 0),  # (H, W) that images are padded to on the host. (0, 0): the largest of the split.
+      # (H, W) that images are padded to on the host. (0, 0): the largest of the split; but where that would be mostly padding,
+      # larger ones are cut, in training, to what their crops can show (input_pipeline.canvas.cut_window: the same crops are
+      # as likely), and in evaluation lie whole on canvases of their own.
+      canvas_size=(0, 0),
       **copy.deepcopy(SOURCES[data]),
     )
   )

@@ -47,11 +47,9 @@ class Evaluator:
 
   def __call__(self, variables: dict) -> "Evaluation":
     """Scores of the whole split, and pictures of its first `eval.num_overlays` examples."""
-    data, batch_size = self.config.data, self.config.eval.batch_size
-    rows = sharding.local_rows(self.mesh, batch_size)
-    batches = input_pipeline.eval_batches(self.source, data, batch_size=batch_size, rows=rows)
+    data = self.config.data
     totals, pictures, pending = {}, {}, None
-    for batch in sharding.to_device(batches, self.mesh):
+    for batch in sharding.to_device(make_batches(self.config, self.source, self.mesh), self.mesh):
       out = self.step(variables, batch)
       if len(pictures) < self.config.eval.num_overlays:
         self._draw(batch, out["prediction"], pictures)
@@ -94,6 +92,15 @@ def make_evaluator(config, source, graphdef, mesh) -> Evaluator:
   """
   sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
   return Evaluator(source, make_step(config, graphdef, mesh, len(source.classes)), config, mesh)
+
+
+def make_batches(config, source, mesh) -> Iterator[dict]:
+  """This host's part of the batches of one split, see `input_pipeline.eval_batches`."""
+  rows = {size: sharding.local_rows(mesh, size) for size in (config.eval.batch_size, mesh.shape["data"])}
+  (batch_size, per_host), *_ = rows.items()
+  return input_pipeline.eval_batches(
+    source, config.data, batch_size=batch_size, rows=per_host, single=(mesh.shape["data"], rows[mesh.shape["data"]])
+  )
 
 
 def protocol(config) -> dict:

@@ -12,8 +12,8 @@ same name that an earlier call left there are overwritten, but two images of one
 Pixels are taken as stored, without the rotation that a camera may note in EXIF, as in training. Files that cannot be
 used are named at the end and the others predicted; the exit code then is 1.
 
-Same as evaluation, bit for bit, for images that fit its canvas (config.data.canvas_size, or the largest image of the
-run's evaluation split, which the workdir remembers): the same program gets the same canvas, in batches of as many. To
+Same as evaluation, bit for bit, for images that fit its canvas (config.data.canvas_size, or the first of the run's
+evaluation split, which the workdir remembers): the same program gets the same canvas, in batches of as many. To
 repeat the evaluation of another split, give its canvas: --config.data.canvas_size=H,W. An image that does not fit gets
 a canvas of its own, its size rounded up to 64 k + 1 pixels, and a side longer than --tile (or than the evaluation's
 canvas, where that is longer) is cut into tiles that overlap by 256 pixels, which bounds memory whatever the image's

@@ -52,8 +52,11 @@ def compile_step(step, *arguments) -> Program:
   )
 
 
-def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Program:
+def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int], cut: bool = False) -> Program:
   """The train step of a config: compiled(state, batch), on a mesh, for images on a canvas (H, W).
+
+  Args:
+    cut: whether larger images are cut to it.
 
   Raises:
     ConfigError: what `state.build` raises.
@@ -63,7 +66,7 @@ def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Pr
   placed = sharding.of_state(mesh, abstract, config.shard_state)
   weights = np.ones(num_classes, np.float32) if config.loss.class_weights else None  # They only have to be there.
   step = train.make_step(config, graphdef, optimizer, mesh, placed, weights)
-  batch = abstract_batch(mesh, config.batch_size, canvas, config.loss.border_weight > 0)
+  batch = abstract_batch(mesh, config.batch_size, canvas, config.loss.border_weight > 0, cut)
   return compile_step(step, state.with_sharding(abstract, placed), batch)
 
 
@@ -78,10 +81,11 @@ def compile_eval(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Pro
 COMPILE = {"train": compile_train, "eval": compile_eval}
 
 
-def abstract_batch(mesh, batch_size: int, canvas: tuple[int, int], border: bool = False) -> dict:
+def abstract_batch(mesh, batch_size: int, canvas: tuple[int, int], border: bool = False, cut: bool = False) -> dict:
   """The shapes of a global batch on its canvas, see `input_pipeline`."""
   shapes = dict(image=((*canvas, 3), np.uint8), label=(canvas, np.uint8), size=((2,), np.int32), id=((), np.int32))
   shapes |= dict(border=(canvas, np.float16)) if border else {}
+  shapes |= dict(origin=((2,), np.int32), share=((2,), np.float32)) if cut else {}
   return {
     name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
     for name, (shape, dtype) in shapes.items()

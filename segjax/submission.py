@@ -46,9 +46,7 @@ def submit(config, workdir) -> pathlib.Path:
       folder.mkdir(parents=True)
     _wait_for_all("predict: folder")
     step = evaluate.make_evaluator(config, source, graphdef, mesh).step
-    rows = sharding.local_rows(mesh, config.eval.batch_size)
-    batches = input_pipeline.eval_batches(source, config.data, batch_size=config.eval.batch_size, rows=rows)
-    for index, out in evaluate.predictions(step, variables, batches, mesh):
+    for index, out in evaluate.predictions(step, variables, evaluate.make_batches(config, source, mesh), mesh):
       write_png(folder / result_path(source, index), out["prediction"], source)
     _wait_for_all("predict: files")
     archive = f"results.{source.submission.archive}"
