@@ -1,9 +1,8 @@
 """Files written whole or not at all, whatever stops the writer: under a temporary name, then renamed."""
 
 import contextlib
-import os
 import pathlib
-import threading
+import secrets
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -14,7 +13,7 @@ def whole_file(path: pathlib.Path) -> Iterator[BinaryIO]:
 
   Several threads or processes may write the same path: the last to finish replaces the others' file.
   """
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+  temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
   try:
     with temporary.open("wb") as file:
       yield file

@@ -6,14 +6,45 @@ row looks at one (fractional) input row, each output column at one input column.
 are not, and gather pixel by pixel.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from segjax.models import resize
 
+_LARGEST_NORMAL = 6  # Deviations; jax.random.normal gives at most 5.5 in float32.
 
-def crop_axis(key, length, crop: int, scale):
+
+def crop_window(crop_size: tuple[int, int], margin: int, *, scale, rotation, shift, shear, zoom, elastic, **_):
+  """How much of an image `place` can look at, whatever it draws: what `canvas.cut_window` cuts from large images.
+
+  An image of L pixels at scale s has about L s, of which a crop shows c and looks at e more on each side (margin, warp, and
+  the neighbours that interpolation takes). So it looks at (c + 2 e) / s pixels of the image, most at the smallest s.
+
+  Args:
+    crop_size, margin, scale: as in `place`. The strengths: as in `warp_field`.
+
+  Returns:
+    size: (h, w) pixels. around: (h, w), those of them that lie on each side of the crop.
+  """
+  half = [(n + 2 * margin - 1) / 2 for n in crop_size]
+  row, col = (n / (1 - zoom) for n in half)
+  col += math.tan(math.radians(shear)) * row
+  turned = math.sin(math.radians(min(rotation, 90)))
+  sizes, arounds = [], []
+  for n, crop in enumerate(crop_size):
+    reach = (row + turned * col, col + turned * row)[n] + shift * (crop + 2 * margin) - half[n]
+    reach += elastic * _LARGEST_NORMAL * np.abs(bicubic_matrix(crop + 2 * margin)).sum(1).max() ** 2
+    step = (1 + 2 / crop) / scale[0]  # Pixels of the image per pixel of the crop: L - 1 over trunc(L s) - 1.
+    around = math.ceil((1 + margin + reach) * step) + 2
+    sizes.append(math.ceil(crop * step) + 2 * around)
+    arounds.append(around)
+  return tuple(sizes), tuple(arounds)
+
+
+def crop_axis(key, length, crop: int, scale, share=None):
   """Resizes one axis, crops it at random, and says where a crop's pixels look.
 
   The axis is resized to trunc(length * scale) with align_corners, and cropped at a uniform offset, or, where shorter
@@ -24,12 +55,16 @@ def crop_axis(key, length, crop: int, scale):
     length: int scalar, pixels of the image along this axis.
     crop: pixels of the crop.
     scale: float scalar.
+    share: float scalar in [0, 1), the offset as a share of all there are, instead of `key`; below 0: none. Or None.
 
   Returns:
     look(index) -> input positions, and whether they lie inside the image, for whole or fractional crop pixels `index`.
   """
   resized = jnp.maximum((length.astype(jnp.float32) * scale).astype(jnp.int32), 1)
-  offset = jax.random.randint(key, (), 0, jnp.maximum(resized - crop, 0) + 1)
+  count = jnp.maximum(resized - crop, 0) + 1
+  offset = jax.random.randint(key, (), 0, count)
+  if share is not None:
+    offset = jnp.where(share < 0, offset, jnp.minimum((share * count).astype(jnp.int32), count - 1))
   step = (length - 1).astype(jnp.float32) / jnp.maximum(resized - 1, 1)
 
   def look(index):
@@ -88,12 +123,14 @@ def bicubic_matrix(size: int) -> np.ndarray:
   return np.stack([cubic[i] @ knots[segment[i] : segment[i] + 4] for i in range(size)]).astype(np.float32)
 
 
-def place(key, image, label, border, size, *, crop_size, margin, scale, scale_step, flip, outside, **warp):
+def place(key, image, label, border, size, window, *, crop_size, margin, scale, scale_step, flip, outside, **warp):
   """One example at random scale, place and side, turned and bent at random.
 
   Args:
     image: [H, W, 3] uint8 canvas; label: [H, W] uint8 canvas; size: [2] int32, the image's own height and width.
     border: [H, W] canvas of pixel weights that goes with the label, or None.
+    window: None where the canvas holds the image. Else (origin [2] int32, the pixel of the image that is the canvas' first;
+      share [2] float32, see `crop_axis`), of `canvas.cut_window`.
     crop_size: (h, w) of the label.
     margin: pixels of image around the label's crop.
     scale: (smallest, largest), relative to the image.
@@ -116,8 +153,9 @@ def place(key, image, label, border, size, *, crop_size, margin, scale, scale_st
   else:
     factor = jax.random.uniform(scale_key, (), jnp.float32, scale[0], scale[1])
   mirrored = jax.random.bernoulli(flip_key) if flip else jnp.asarray(False)
-  look_row = crop_axis(row_key, size[0], crop_size[0], factor)
-  look_col = crop_axis(col_key, size[1], crop_size[1], factor)
+  origin, share = ((0, 0), (None, None)) if window is None else window
+  look_row = crop_axis(row_key, size[0], crop_size[0], factor, share[0])
+  look_col = crop_axis(col_key, size[1], crop_size[1], factor, share[1])
   whole = tuple(n + 2 * margin for n in crop_size)
   inner = np.s_[margin : margin + crop_size[0]], np.s_[margin : margin + crop_size[1]]
   folds = outside == "mirror" or margin > 0
@@ -125,8 +163,8 @@ def place(key, image, label, border, size, *, crop_size, margin, scale, scale_st
   if warp_key is None:
     row, col = (jnp.arange(n) - margin for n in whole)
     (rows, in_rows), (cols, in_cols) = look_row(row), look_col(jnp.where(mirrored, crop_size[1] - 1 - col, col))
-    top, bottom, down, nearest_row = _neighbours(rows, size[0], folds)
-    left, right, across, nearest_col = _neighbours(cols, size[1], folds)
+    top, bottom, down, nearest_row = _neighbours(rows, size[0], origin[0], folds)
+    left, right, across, nearest_col = _neighbours(cols, size[1], origin[1], folds)
     down, across = down[:, None, None], across[None, :, None]
     # Rows first: whole rows are contiguous, so this gather is a copy, and the column gather sees a smaller array.
     lines = image[top] * (1 - down) + image[bottom] * down  # [h, W, 3]
@@ -138,8 +176,8 @@ def place(key, image, label, border, size, *, crop_size, margin, scale, scale_st
   else:
     row, col = (x - margin for x in warp_field(warp_key, whole, **warp))
     (rows, in_rows), (cols, in_cols) = look_row(row), look_col(jnp.where(mirrored, crop_size[1] - 1 - col, col))
-    top, bottom, down, nearest_row = _neighbours(rows, size[0], folds)
-    left, right, across, nearest_col = _neighbours(cols, size[1], folds)
+    top, bottom, down, nearest_row = _neighbours(rows, size[0], origin[0], folds)
+    left, right, across, nearest_col = _neighbours(cols, size[1], origin[1], folds)
     down, across = down[..., None], across[..., None]
     image = (image[top, left] * (1 - across) + image[top, right] * across) * (1 - down) + (
       image[bottom, left] * (1 - across) + image[bottom, right] * across
@@ -152,8 +190,9 @@ def place(key, image, label, border, size, *, crop_size, margin, scale, scale_st
   return image, label.astype(jnp.int32), border, inside
 
 
-def _neighbours(position, length, folds: bool):
-  """Per position: the two pixels around it, the weight of the second, and the nearest pixel (halves upwards).
+def _neighbours(position, length, origin, folds: bool):
+  """Per position: the two pixels around it, the weight of the second, and the nearest pixel (halves upwards), pixels being
+  counted from `origin`.
 
   Positions outside are mirrored at the border pixels if it `folds`, else their values mean nothing.
   """
@@ -161,7 +200,7 @@ def _neighbours(position, length, folds: bool):
     position = resize.mirror_index(position, length)
   low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, length - 1)
   nearest = jnp.clip(jnp.floor(position + 0.5).astype(jnp.int32), 0, length - 1)
-  return low, jnp.minimum(low + 1, length - 1), position - low, nearest
+  return low - origin, jnp.minimum(low + 1, length - 1) - origin, position - low, nearest - origin
 
 
 def jitter_color(key, image, inside, *, brightness, contrast, saturation, hue, hsv):
@@ -234,13 +273,14 @@ def _from_hue_chroma_value(sector, chroma, value):
   return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
 
-def augment_batch(key, image, label, size, border=None, *, crop_size, fill, ignore_label, margin=0, scale, scale_step,
+def augment_batch(key, image, label, size, border=None, window=None, *, crop_size, fill, ignore_label, margin=0, scale, scale_step,
                   flip, rotation, shift, shear, zoom, elastic, outside, **color):  # fmt: skip
   """A batch of canvases to a batch of crops; example i draws from fold_in(key, i).
 
   Args:
     key: of this step.
     image: [B, H, W, 3] uint8, label: [B, H, W] uint8, size: [B, 2] int32, border: [B, H, W] pixel weights or None.
+    window: (origin [B, 2] int32, share [B, 2] float32) as in `place`, or None.
     fill: (r, g, b) of the padding. ignore_label: the label of the padding.
     crop_size, margin, scale, scale_step, flip, outside: as in `place`.
     rotation, shift, shear, zoom, elastic: as in `warp_field`.
@@ -253,10 +293,10 @@ def augment_batch(key, image, label, size, border=None, *, crop_size, fill, igno
   h, w = crop_size
   warp = dict(rotation=rotation, shift=shift, shear=shear, zoom=zoom, elastic=elastic)
 
-  def one(index, image, label, border, size):
+  def one(index, image, label, border, size, window):
     place_key, color_key = jax.random.split(jax.random.fold_in(key, index))
     image, label, border, inside = place(
-      place_key, image, label, border, size, crop_size=crop_size, margin=margin, scale=scale, scale_step=scale_step,
+      place_key, image, label, border, size, window, crop_size=crop_size, margin=margin, scale=scale, scale_step=scale_step,
       flip=flip, outside=outside, **warp,
     )  # fmt: skip
     shown = jnp.ones_like(inside) if margin else inside  # With a margin, what is outside is mirrored.
@@ -265,4 +305,4 @@ def augment_batch(key, image, label, size, border=None, *, crop_size, fill, igno
     inside = inside[margin : margin + h, margin : margin + w]
     return image, jnp.where(inside, label, ignore_label), None if border is None else jnp.where(inside, border, 0)
 
-  return jax.vmap(one)(jnp.arange(image.shape[0]), image, label, border, size)
+  return jax.vmap(one)(jnp.arange(image.shape[0]), image, label, border, size, window)

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import io
-import pathlib
 import platform
 import runpy
 import sys
@@ -12,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from segjax import config as config_lib
-from segjax import config_rules
+from segjax import config_rules, user_cache
 from segjax.input_pipeline import images
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -89,16 +88,20 @@ def enable_float64(config) -> None:
     jax.config.update("jax_enable_x64", True)
 
 
-def enable_compilation_cache(config, workdir: str) -> None:
-  """Lets JAX keep what it compiles where `config.compilation_cache` says; before anything is compiled."""
+def enable_compilation_cache() -> None:
+  """Lets JAX keep what it compiles in the user's cache folder; before anything is compiled.
+
+  Programs from there are executed, so neither a config nor a workdir, which may be somebody else's, can name the folder:
+  only the environment does (JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=false for none).
+  """
   import jax
 
-  folder = config.compilation_cache
-  if folder == "auto":
-    if jax.config.jax_compilation_cache_dir is not None:  # Of the environment.
-      return
-    folder = str(pathlib.Path(workdir).absolute().parent / "compilation_cache")
-  jax.config.update("jax_compilation_cache_dir", folder or None)
+  if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir is not None:
+    return
+  try:
+    jax.config.update("jax_compilation_cache_dir", str(user_cache.folder("compilation")))
+  except config_lib.ConfigError as error:  # A run need not fail for what only spares time.
+    print(f"note: compiled programs are not kept. {error}", file=sys.stderr)
 
 
 def keep_freed_memory() -> None:

@@ -106,8 +106,8 @@ SOURCES = {
 # schedule, and what is evaluated how often through a plateau policy, which then counts anew; both are said aloud).
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
-  "profile_steps", "compilation_cache", "eval", "init",
-  "data.dir", "data.eval_split", "data.loader", "data.workers", "data.max_bad_examples", "data.format",
+  "profile_steps", "eval", "init",
+  "data.dir", "data.eval_split", "data.loader", "data.workers", "data.cache", "data.max_bad_examples", "data.format",
   "policy.early_stop",
 )  # fmt: skip
 
@@ -157,9 +157,6 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
   # Steps (first, last) to trace, into WORKDIR/profile, for TensorBoard or ui.perfetto.dev; (0, 0): none. Not the first
   # one, which compiles.
   config.profile_steps = (0, 0)
-  # Folder where compiled programs are kept, so that a restart need not compile: "auto": compilation_cache beside the
-  # workdir, unless JAX_COMPILATION_CACHE_DIR names another; "": none.
-  config.compilation_cache = "auto"
 
   config.model = config_dict.ConfigDict(dict(name=model, **copy.deepcopy(MODELS[model])))
   config.data = config_dict.ConfigDict(
@@ -170,13 +167,19 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       eval_split="val",
       loader="tf_data",  # "tf_data", or "grain", which never imports TensorFlow. Batches are the same, bit for bit.
       workers=0,  # Threads that read and decode, per host. 0: one per core.
+      # Decoded examples are kept, so that each is decoded once: "memory", for the run; "disk", in ~/.cache/segjax/examples
+      # (below $XDG_CACHE_HOME where that is set), for all runs, 4 bytes a pixel. Batches stay the same, bit for bit.
+      cache="none",
       # Training examples that may turn out unreadable in mid-run; each is all void in its step, and counted. One more stops
       # the run. Evaluation always stops at the first.
       max_bad_examples=0,
       # Images that EXIF wants turned, where the mask's size does not tell whether it was drawn on the turned image, and in
       # predict, where the run's masks did not: "refuse", "apply" (turn them, as viewers do), "ignore" (pixels as stored).
       exif="refuse",
-      canvas_size=(0, 0),  # (H, W) that images are padded to on the host. (0, 0): the largest of the split.
+      # (H, W) that images are padded to on the host. (0, 0): the largest of the split; but where that would be mostly padding,
+      # larger ones are cut, in training, to what their crops can show (input_pipeline.canvas.cut_window: the same crops are
+      # as likely), and in evaluation lie whole on canvases of their own.
+      canvas_size=(0, 0),
       **copy.deepcopy(SOURCES[data]),
     )
   )

@@ -12,6 +12,7 @@ CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
   "data.loader": ("tf_data", "grain"),
   "data.exif": ("refuse", "apply", "ignore"),
+  "data.cache": ("none", "memory", "disk"),
   "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
   "data.labels": {"cityscapes": ("gtFine", "gtCoarse"), "kitti_road": ("road", "lane")},
   "head": ("softmax", "sigmoid"),
@@ -207,6 +208,7 @@ def _data(data) -> Rules:
   yield named, "data.dir", "name the data set's root folder, e.g. --config.data.dir=/data/camvid."
   yield _is_size(data.canvas_size, 0), "data.canvas_size", "must be (H, W) in pixels."
   if data.name == "synthetic":
+    yield data.cache == "none", "data.cache", "keeps decoded files, and this source has none: set it to none."
     yield _is_size(data.image_size, 1), "data.image_size", "must be (H, W) in pixels."
   yield data.max_bad_examples >= 0, "data.max_bad_examples", "must be 0 (stop at the first) or more."
   yield data.workers >= 0, "data.workers", "must be 0 (one per core) or more."

@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from segjax import input_pipeline, programs, report, sharding, steps
+from segjax import input_pipeline, programs, report, sharding, steps, train
 from segjax.programs import Program
 from segjax.state import build, with_sharding
 
@@ -56,8 +56,15 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
     f" accumulate_steps={config.accumulate_steps}"
   )
 
-  _, _, _, init = build(config, num_classes)
+  graphdef, _, _, init = build(config, num_classes)
   abstract = jax.eval_shape(init)
+  window, whole = train.crop_window(config, graphdef, abstract), canvas
+  if any(n > m for n, m in zip(whole, window[0])):
+    _, canvas, _ = input_pipeline.facts(data, data.train_split, window)
+  if canvas != whole:
+    say(
+      f"larger images are cut to a canvas of {canvas[0]}x{canvas[1]} in training, which {whole[0]}x{whole[1]} would mostly pad"
+    )
   state_sharding = sharding.of_state(mesh, abstract, config.shard_state)
   state = with_sharding(abstract, state_sharding)
   variables = with_sharding(abstract.eval_variables(), sharding.replicated(mesh))
@@ -70,10 +77,10 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   )
 
   compiled = {}
-  for name, compile_step, size in (
-    ("train", programs.compile_train, canvas), ("evaluation", programs.compile_eval, eval_canvas),
+  for name, compile_step, *shape in (
+    ("train", programs.compile_train, canvas, canvas != whole), ("evaluation", programs.compile_eval, eval_canvas),
   ):  # fmt: skip
-    program = compiled[name] = compile_step(config, mesh, num_classes, size)
+    program = compiled[name] = compile_step(config, mesh, num_classes, *shape)
     found = {kind: sizes for kind, sizes in program.collectives.items() if sizes}
     communication = ", ".join(f"{len(sizes)} {kind} ({mib(sum(sizes))})" for kind, sizes in found.items())
     say(
@@ -88,14 +95,16 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
     )
 
   # Beside what a step itself holds: batches that were transferred ahead, and those of steps that wait for it.
-  train, evaluation, waiting = compiled["train"], compiled["evaluation"], sharding.AHEAD + steps.IN_FLIGHT - 1
-  batch = bytes_per_device(steps.abstract_batch(mesh, batch_size, canvas, config.loss.border_weight > 0))
+  step, evaluation, waiting = compiled["train"], compiled["evaluation"], sharding.AHEAD + steps.IN_FLIGHT - 1
+  batch = bytes_per_device(
+    steps.abstract_batch(mesh, batch_size, canvas, config.loss.border_weight > 0, canvas != whole)
+  )
   eval_batch = bytes_per_device(steps.abstract_batch(mesh, eval_size, eval_canvas))
   # During an evaluation the rest of the state stays where it is (with shard_state, all of it), with the last batch of
   # training and those to come; and the results of a step are read while the next is computed.
   beside = at_rest - (0 if config.shard_state else bytes_per_device(variables)) + (1 + sharding.AHEAD) * batch
   evaluating = evaluation.peak + evaluation.outputs + waiting * eval_batch + beside
-  needed = max(train.peak + waiting * batch, evaluating)
+  needed = max(step.peak + waiting * batch, evaluating)
   available, meaning = device_memory(device)
   verdict = "fits" if needed <= available else (
     "DOES NOT FIT. Set remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"

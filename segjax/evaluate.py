@@ -39,28 +39,31 @@ class Evaluator:
     source: the split.
     step: from `steps.make_eval_step`.
     config, mesh: of the run.
+    programs: {canvas: the step compiled for it}, of `compile`.
   """
 
   source: object
   step: object
   config: object
   mesh: jax.sharding.Mesh
+  programs: dict = dataclasses.field(default_factory=dict)
 
   def compile(self, variables: dict) -> None:
     """Compiles the step that all calls use, for abstract variables, so that what does not fit says so at once."""
     abstract = with_sharding(variables, sharding.replicated(self.mesh))
-    canvas = input_pipeline.canvas_of(self.source, self.config.data)
-    batch = steps.abstract_batch(self.mesh, self.config.eval.batch_size, canvas)
-    self.step = self.step.lower(abstract, batch).compile()
+    for number, canvas in enumerate(input_pipeline.eval_canvases(self.source, self.config.data)):
+      batch_size = self.mesh.shape["data"] if number else self.config.eval.batch_size  # As of `make_batches`.
+      batch = steps.abstract_batch(self.mesh, batch_size, canvas)
+      self.programs[canvas] = self.step.lower(abstract, batch).compile()
 
   def __call__(self, variables: dict) -> "Evaluation":
     """Scores of the whole split, and pictures of its first `eval.num_overlays` examples."""
-    data, batch_size = self.config.data, self.config.eval.batch_size
-    rows = sharding.local_rows(self.mesh, batch_size)
-    batches = input_pipeline.eval_batches(self.source, data, batch_size=batch_size, rows=rows)
+    data = self.config.data
     totals, pictures, pending = {}, {}, None
-    for batch in sharding.to_device(batches, self.mesh):
-      out = self.step(variables, batch)
+    for batch in sharding.to_device(make_batches(self.config, self.source, self.mesh), self.mesh):
+      canvas = batch["image"].shape[1:3]
+      step = self.programs[canvas] if canvas in self.programs else self.step
+      out = step(variables, batch)
       if len(pictures) < self.config.eval.num_overlays:
         self._draw(batch, out["prediction"], pictures)
       counts = {name: out[name] for name in ("confusion", "sweep") if name in out}
@@ -109,6 +112,15 @@ def measure(config) -> dict:
   none = ("eval.batch_size", "eval.checkpoint", "eval.num_overlays")
   fields = {name: value for name, value in config_lib.fields(config.eval, "eval.").items() if name not in none}
   return json.loads(json.dumps({"data.eval_split": config.data.eval_split} | fields))
+
+
+def make_batches(config, source, mesh) -> Iterator[dict]:
+  """This host's part of the batches of one split, see `input_pipeline.eval_batches`."""
+  rows = {size: sharding.local_rows(mesh, size) for size in (config.eval.batch_size, mesh.shape["data"])}
+  (batch_size, per_host), *_ = rows.items()
+  return input_pipeline.eval_batches(
+    source, config.data, batch_size=batch_size, rows=per_host, single=(mesh.shape["data"], rows[mesh.shape["data"]])
+  )
 
 
 def protocol(config) -> dict:
@@ -160,6 +172,7 @@ def evaluate(config, workdir) -> dict[str, float]:
   split = config.data.eval_split
   results = outputs.output_path(workdir, f"eval_{split}")
   source = input_pipeline.make_source(config.data, split)
+  input_pipeline.cache.check_room(config.data.cache, (source,))
   graphdef, _, _, init = build(config, len(source.classes))
   evaluator = make_evaluator(config, source, graphdef, mesh)
   variables, step, origin = trained_variables(config, workdir, loaded, init, mesh)

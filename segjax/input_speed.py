@@ -21,9 +21,9 @@ from segjax.input_pipeline import cityscapes, datasets, voc
 LOADERS = ("tf_data", "grain")
 
 
-def speed(batches, batch_size: int, seconds: float) -> tuple[float, float]:
-  """Images per second of wall time and of CPU time, over at least `seconds`, after two batches to start up."""
-  for _ in range(2):
+def speed(batches, batch_size: int, seconds: float, first: int = 2) -> tuple[float, float]:
+  """Images per second of wall time and of CPU time, over at least `seconds`, after the `first` batches."""
+  for _ in range(first):
     next(batches)
   count, wall, cpu = 0, time.perf_counter(), time.process_time()
   while time.perf_counter() - wall < seconds:
@@ -34,6 +34,8 @@ def speed(batches, batch_size: int, seconds: float) -> tuple[float, float]:
 
 def input_table(config, formats: dict[str, str], seconds: float) -> str:
   """Markdown rows of the training split of `config`: decoding alone, then each format with each loader.
+
+  With data.cache, loaders are measured from the second epoch on.
 
   Args:
     formats: {data.format: data.dir}; {"": dir} for a source without formats.
@@ -61,9 +63,12 @@ def input_table(config, formats: dict[str, str], seconds: float) -> str:
         source, data, seed=config.seed, batch_size=config.batch_size, rows=np.arange(config.batch_size), start_step=0,
         num_steps=1 << 30,
       )  # fmt: skip
-      row(data.loader, data.workers or os.cpu_count(), speed(batches, config.batch_size, seconds))
+      first = 2 + (len(source) // config.batch_size + 1) * (data.cache != "none")
+      row(data.loader, data.workers or os.cpu_count(), speed(batches, config.batch_size, seconds, first))
       batches.close()
-  return "\n".join(rows) + f"\n\ncanvas {canvas[0]}x{canvas[1]}, batches of {config.batch_size}"
+  return (
+    "\n".join(rows) + f"\n\ncanvas {canvas[0]}x{canvas[1]}, batches of {config.batch_size}, cache {config.data.cache}"
+  )
 
 
 def _picture(rng, size: tuple[int, int], grain: float) -> np.ndarray:
@@ -151,6 +156,7 @@ def report(config, generate: int, seconds: float) -> str:
   if config.data.name not in GENERATORS:
     raise ConfigError(f"--generate makes {' or '.join(GENERATORS)}, not {config.data.name}. Leave it out.")
   with tempfile.TemporaryDirectory() as folder:
+    os.environ["XDG_CACHE_HOME"] = folder  # What data.cache keeps of generated files goes with them.
     formats = GENERATORS[config.data.name](pathlib.Path(folder), generate)
     patterns = ("*.jpg", "*.png") if config.data.name == "voc" else ("*_leftImg8bit.png", "*_labelIds.png")
     sizes = ", ".join(file_sizes(formats["tree"], pattern) for pattern in patterns)

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
   if processes is None:  # Else JAX has to find the others first.
     commandline.keep_freed_memory()
   if _MODE.value != "dry_run":  # Which writes nothing, and tells how long compilation takes.
-    commandline.enable_compilation_cache(config, _WORKDIR.value)
+    commandline.enable_compilation_cache()
   with (
     commandline.readable_errors(),
     distributed.connected(processes, _START_TIMEOUT.value, stops_at_a_step=_MODE.value == "train"),

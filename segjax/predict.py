@@ -12,8 +12,8 @@ same name that an earlier call left there are overwritten, but two images of one
 Images that EXIF wants turned are turned or not as in the run's evaluation split, if its masks' sizes told, or else by
 --config.data.exif. Files that cannot be used are named at the end and the others predicted; the exit code then is 1.
 
-Same as evaluation, bit for bit, for images that fit its canvas (config.data.canvas_size, or the largest image of the
-run's evaluation split, which the workdir remembers): the same program gets the same canvas, in batches of as many. To
+Same as evaluation, bit for bit, for images that fit its canvas (config.data.canvas_size, or the first of the run's
+evaluation split, which the workdir remembers): the same program gets the same canvas, in batches of as many. To
 repeat the evaluation of another split, give its canvas: --config.data.canvas_size=H,W. An image that does not fit gets
 a canvas of its own, its size rounded up to 64 k + 1 pixels, and a side longer than --tile (or than the evaluation's
 canvas, where that is longer) is cut into tiles that overlap by 256 pixels, which bounds memory whatever the image's
@@ -243,8 +243,7 @@ def main(argv: list[str]) -> None:
     workdir = None if args.workdir is None else pathlib.Path(args.workdir)
     commandline.enable_float64(config)
     commandline.keep_freed_memory()
-    if workdir is not None:
-      commandline.enable_compilation_cache(config, args.workdir)
+    commandline.enable_compilation_cache()
     problems = predict(config, workdir, argv[1:], pathlib.Path(args.out), args.tile)
   if problems:
     print(f"segjax: {len(problems)} file(s) skipped:\n  " + "\n  ".join(problems), file=sys.stderr)

@@ -53,8 +53,11 @@ def compile_step(step, *arguments) -> Program:
   )
 
 
-def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Program:
+def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int], cut: bool = False) -> Program:
   """The train step of a config: compiled(state, batch), on a mesh, for images on a canvas (H, W).
+
+  Args:
+    cut: whether larger images are cut to it.
 
   Raises:
     ConfigError: what `state.build` raises.
@@ -64,7 +67,7 @@ def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Pr
   placed = sharding.of_state(mesh, abstract, config.shard_state)
   weights = np.ones(num_classes, np.float32) if config.loss.class_weights else None  # They only have to be there.
   step = train.make_step(config, graphdef, optimizer, mesh, placed, weights)
-  batch = abstract_batch(mesh, config.batch_size, canvas, config.loss.border_weight > 0)
+  batch = abstract_batch(mesh, config.batch_size, canvas, config.loss.border_weight > 0, cut)
   return compile_step(step, state.with_sharding(abstract, placed), batch)
 
 

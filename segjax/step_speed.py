@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from segjax import config as config_lib
-from segjax import evaluate, flops, inference, input_pipeline, programs, sharding, state, steps
+from segjax import evaluate, flops, inference, input_pipeline, programs, sharding, state, steps, train
 from segjax.config import ConfigError
 
 TRAINING = 3  # A backward pass costs about two forward passes, so a step of training counts as three.
@@ -60,17 +61,18 @@ def of_train(config, mesh) -> Measured:
   source, classes = _source(config, config.data.train_split)
   border = config.loss.border_weight > 0
   rows = sharding.local_rows(mesh, config.batch_size)
+  graphdef, _, _, init = state.build(config, classes)
+  window = train.crop_window(config, graphdef, jax.eval_shape(init))
 
   def batches():
     data = input_pipeline.train_batches(
       source, config.data, seed=config.seed, batch_size=config.batch_size, rows=rows, start_step=0, num_steps=1 << 30,
-      border=border,
+      border=border, window=window,
     )  # fmt: skip
     return sharding.to_device(data, mesh)
 
   batch = next(batches()) if source else _noise(config.batch_size, config.crop_size, classes, mesh, border)
-  program = programs.compile_train(config, mesh, classes, batch["image"].shape[1:3])
-  graphdef, _, _, init = state.build(config, classes)
+  program = programs.compile_train(config, mesh, classes, batch["image"].shape[1:3], "origin" in batch)
   # The state is donated, so each call takes the last one's.
   holder = [state.materialize(init, sharding.of_state(mesh, jax.eval_shape(init), config.shard_state))]
 
@@ -94,9 +96,10 @@ def of_eval(config, mesh) -> Measured:
   rows = sharding.local_rows(mesh, batch_size)
 
   def batches():
+    first = input_pipeline.eval_canvases(source, config.data)[0]
     while True:
       data = input_pipeline.eval_batches(source, config.data, batch_size=batch_size, rows=rows)
-      yield from sharding.to_device(data, mesh)
+      yield from sharding.to_device(itertools.takewhile(lambda batch: batch["image"].shape[1:3] == first, data), mesh)
 
   batch = next(batches()) if source else _noise(batch_size, config.crop_size, classes, mesh)
   size = batch["image"].shape[1:3]
@@ -310,12 +313,19 @@ def measure_compilation(config, kind: str) -> dict:
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   source, classes = _source(config, config.data.train_split if kind == "train" else config.data.eval_split)
-  canvas = input_pipeline.canvas_of(source, config.data) if source else tuple(config.crop_size)
+  shape = [tuple(config.crop_size)]
+  if source and kind == "train":
+    graphdef, _, _, init = state.build(config, classes)
+    window = train.crop_window(config, graphdef, jax.eval_shape(init))
+    canvas = input_pipeline.train_canvas(source, config.data, window)
+    shape = [canvas, canvas != input_pipeline.canvas_of(source, config.data)]
+  elif source:
+    shape = [input_pipeline.eval_canvases(source, config.data)[0]]
   compile_step = programs.COMPILE[kind]
   with tempfile.TemporaryDirectory() as folder, _cache_in(folder):
-    program = compile_step(config, mesh, classes, canvas)
+    program = compile_step(config, mesh, classes, *shape)
     jax.clear_caches()
-    again = compile_step(config, mesh, classes, canvas)
+    again = compile_step(config, mesh, classes, *shape)
   return dict(
     what="compile", step=kind, model=config.model.name, dtype=config.dtype, device=mesh.devices.flat[0].device_kind,
     devices=mesh.size, compile_s=program.seconds, from_cache_s=again.seconds, arguments_bytes=program.arguments,

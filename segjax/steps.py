@@ -19,10 +19,13 @@ IN_FLIGHT = 2  # Steps that the devices have been given at most: one is computed
 THRESHOLDS = tuple(n / 20 for n in range(1, 20))  # Of the foreground's probability, swept in each evaluation.
 
 
-def abstract_batch(mesh: Mesh, batch_size: int, canvas: tuple[int, int], border: bool = False) -> dict:
+def abstract_batch(
+  mesh: Mesh, batch_size: int, canvas: tuple[int, int], border: bool = False, cut: bool = False
+) -> dict:
   """The shapes of a global batch on its canvas, see `input_pipeline`; what a step is compiled for."""
   shapes = dict(image=((*canvas, 3), np.uint8), label=(canvas, np.uint8), size=((2,), np.int32), id=((), np.int32))
   shapes |= dict(border=(canvas, np.float16)) if border else {}
+  shapes |= dict(origin=((2,), np.int32), share=((2,), np.float32)) if cut else {}
   return {
     name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))
     for name, (shape, dtype) in shapes.items()
@@ -59,7 +62,8 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
-    [B, H, W, 3] uint8, `label` [B, H, W] uint8 and `size` [B, 2] int32, and may have `border` [B, H, W]. Metrics are
+    [B, H, W, 3] uint8, `label` [B, H, W] uint8 and `size` [B, 2] int32, and may have `border` [B, H, W], and `origin`
+    and `share` [B, 2] of images that are cut (`augment.place`). Metrics are
     scalars: `loss`, `grad_norm`, `pixel_accuracy` of the crops as trained on. A step whose loss or gradient is not finite
     leaves the state as it was but for `failed_step`.
   """
@@ -70,8 +74,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
     network = merge(graphdef, variables)
     border = batch["border"] if "border" in batch else None
+    window = (batch["origin"], batch["share"]) if "origin" in batch else None
     image, label, border = augment.augment_batch(
-      augment_key, batch["image"], batch["label"], batch["size"], border, crop_size=crop_size, fill=network.mean,
+      augment_key, batch["image"], batch["label"], batch["size"], border, window, crop_size=crop_size, fill=network.mean,
       ignore_label=IGNORE_LABEL, margin=network.border, **augmentation,
     )  # fmt: skip
     context = dict(context=True) if network.border else {}

@@ -37,6 +37,7 @@ def submit(config, workdir) -> pathlib.Path:
   final = outputs.output_path(workdir, f"predict_{split}")
   folder = final.with_name(final.name + ".tmp")
   outputs.check_outputs(folder, (str(result_path(source, index)) for index in range(len(source))))
+  input_pipeline.cache.check_room(config.data.cache, (source,))
   graphdef, _, _, init = build(config, len(source.classes))
   variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
 
@@ -46,9 +47,7 @@ def submit(config, workdir) -> pathlib.Path:
       folder.mkdir(parents=True)
     _wait_for_all("predict: folder")
     step = evaluate.make_evaluator(config, source, graphdef, mesh).step
-    rows = sharding.local_rows(mesh, config.eval.batch_size)
-    batches = input_pipeline.eval_batches(source, config.data, batch_size=config.eval.batch_size, rows=rows)
-    for index, out in evaluate.predictions(step, variables, batches, mesh):
+    for index, out in evaluate.predictions(step, variables, evaluate.make_batches(config, source, mesh), mesh):
       write_png(folder / result_path(source, index), out["prediction"], source)
     _wait_for_all("predict: files")
     archive = f"results.{source.submission.archive}"

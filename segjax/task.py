@@ -24,7 +24,7 @@ class Task:
   Attributes:
     classes: names in the order of ids.
     palette: [K, 3] uint8.
-    canvas_size: (H, W) that evaluation pads images to; None where it is not known.
+    canvas_size: (H, W) that evaluation pads images to, but for those that are larger; None where it is not known.
     exif: what becomes of images without a mask that EXIF wants turned: "refuse", "apply" or "ignore".
   """
 
@@ -42,7 +42,8 @@ class Task:
 
 def of_split(source, data) -> Task:
   """The task of a source of `config.data` that is the evaluation's split."""
-  return Task(source.classes, source.palette, input_pipeline.canvas_of(source, data), source.exif)
+  canvas = input_pipeline.eval_canvases(source, data)[0]
+  return Task(source.classes, source.palette, canvas, source.exif)
 
 
 def load(workdir: pathlib.Path) -> Task:

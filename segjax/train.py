@@ -9,6 +9,7 @@ import numpy as np
 
 from segjax import (
   atomic,
+  augment,
   check_data,
   distributed,
   evaluate,
@@ -71,12 +72,15 @@ def train(config, workdir) -> dict[str, float]:
   splits = {config.data.train_split: train_source, config.data.eval_split: eval_source}
   for note in dict.fromkeys((*train_source.notes, *eval_source.notes, *inventory.notes(splits))):
     say(f"note: {note}")
+  input_pipeline.cache.check_room(config.data.cache, (train_source, eval_source))
   say(check_data.probe(train_source, border=config.loss.border_weight > 0, most_bad=config.data.max_bad_examples))
 
   # Model and optimiser: shapes inferred abstractly, and where their arrays live.
   graphdef, optimizer, schedule, init = build(config, len(train_source.classes))
   state_sharding = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
   abstract = with_sharding(jax.eval_shape(init), state_sharding)
+  window = crop_window(config, graphdef, abstract)
+  say("\n".join(input_pipeline.describe_canvases(train_source, eval_source, config.data, window, config.batch_size)))
   say(f"parameters of {config.model.name}:\n{report.parameter_table(abstract.params, abstract.batch_stats)}")
   check_loss(config)
   validation = Validation(config, evaluate.make_evaluator(config, eval_source, graphdef, mesh), say)
@@ -128,6 +132,7 @@ def train(config, workdir) -> dict[str, float]:
       num_steps=config.num_steps,
       border=config.loss.border_weight > 0,
       bad=bad,
+      window=window,
     )
     batches = sharding.to_device(batches, mesh)
 
@@ -155,7 +160,7 @@ def train(config, workdir) -> dict[str, float]:
       step += 1
       if stop.requested(step):
         # Here, not after a step, so that whatever is due at a step (evaluation) has been done when the run stops at it.
-        check_finite(config, state, schedule, train_source, checkpoints, bad)
+        check_finite(config, state, schedule, train_source, checkpoints, bad, window)
         lock.check()
         checkpoints.save(state)
         checkpoints.wait()
@@ -177,7 +182,7 @@ def train(config, workdir) -> dict[str, float]:
       if step % config.log_every == 0 or checkpoint_due:
         means = {f"train/{k}": float(np.mean([m[k] for m in jax.device_get(recent)])) for k in step_metrics}
         recent.clear()
-        check_finite(config, state, schedule, train_source, checkpoints, bad)
+        check_finite(config, state, schedule, train_source, checkpoints, bad, window)
         rates, left = progress.lap(step)
         lr = float(schedule(step - 1)) * float(optimizer_lib.plateau_scale(state.policy))
         counted = {"train/bad_examples": bad.count(step)} if bad.most else {}
@@ -245,6 +250,15 @@ def make_step(config, graphdef, optimizer, mesh, state_sharding: TrainState, cla
   )
 
 
+def crop_window(config, graphdef, state: TrainState):
+  """`augment.crop_window` of a config.
+
+  Args:
+    graphdef: of `state.build`. state: it, or its shapes.
+  """
+  return augment.crop_window(config.crop_size, steps.merge(graphdef, state.variables()).border, **config.augment)
+
+
 def check_loss(config) -> None:
   """Raises ConfigError where `loss.terms` names no loss, or one that does not fit the head."""
   try:
@@ -305,7 +319,9 @@ def _label_statistics(source, workdir: pathlib.Path) -> tuple[list[int], list[in
   return pixels, images_with_class
 
 
-def check_finite(config, state: TrainState, schedule, source, checkpoints: Checkpoints, bad: BadExamples) -> None:
+def check_finite(
+  config, state: TrainState, schedule, source, checkpoints: Checkpoints, bad: BadExamples, window
+) -> None:
   """Stops a diverged run; its state still is the one before the failing step. Saves the batch of that step.
 
   Raises:
@@ -317,7 +333,7 @@ def check_finite(config, state: TrainState, schedule, source, checkpoints: Check
   ids = order.train_ids(config.seed, failed, config.batch_size, len(source))
   checkpoints.wait()
   # The others wait: the end of one of them would end process 0 while it writes.
-  batch = distributed.on_first(lambda: save_batch(config, failed, source, checkpoints.folder.parent, bad))
+  batch = distributed.on_first(lambda: save_batch(config, failed, source, checkpoints.folder.parent, bad, window))
   raise NonFiniteLoss(
     f"Loss or gradient not finite in step {failed + 1} (learning rate {float(schedule(failed)):.3g}, example ids"
     f" {ids.tolist()}). {batch} Last good checkpoint: step {checkpoints.latest_step()} in {checkpoints.folder}. Lower"
@@ -325,7 +341,7 @@ def check_finite(config, state: TrainState, schedule, source, checkpoints: Check
   )
 
 
-def save_batch(config, step: int, source, workdir: pathlib.Path, bad: BadExamples) -> str:
+def save_batch(config, step: int, source, workdir: pathlib.Path, bad: BadExamples, window) -> str:
   """Writes the whole batch of a step, as the host reads it, to `workdir`/failed_step_N.npz (N from 1).
 
   Returns:
@@ -342,6 +358,7 @@ def save_batch(config, step: int, source, workdir: pathlib.Path, bad: BadExample
     num_steps=step + 1,
     border=config.loss.border_weight > 0,
     bad=bad,
+    window=window,
   )
   try:
     np.savez_compressed(path, **next(batches))

@@ -162,18 +162,20 @@ def test_steps_are_compiled_once_over_epochs_and_evaluations(tiny_config, tmp_pa
     assert sum(f"jit({name})" in message or f"Compiling {name}" in message for message in compiled) == 1, compiled
 
 
-def test_a_run_keeps_what_it_compiled_and_traces_the_steps_it_is_told_to(tiny_config, tmp_path):
-  options = f"--config.compilation_cache={tmp_path / 'cache'}", "--config.profile_steps=2,3"
-  output = finish(start(tiny_config, tmp_path / "a", *options))
+def test_a_run_keeps_what_it_compiled_and_traces_the_steps_it_is_told_to(tiny_config, tmp_path, monkeypatch):
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  cache = tmp_path / "segjax/compilation"
+  output = finish(start(tiny_config, tmp_path / "a", "--config.profile_steps=2,3"))
   assert f"profile of the steps 2 to 3: {tmp_path / 'a' / 'profile'}" in output
   (trace,) = (tmp_path / "a/profile").glob("**/perfetto_trace.json.gz")
   events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
   assert {int(event["args"]["step_num"]) for event in events if event.get("name") == "train"} == {2, 3}
   assert list((tmp_path / "a/profile").glob("**/*.xplane.pb"))  # What TensorBoard reads.
-  programs = {path.name for path in (tmp_path / "cache").glob("*-cache")}
+  programs = {path.name for path in cache.glob("*-cache")}
   assert any("train_step" in name for name in programs), programs
-  finish(start(tiny_config, tmp_path / "b", options[0]))
-  assert {path.name for path in (tmp_path / "cache").glob("*-cache")} == programs
+  finish(start(tiny_config, tmp_path / "b"))
+  assert {path.name for path in cache.glob("*-cache")} == programs
   assert not (tmp_path / "b/profile").exists()
 
 

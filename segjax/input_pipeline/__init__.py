@@ -1,7 +1,7 @@
 """From files to host batches. Nothing below this package imports JAX, so data workers stay free of it.
 
 A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the facts
-`classes`, `palette` [K, 3] uint8, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`); its class
+`classes`, `palette` [K, 3] uint8, `sizes`, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`); its class
 tells `named_classes` without any example. `order` says which examples a step sees. A loader reads them:
 
     batches(positions, load, canvas_size, batch_size, num_workers) -> iterator of dicts
@@ -13,12 +13,12 @@ width; `id` [b] int32.
 
 import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from segjax import config as config_lib
-from segjax.input_pipeline import datasets, order
+from segjax.input_pipeline import cache, canvas, datasets, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.input_pipeline.cityscapes import CityscapesSource
 from segjax.input_pipeline.folder import FolderSource
@@ -66,7 +66,7 @@ def named_classes(data) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def canvas_of(source, data) -> tuple[int, int]:
-  """(H, W) of the split's canvas: `data.canvas_size`, or the size of the largest image.
+  """(H, W) that holds all images of a split: `data.canvas_size`, or the size of the largest.
 
   Raises:
     DataError: an image larger than `data.canvas_size`.
@@ -81,10 +81,63 @@ def canvas_of(source, data) -> tuple[int, int]:
   return tuple(data.canvas_size)
 
 
-def facts(data, split: str) -> tuple[int, tuple[int, int], str]:
+def train_canvas(source, data, window) -> tuple[int, int]:
+  """(H, W) of the canvas in training: `canvas_of`, unless it would be mostly padding and `data.canvas_size` leaves it open.
+
+  Then larger images are cut (`canvas.cut_window`), and it need be no larger than `window`.
+
+  Args:
+    window: of `augment.crop_window`; None: nothing is cut.
+  """
+  whole = canvas_of(source, data)
+  if window is None or any(data.canvas_size) or canvas.padding_share(source.sizes, whole) <= canvas.MOSTLY:
+    return whole
+  return tuple(min(pair) for pair in zip(whole, window[0]))
+
+
+def eval_canvases(source, data) -> list[tuple[int, int]]:
+  """(H, W) of the canvases of whole images, of which each lies on the first that holds it: one, as `canvas_of`, unless that
+  would be mostly padding and `data.canvas_size` leaves it open; see `canvas.groups`.
+  """
+  whole = canvas_of(source, data)
+  return [whole] if any(data.canvas_size) else canvas.groups(source.sizes)
+
+
+def describe_canvases(train_source, eval_source, data, window, batch_size: int) -> list[str]:
+  """Lines that tell the canvases, how much of them is padding, and the memory of a training batch of `batch_size`."""
+  size, whole = train_canvas(train_source, data, window), canvas_of(train_source, data)
+  sizes, evaluation = train_source.sizes, eval_canvases(eval_source, data)
+
+  def told(size, sizes):
+    return f"{size[0]}x{size[1]}, {100 * canvas.padding_share(sizes, size):.0f} % of it padding"
+
+  def memory(size):
+    return f"{4 * batch_size * size[0] * size[1] / 2**20:,.1f} MiB a batch"
+
+  lines = [f"canvas: in training {told(size, sizes)} ({memory(size)})"]
+  if size != whole:
+    lines.append(
+      f"note: larger images are cut to what their crops can show. Whole, they would take a canvas of {told(whole, sizes)}"
+      f" ({memory(whole)}): data.canvas_size={whole[0]},{whole[1]}"
+    )
+  elif canvas.padding_share(sizes, size) > canvas.MOSTLY:
+    remedy = "data.canvas_size=0,0 cuts larger images" if any(data.canvas_size) else "Smaller images would need less"
+    lines.append(f"note: most of the training's canvas is padding. {remedy}")
+  if len(evaluation) == 1:
+    lines[0] += f"; in evaluation {told(evaluation[0], eval_source.sizes)}"
+  else:
+    lines.append(
+      f"note: one canvas for all images of the evaluation would be mostly padding, so there are {len(evaluation)}:"
+      f" {', '.join(f'{h}x{w}' for h, w in evaluation)}. Images on all but the first go one to a device; eval.window bounds"
+      " what they take there"
+    )
+  return lines
+
+
+def facts(data, split: str, window=None) -> tuple[int, tuple[int, int], str]:
   """Number of classes and canvas (H, W) of a split, and where they are from.
 
-  From the data set; without it from the config, or from what is known of benchmarks.
+  With the `window` of `augment.crop_window`, the canvas of training on it. From the data set; without it from the config, or from what is known of benchmarks.
 
   Raises:
     ConfigError: the data set cannot be used, and what it would tell is not known otherwise.
@@ -92,7 +145,7 @@ def facts(data, split: str) -> tuple[int, tuple[int, int], str]:
   """
   try:
     source = make_source(data, split)
-    return len(source.classes), canvas_of(source, data), f"{len(source)} images in {split!r} of {data.name}"
+    return len(source.classes), train_canvas(source, data, window), f"{len(source)} images in {split!r} of {data.name}"
   except DataError as error:
     why = str(error).splitlines()[0]
   missing = []
@@ -103,12 +156,12 @@ def facts(data, split: str) -> tuple[int, tuple[int, int], str]:
       raise
     missing.append("data.classes")
   known = datasets.LARGEST[data.name] if data.name in datasets.LARGEST else (0, 0)
-  canvas = tuple(data.canvas_size) if any(data.canvas_size) else known
-  if not any(canvas):
+  size = tuple(data.canvas_size) if any(data.canvas_size) else known
+  if not any(size):
     missing.append("data.canvas_size")
   if missing:
     raise config_lib.ConfigError(f"{why}\nWithout the data set, {' and '.join(missing)} must be set.")
-  return num_classes, canvas, f"not at hand ({why})"
+  return num_classes, size, f"not at hand ({why})"
 
 
 def load_example(source, canvas_size: tuple[int, int], index: int, border: bool = False) -> dict[str, np.ndarray]:
@@ -136,23 +189,42 @@ def load_example(source, canvas_size: tuple[int, int], index: int, border: bool 
 
 
 def _batches(
-  source, canvas_size, data, ids, rows, start: int, stop: int, border: bool = False, bad: BadExamples | None = None
+  source,
+  canvas_size,
+  data,
+  ids,
+  rows,
+  start: int,
+  stop: int,
+  border: bool = False,
+  bad: BadExamples | None = None,
+  cut: Callable | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of the steps [start, stop); `ids(step)` gives the global batch, `rows` this host's part of it."""
+  """Batches of the steps [start, stop); `ids(step)` gives the global batch, `rows` this host's part of it.
+
+  Args:
+    cut: (example, step, row of the global batch) -> an example that fits the canvas. None: all do.
+  """
   ids = functools.lru_cache(maxsize=64)(ids)
+  largest = canvas_size if cut is None else canvas_of(source, data)
+  if data.cache != "none":
+    source = cache.Cached(source, data.cache)
 
   def load(position: int) -> dict[str, np.ndarray]:
     step, row = divmod(int(position), len(rows))
     row = int(rows[row])
-    index = int(ids(step)[row])
+    example = load_row(step, row, int(ids(step)[row]))
+    return example if cut is None else cut(example, step, row)
+
+  def load_row(step: int, row: int, index: int) -> dict[str, np.ndarray]:
     if bad is None:
-      return load_example(source, canvas_size, index, border)
+      return load_example(source, largest, index, border)
     try:
       if (step, row) not in bad:
-        return load_example(source, canvas_size, index, border)
+        return load_example(source, largest, index, border)
     except DataError as error:
       bad.add(step, row, source.describe(index), error)
-    return load_example(source, canvas_size, order.PADDING, border) | dict(id=np.array(index, np.int32))
+    return load_example(source, largest, order.PADDING, border) | dict(id=np.array(index, np.int32))
 
   loader = importlib.import_module(_LOADERS[data.loader])
   positions = range(start * len(rows), stop * len(rows))
@@ -160,7 +232,7 @@ def _batches(
 
 
 def train_batches(
-  source, data, *, seed, batch_size, rows, start_step, num_steps, border=False, bad=None
+  source, data, *, seed, batch_size, rows, start_step, num_steps, border=False, bad=None, window=None
 ) -> Iterator[dict[str, np.ndarray]]:
   """Training batches of steps start_step .. num_steps - 1, the same whatever the loader and the number of hosts.
 
@@ -170,19 +242,40 @@ def train_batches(
     rows: the rows of the global batch that this host loads.
     border: whether batches have `border`, for loss.border_weight.
     bad: the `BadExamples` of a run, whose unreadable examples are all void, up to a number. None: the first one raises.
+    window: of `augment.crop_window`, to which large images are cut where the canvas would be mostly padding; batches then
+      have `origin` and `share`, see `canvas.cut_window`. None: never.
   """
+  size = train_canvas(source, data, window)
 
   def ids(step):
     return order.train_ids(seed, step, batch_size, len(source))
 
-  return _batches(source, canvas_of(source, data), data, ids, rows, start_step, num_steps, border, bad)
+  def cut(example, step, row):
+    return canvas.cut_window(example, size, window[1], (seed, step, row))
+
+  cut = None if size == canvas_of(source, data) else cut
+  return _batches(source, size, data, ids, rows, start_step, num_steps, border, bad, cut)
 
 
-def eval_batches(source, data, *, batch_size, rows) -> Iterator[dict[str, np.ndarray]]:
-  """Batches that show every example once, the last one filled up with void examples; arguments as above."""
+def eval_batches(source, data, *, batch_size, rows, single=None) -> Iterator[dict[str, np.ndarray]]:
+  """Batches that show every example once, each batch on one of `eval_canvases`, and filled up with void examples.
 
-  def ids(step):
-    return order.eval_ids(step, batch_size, len(source))
+  Args:
+    single: (batch_size, rows) of images that do not fit the first canvas, which may be large. None: as the others.
+    Otherwise as above.
+  """
+  canvases = eval_canvases(source, data)
+  place = np.zeros(len(source), int)
+  if len(canvases) > 1:
+    holds = [(np.array(source.sizes) <= size).all(1) for size in canvases]
+    place = np.argmax(holds, axis=0)
+  for number, size in enumerate(canvases):
+    members = np.flatnonzero(place == number)
+    if number and single:
+      batch_size, rows = single
 
-  stop = order.num_eval_steps(batch_size, len(source))
-  return _batches(source, canvas_of(source, data), data, ids, rows, 0, stop)
+    def ids(step, members=members, batch_size=batch_size):
+      chosen = order.eval_ids(step, batch_size, len(members))
+      return np.where(chosen == order.PADDING, order.PADDING, members[chosen])
+
+    yield from _batches(source, size, data, ids, rows, 0, order.num_eval_steps(batch_size, len(members)))

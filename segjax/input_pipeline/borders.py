@@ -3,7 +3,6 @@
 Free of JAX, like everything that data workers import.
 """
 
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -11,8 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-from segjax import atomic
-from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline import cache
 
 
 def border_map(instances: np.ndarray, sigma: float) -> np.ndarray:
@@ -41,33 +39,18 @@ def border_map(instances: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def cached_border_map(path: pathlib.Path, meaning: str, read: Callable[[], np.ndarray], sigma: float) -> np.ndarray:
-  """`border_map` of a file's instances, [H, W] float16, computed once.
-
-  It is kept in $XDG_CACHE_HOME/segjax/borders (or ~/.cache/...), under a name that follows from the file's path, size and
-  time of change, from its meaning and from sigma.
+  """`border_map` of a file's instances, [H, W] float16, computed once: kept by `cache.arrays`, in borders/.
 
   Args:
     path: the file that `read()` -> instances [H, W] reads.
     meaning: how it does so.
 
   Raises:
-    DataError: the file is gone, or the cache cannot be written.
+    DataError: the file is gone.
+    ConfigError: the cache folder is not to be had.
   """
-  try:
-    state = path.stat()
-  except OSError as error:
-    raise DataError(f"{path}: cannot be read ({error.strerror}). Restore it, or set loss.border_weight = 0.") from error
-  key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{meaning}|{sigma}"
-  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  folder = pathlib.Path(home) / "segjax" / "borders"
-  cached = folder / f"{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.npy"
-  if cached.is_file():
-    return np.load(cached)
-  weight = border_map(read(), sigma).astype(np.float16)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic.whole_file(cached) as file:  # Several threads or runs may compute the same map.
-      np.save(file, weight)
-  except OSError as error:
-    raise DataError(f"{folder} cannot be written ({error}). Set XDG_CACHE_HOME to a folder that can.") from error
+  name = f"{os.path.abspath(path)}|{meaning}|{sigma}"
+  (weight,) = cache.arrays(
+    "borders", name, cache.file_state(path), lambda: (border_map(read(), sigma).astype(np.float16),)
+  )
   return weight

@@ -28,6 +28,7 @@ class MaskMeaning:
 
   def __init__(self, classes: tuple, colors: tuple, void_colors: tuple, label_map: str):
     self.classes = classes
+    self.key = f"{classes} {colors} {void_colors} {label_map}"  # Other labels only under another key.
     if len(classes) == 1:
       raise DataError(
         f"data.classes = {classes}: one class has nothing to be told from; a softmax over it is 1 everywhere. Name the"
@@ -120,7 +121,7 @@ class FolderSource(Source):
     held = functools.partial(held_out, holdout=holdout, folds=folds, fold=fold, seed=split_seed, group=group)
     pairs, others = self._find_pairs(split, images, masks, mask_suffix, list, held)
     self._images, self._pairs = self._root / images.format(split=split), pairs
-    self._meaning = f"{meaning.classes} {colors} {void_colors} {label_map}"
+    self._mask_key = meaning.key
     self._instances, self._border_sigma = instances.format(split=split), border_sigma
     names = [self._name(image) for image, _ in pairs]
 
@@ -130,7 +131,7 @@ class FolderSource(Source):
       return inventory.without(others() | self._other_instances(), own)
 
     store = Files(names, pairs, meaning.reading(exif), all_others)
-    super().__init__(store, meaning.classes, meaning.palette, meaning.to_label)
+    super().__init__(store, meaning.classes, meaning.palette, meaning.to_label, meaning=meaning.key)
 
   @functools.cached_property
   def border_files(self) -> list[pathlib.Path]:
@@ -198,7 +199,7 @@ class FolderSource(Source):
       return np.unique(mask, return_inverse=True)[1].reshape(mask.shape) + (mask.min() > 0)
 
     read = components if self._instances == "components" else numbers
-    return borders.cached_border_map(path, f"{self._instances} {self._meaning}", read, self._border_sigma)
+    return borders.cached_border_map(path, f"{self._instances} {self._mask_key}", read, self._border_sigma)
 
   @staticmethod
   def named_classes(*, dir, classes, colors, void_colors, label_map, **_) -> tuple[tuple[str, ...], np.ndarray]:

@@ -5,6 +5,7 @@ adds what the numbers in the masks mean.
 """
 
 import functools
+import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets, images, inventory
+from segjax.input_pipeline import cache, datasets, images, inventory
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.order import mix
 
@@ -44,8 +45,8 @@ class Files:
     return dict(image=[image for image, _ in self._pairs], mask=[mask for _, mask in self._pairs if mask])
 
   @functools.cached_property
-  def canvas_size(self) -> tuple[int, int]:
-    """(H, W) that holds every image; reads all headers.
+  def sizes(self) -> list[tuple[int, int]]:
+    """(h, w) of each image; reads all headers.
 
     Raises:
       DataError: every unreadable header, and every mask of another size than its image.
@@ -79,7 +80,12 @@ class Files:
     if problems:
       shown = "\n  ".join(problems[:20])
       raise DataError(f"{len(problems)} of {len(self._pairs)} examples cannot be used:\n  {shown}")
-    return (max(h for h, _ in sizes), max(w for _, w in sizes)), told - {None}
+    return sizes, told - {None}
+
+  def identity(self, index: int) -> tuple[str, str]:
+    """See `Source.identity`: the paths of its files, and their sizes times of change, and how they are read."""
+    paths = [os.path.abspath(path) for path in self._pairs[index] if path is not None]
+    return "|".join([*paths, repr(self._reading)]), " ".join(map(cache.file_state, paths))
 
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray | None]:
     """Image's path and pixels [H, W, 3] uint8, mask's path and stored numbers [H, W] (RGB: [H, W, 3]) or None."""
@@ -98,14 +104,17 @@ class Source:
     classes: names in the order of ids.
     palette: [K, 3] uint8.
     to_label: (mask's path, stored numbers) -> [H, W] uint8 class ids, 255 = void; raises DataError for others.
+    meaning: what `to_label` makes of a mask, where options decide that: other text for other labels.
     labelled: False where the split has no public labels; they then read as void everywhere.
     notes: what a user should know about this split, e.g. that it is not complete.
     submission: how predictions are written.
   """
 
-  def __init__(self, store, classes: Sequence[str], palette: np.ndarray, to_label: Callable, *, labelled: bool = True,
-               notes: Sequence[str] = (), submission: datasets.Submission = datasets.PLAIN_SUBMISSION):  # fmt: skip
-    self._store, self._to_label = store, to_label
+  def __init__(self, store, classes: Sequence[str], palette: np.ndarray, to_label: Callable, *, meaning: str = "",
+               labelled: bool = True, notes: Sequence[str] = (),
+               submission: datasets.Submission = datasets.PLAIN_SUBMISSION):  # fmt: skip
+    self._store, self._to_label, self._meaning = store, to_label, meaning
+    self.kept = {}  # {index: (state, example)} of `cache.Cached`.
     self.classes, self.palette = tuple(classes), palette
     self.labelled, self.notes, self.submission = labelled, tuple(notes), submission
 
@@ -113,13 +122,27 @@ class Source:
     return len(self._store.names)
 
   @property
-  def canvas_size(self) -> tuple[int, int]:
-    """(H, W) that holds every image of the split.
+  def sizes(self) -> list[tuple[int, int]]:
+    """(h, w) of every image of the split.
 
     Raises:
       DataError: every image that cannot be used, and every mask of another size than its image.
     """
-    return self._store.canvas_size
+    return self._store.sizes
+
+  @property
+  def canvas_size(self) -> tuple[int, int]:
+    """(H, W) that holds every image; raises as `sizes`."""
+    return max(h for h, _ in self.sizes), max(w for _, w in self.sizes)
+
+  def identity(self, index: int) -> tuple[str, str]:
+    """What example `index` is made from and how, and the state that this is in: where both are the same, so are its pixels.
+
+    Raises:
+      DataError: its files are gone.
+    """
+    name, state = self._store.identity(index)
+    return f"{name}|{self._meaning}|{self.labelled}", state
 
   @property
   def exif(self) -> str:

@@ -57,9 +57,9 @@ class SyntheticSource:
                image_size: tuple[int, int]):  # fmt: skip
     self.classes, self.palette = self.named_classes()
     self.canvas_size = tuple(image_size)
+    self.sizes = [self.canvas_size] * (num_train if split == "train" else num_val)
     self.labelled, self.notes, self.submission = True, (), datasets.PLAIN_SUBMISSION
     self.others, self.exif = {}, exif
-    self._length = num_train if split == "train" else num_val
     self._seed = int.from_bytes(split.encode()[:7], "little")
 
   @staticmethod
@@ -68,7 +68,7 @@ class SyntheticSource:
     return CLASSES, datasets.palette(len(CLASSES))
 
   def __len__(self) -> int:
-    return self._length
+    return len(self.sizes)
 
   def files(self, border: bool = False) -> dict[str, list]:
     """As of `source.Source.files`."""

@@ -30,7 +30,7 @@ class TfdsSource(Source):
     meaning = MaskMeaning(tuple(classes), colors, void_colors, label_map)
     features = dict(image=image_feature, mask=mask_feature, id=id_feature)
     store = Records(dir, dataset, (split,), **features, reading=meaning.reading(exif))
-    super().__init__(store, meaning.classes, meaning.palette, meaning.to_label)
+    super().__init__(store, meaning.classes, meaning.palette, meaning.to_label, meaning=meaning.key)
 
   @staticmethod
   def named_classes(*, classes, colors, void_colors, label_map, **_) -> tuple[tuple[str, ...], np.ndarray]:

@@ -4,9 +4,9 @@ TFDS parses the records; images stay encoded until `images` decodes them, as it 
 not depend on the format.
 """
 
-import functools
 import io
 import json
+import os
 import pathlib
 import urllib.parse
 
@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from segjax import atomic
-from segjax.input_pipeline import images
+from segjax.input_pipeline import cache, images
 from segjax.input_pipeline.images import DataError
 
 
@@ -60,12 +60,14 @@ class Records:
       raise DataError(f"{folder}: the split {'+'.join(splits)} is empty. Build the data set again.")
     self.names = [name for name, _, _ in rows]
     self._places = [(part, i) for _, part, i in rows]
-    self._sizes = [indices[part]["sizes"][i] for part, i in self._places]
+    self.sizes = [tuple(indices[part]["sizes"][i]) for part, i in self._places]
+    self._origins = [f"{os.path.abspath(folder)}|{split}|{image}|{mask}" for split in splits]
+    self._state = " ".join(map(cache.file_state, sorted(folder.glob("*array_record*"))))
 
-  @functools.cached_property
-  def canvas_size(self) -> tuple[int, int]:
-    """(H, W) that holds every image."""
-    return max(h for h, _ in self._sizes), max(w for _, w in self._sizes)
+  def identity(self, index: int) -> tuple[str, str]:
+    """See `Source.identity`: the place of its record, and all shards' sizes and times of change at the start."""
+    part, place = self._places[index]
+    return f"{self._origins[part]}|{place}", self._state
 
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray]:
     """As of `source.Files`."""
