@@ -41,7 +41,7 @@ def decoded(monkeypatch):
   paths = []
   for name in ("read_image", "read_mask"):
     read = getattr(images, name)
-    monkeypatch.setattr(images, name, lambda path, file=None, read=read: paths.append(str(path)) or read(path, file))
+    monkeypatch.setattr(images, name, lambda path, read=read, **how: paths.append(str(path)) or read(path, **how))
   return paths
 
 

@@ -95,7 +95,7 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(root, capsys, fol
   for read in (images.read_size, images.read_image, images.read_mask, images.read_lines):
     with pytest.raises(DataError, match="no regular file"):
       read(path)
-  found, problems = loose.find([str(path.parent)], [])
+  found, problems = loose.find([str(path.parent)], [], "refuse")
   assert len(found) == 2 and "no regular file" in problems[0]
 
 
@@ -120,7 +120,7 @@ def test_predict_names_what_it_does_not_look_at(tmp_path):
   (tmp_path / "b.heic").write_text("")
   (tmp_path / ".hidden.png").write_text("")
   (tmp_path / "link").symlink_to("..")
-  found, problems = loose.find([str(tmp_path)], [])
+  found, problems = loose.find([str(tmp_path)], [], "refuse")
   assert [photo.name for photo in found] == ["a"] and len(problems) == 2
   assert "b.heic: a .heic file" in problems[0] and "link: a linked folder" in problems[1]
 

@@ -113,7 +113,7 @@ def test_images_and_maps_of_such_names_are_read(tmp_path, monkeypatch, name):
   path = tmp_path / "photos" / f"{name}.png"
   write(path, MASK)
   assert borders.cached_border_map(path, "", lambda: np.zeros((6, 8), int), 5.0).shape == (6, 8)
-  (photo,), problems = loose.find([str(path.parent)], [])
+  (photo,), problems = loose.find([str(path.parent)], [], "refuse")
   assert photo.name == name and not problems
   assert pathlib.Path(outputs.output_path(path.parent, f"{photo.name}.png")) == path
 
