@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ml_collections import config_dict
 
-from segjax.config import ConfigError, default_config, fields
+from segjax.config import ConfigError, default_config, fields, schema_problem
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
@@ -30,6 +30,11 @@ def validate(config: config_dict.ConfigDict) -> None:
   Raises:
     ConfigError: all problems at once, each naming its field, its value and the remedy; first those of types.
   """
+  if problem := schema_problem(config):
+    raise ConfigError(
+      f"model.name = {config.model.name!r} and data.name = {config.data.name!r} do not fit the config's other fields:"
+      f" {problem}. Both are chosen in the config file, by default_config(model=..., data=...)."
+    )
   leaves = fields(config)
   problems = _wrong_types(config)
   if not problems:

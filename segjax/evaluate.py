@@ -196,3 +196,9 @@ def trained_variables(config, workdir: pathlib.Path | None, loaded, init, mesh) 
     state = checkpoints.restore(with_sharding(abstract, sharding.of_state(mesh, abstract, config.shard_state)), step)
   variables = sharding.gather(state.eval_variables(), mesh)
   return variables, step, f"checkpoint of step {step} ({'best' if step == best else 'last'})"
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("main --mode=eval --workdir=RUN")

@@ -155,3 +155,9 @@ def report(config, generate: int, seconds: float) -> str:
     patterns = ("*.jpg", "*.png") if config.data.name == "voc" else ("*_leftImg8bit.png", "*_labelIds.png")
     sizes = ", ".join(file_sizes(formats["tree"], pattern) for pattern in patterns)
     return f"{generate} generated examples; {sizes}\n\n" + input_table(config, formats, seconds)
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("benchmark --what=input --config=FILE")

@@ -16,7 +16,6 @@ import importlib
 import io
 import pathlib
 import shutil
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -25,18 +24,19 @@ from typing import BinaryIO
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
 from segjax import atomic, commandline
+from segjax.config import ConfigError
 from segjax.input_pipeline import DataError, cityscapes, datasets, images, voc
 from segjax.input_pipeline.folder import held_out
 
-_ARCHIVES = flags.DEFINE_string("archives", None, "Folder of the archives as downloaded.")
-_OUT = flags.DEFINE_string("out", None, "Folder to unpack to; default: that of the archives.")
-_DEVKIT = flags.DEFINE_string("devkit", None, "voc: the folder VOC2012, already unpacked.")
-_SBD = flags.DEFINE_string("sbd", None, "voc: SBD's folder `dataset`, already unpacked, or its benchmark.tgz.")
-_TFDS = flags.DEFINE_string("tfds", None, "TFDS's data directory, to store the data set there as well.")
+_ARCHIVES = commandline.define_path("archives", None, "Folder of the archives as downloaded.")
+_OUT = commandline.define_path("out", None, "Folder to unpack to; default: that of the archives.")
+_DEVKIT = commandline.define_path("devkit", None, "voc: the folder VOC2012, already unpacked.")
+_SBD = commandline.define_path("sbd", None, "voc: SBD's folder `dataset`, already unpacked, or its benchmark.tgz.")
+_TFDS = commandline.define_path("tfds", None, "TFDS's data directory, to store the data set there as well.")
 _PARTIAL = flags.DEFINE_bool(
   "allow_partial", False, "Accept other numbers of images than the official ones, and say which."
 )
@@ -338,18 +338,18 @@ def main(argv: list[str]) -> None:
   with commandline.readable_errors():
     names = dict(voc=_main_voc, cityscapes=_main_cityscapes, nuclei=_main_nuclei)
     if len(argv) != 2 or argv[1] not in names:
-      raise app.UsageError(f"Name one data set: {' or '.join(names)}.")
+      raise ConfigError(f"Name one data set: {' or '.join(names)}.")
     names[argv[1]]()
 
 
 def _main_voc() -> None:
   if bool(_ARCHIVES.value) == bool(_DEVKIT.value and _SBD.value):
-    raise app.UsageError("Give --archives=DIR, or --devkit=VOC2012 and --sbd=dataset.")
+    raise ConfigError("Give --archives=DIR, or --devkit=VOC2012 and --sbd=dataset.")
   if _ARCHIVES.value:
-    archives = pathlib.Path(_ARCHIVES.value).expanduser()
-    root, sbd = unpack_voc(archives, pathlib.Path(_OUT.value or archives).expanduser())
+    archives = pathlib.Path(_ARCHIVES.value)
+    root, sbd = unpack_voc(archives, pathlib.Path(_OUT.value or archives))
   else:
-    root, sbd = voc.find_root(_DEVKIT.value), pathlib.Path(_SBD.value).expanduser()
+    root, sbd = voc.find_root(_DEVKIT.value), pathlib.Path(_SBD.value)
   prepare_voc(root, sbd, _PARTIAL.value)
   if _TFDS.value:
     store_voc(root, _TFDS.value)
@@ -358,9 +358,9 @@ def _main_voc() -> None:
 
 def _main_cityscapes() -> None:
   if not _ARCHIVES.value:
-    raise app.UsageError("Give --archives=DIR, the folder of the zips; an unzipped tree needs no preparation.")
-  archives = pathlib.Path(_ARCHIVES.value).expanduser()
-  root = pathlib.Path(_OUT.value or archives).expanduser()
+    raise ConfigError("Give --archives=DIR, the folder of the zips; an unzipped tree needs no preparation.")
+  archives = pathlib.Path(_ARCHIVES.value)
+  root = pathlib.Path(_OUT.value or archives)
   unpack_cityscapes(archives, root)
   check_cityscapes(root, _PARTIAL.value)
   if _TFDS.value:
@@ -370,9 +370,9 @@ def _main_cityscapes() -> None:
 
 def _main_nuclei() -> None:
   if not _ARCHIVES.value or _TFDS.value:
-    raise app.UsageError("Give --archives=DIR, the folder of stage1_train.zip or stage1_train, and no --tfds.")
-  archives = pathlib.Path(_ARCHIVES.value).expanduser()
-  out = pathlib.Path(_OUT.value or archives).expanduser()
+    raise ConfigError("Give --archives=DIR, the folder of stage1_train.zip or stage1_train, and no --tfds.")
+  archives = pathlib.Path(_ARCHIVES.value)
+  out = pathlib.Path(_OUT.value or archives)
   stage1, archive = archives / "stage1_train", archives / "stage1_train.zip"
   if archive.is_file():
     stage1 = out / "stage1_train"
@@ -384,4 +384,4 @@ def _main_nuclei() -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(app.run(main))
+  commandline.run(main, positional=True, takes_config=False)

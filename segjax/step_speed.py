@@ -372,3 +372,9 @@ def table(rows: list[dict]) -> str:
       f" {row['tflops']:.3g} ({100 * row['share_of_peak']:.0f} %) | {wait} | {theirs} |"
     )
   return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("benchmark --config=FILE")

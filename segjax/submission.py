@@ -97,3 +97,9 @@ def pack(folder: pathlib.Path, archive: pathlib.Path) -> None:
     with zipfile.ZipFile(archive, "w") as file:  # Stored: PNGs are compressed already.
       for path in paths:
         file.write(path, path.relative_to(folder).as_posix())
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("main --mode=predict --workdir=RUN")

@@ -367,3 +367,9 @@ def save_batch(config, step: int, source, workdir: pathlib.Path, bad: BadExample
   except (input_pipeline.DataError, OSError) as error:  # The reason to stop is another one.
     return f"Its batch could not be saved ({error})."
   return f'Its batch, before augmentation: batch = dict(numpy.load("{path}")).'
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("main --config=FILE --workdir=RUN")

@@ -12,7 +12,7 @@ LAYERS = [
   {"atomic"},
   {"config", "input_pipeline.datasets"},
   {"models.resize", "models.winograd"},
-  {"config_rules", "losses", "metrics", "optimizer", "sharding", "augment", "hlo", "compiler"},
+  {"config_file", "config_rules", "losses", "metrics", "optimizer", "sharding", "augment", "hlo", "compiler"},
   {"models", "models.convolution", "models.depthwise", "models.normalization", "models.layers", "models.strides", "models.details", "models.aspp",
    "models.xception", "models.resnet", "models.mobilenet_v2", "models.vgg", "models.backbones", "models.unet",
    "models.fcn", "models.dilated_fcn", "models.deeplab", "models.classifier", "flops", "inference"},
