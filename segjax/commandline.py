@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import os
 import pathlib
 import platform
 import re
@@ -62,6 +63,8 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False, takes_co
     positional: whether the command takes arguments that are no flags.
     takes_config: whether it takes --config.
   """
+  # TensorFlow computes nothing here; with oneDNN it would say so in the midst of a report.
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   with readable_errors(flags.Error):
     argv = flags.FLAGS.read_flags_from_files(sys.argv)
     configs, workdirs = _values(argv, "config"), _values(argv, "workdir")
@@ -98,7 +101,8 @@ def _parse(argv: list[str], positional: bool = False) -> list[str]:
   if len(rest) > 1 and not positional:
     _stop(f"unknown argument {rest[1]!r}. Options look like --config.num_steps=100; --help lists the others.")
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell much that a run's own report need not show.
+    # Orbax warns of what is meant: a checkpoint without a score, one that is only read.
+    logging.set_verbosity(logging.ERROR)
   return rest
 
 

@@ -166,7 +166,9 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       dir="",  # Root folder of the data set.
       train_split="train",
       eval_split="val",
-      loader="tf_data",  # "tf_data", or "grain", which never imports TensorFlow. Batches are the same, bit for bit.
+      # "tf_data", or "grain", which never imports TensorFlow, and is taken where that is not installed. Batches are the
+      # same, bit for bit.
+      loader="tf_data",
       workers=0,  # Threads that read and decode, per host. 0: one per core.
       # Training examples that may turn out unreadable in mid-run; each is all void in its step, and counted. One more stops
       # the run. Evaluation always stops at the first.

@@ -57,6 +57,8 @@ def input_table(config, formats: dict[str, str], seconds: float) -> str:
 
     row("none, decoding alone", 1, speed(decoded(), config.batch_size, seconds))
     for data.loader in LOADERS:
+      if input_pipeline.loader_of(data) != data.loader:
+        continue
       batches = input_pipeline.train_batches(
         source, data, seed=config.seed, batch_size=config.batch_size, rows=np.arange(config.batch_size), start_step=0,
         num_steps=1 << 30,

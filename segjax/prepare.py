@@ -327,7 +327,10 @@ def _tfds_module(name: str):
 
 def _download_and_prepare(builder, manual_dir: pathlib.Path) -> None:
   tfds = _tfds_module("tensorflow_datasets")
-  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
+  try:
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
+  except ImportError as error:
+    raise DataError(f"--tfds needs TensorFlow ({error}). Install it: pip install 'segjax[tensorflow]'.") from error
   print(
     f"{builder.data_path}: " + ", ".join(f"{name} {info.num_examples}" for name, info in builder.info.splits.items())
   )

@@ -62,9 +62,11 @@ def train(config, workdir) -> dict[str, float]:
   train_source = input_pipeline.make_source(config.data, config.data.train_split)
   eval_source = input_pipeline.make_source(config.data, config.data.eval_split)
   sharding.check_batch(mesh, "batch_size", config.batch_size, config.accumulate_steps)
+  loader = input_pipeline.loader_of(config.data)
   say(
     f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in"
-    f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {config.data.loader}"
+    f" {config.data.eval_split!r}, {len(train_source.classes)} classes, loader {loader}"
+    + (", because TensorFlow is not installed" if loader != config.data.loader else "")
   )
   for note in dict.fromkeys((*train_source.notes, *eval_source.notes)):
     say(f"note: {note}")
@@ -127,9 +129,11 @@ def train(config, workdir) -> dict[str, float]:
     )
     batches = sharding.to_device(batches, mesh)
 
-    tensorboard = config.data.loader != "grain" and jax.process_index() == 0
-    if not tensorboard:
+    tensorboard = loader != "grain" and report.has_tensorboard() and jax.process_index() == 0
+    if loader == "grain":
       say("TensorBoard is off: it would import TensorFlow, which the grain loader avoids. Curves are in metrics.jsonl.")
+    elif not tensorboard:
+      say("TensorBoard is off: it needs pip install 'segjax[tensorflow]'. Curves are in metrics.jsonl.")
     writer = report.Writer(workdir, start_step=start, tensorboard=tensorboard)
     progress = report.Progress(start, config.num_steps, config.batch_size)
     if before := bad.count(start):

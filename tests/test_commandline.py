@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -114,6 +115,8 @@ def test_help_names_the_flags_and_succeeds(module, flags):
 
 
 @pytest.mark.parametrize("module", ["train", "evaluate", "submission", "dry_run"])
-def test_a_module_that_is_no_command_says_what_is_and_fails(module):
-  result = run(f"segjax.{module}", "--workdir=x")
-  assert result.returncode == 2 and "python -m segjax.main" in result.stderr, result.stderr
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_a_module_that_is_no_command_says_what_is_and_fails(module, capsys):
+  with pytest.raises(SystemExit) as end:
+    runpy.run_module(f"segjax.{module}", run_name="__main__")
+  assert end.value.code == 2 and "Run: python -m segjax.main" in capsys.readouterr().err
