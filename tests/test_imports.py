@@ -32,7 +32,7 @@ LAYERS = [
    "input_pipeline.voc", "input_pipeline.cityscapes", "input_pipeline.kitti_road", "input_pipeline.loose",
    "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
-  {"state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
+  {"unpacking", "state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
   {"warm_start", "workdir"},
   {"check_data", "evaluate", "predict", "submission", "train", "prepare", "programs", "dry_run", "input_speed", "step_speed", "benchmark"},
   {"main"},
