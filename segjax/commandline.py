@@ -27,6 +27,8 @@ class _Path(flags.ArgumentParser):
   """A path, in which ~ is the home folder."""
 
   def parse(self, argument: str) -> str:
+    if not argument:
+      raise ValueError("names no file or folder")
     return config_lib.expand_home(argument)
 
 
@@ -63,8 +65,9 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False, takes_co
     positional: whether the command takes arguments that are no flags.
     takes_config: whether it takes --config.
   """
-  # TensorFlow computes nothing here; with oneDNN it would say so in the midst of a report.
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  # TensorFlow computes nothing here, and should not tell in the midst of a report how it would.
+  for name, value in (("TF_ENABLE_ONEDNN_OPTS", "0"), ("TF_CPP_MIN_LOG_LEVEL", "1")):
+    os.environ.setdefault(name, value)
   with readable_errors(flags.Error):
     argv = flags.FLAGS.read_flags_from_files(sys.argv)
     configs, workdirs = _values(argv, "config"), _values(argv, "workdir")
@@ -149,11 +152,21 @@ def keep_freed_memory() -> None:
   XLA:CPU takes the temporaries of a step from malloc in one block, which glibc asks the system for and gives back each
   time, so that all its pages fault again: a quarter of a step (benchmarks/torch.md). So glibc shall neither map large
   blocks nor give any back; and since that works for the main thread only, it is the main thread that runs the steps.
+
+  Raises:
+    ConfigError: JAX finds no device of the platform that it was told to use.
   """
   import jax
 
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+  try:
+    backend = jax.default_backend()
+  except (RuntimeError, AssertionError) as error:  # The latter where a known platform has no plugin.
+    raise ConfigError(
+      f"JAX cannot use JAX_PLATFORMS={jax.config.jax_platforms} ({str(error) or 'it has no such device'}). Set it to another,"
+      " or leave it out."
+    ) from error
+  if backend == "cpu" and platform.libc_ver()[0] == "glibc":
     mallopt = ctypes.CDLL(None).mallopt
     for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
       mallopt(option, value)

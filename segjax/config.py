@@ -367,11 +367,6 @@ def load(workdir: str | os.PathLike) -> config_dict.ConfigDict:
   return config
 
 
-def get_config(workdir: str) -> config_dict.ConfigDict:
-  """Lets `--config=segjax/config.py:WORKDIR` name a finished run as a config file; main.py does so by itself."""
-  return load(workdir)
-
-
 def differences(config: config_dict.ConfigDict, saved: config_dict.ConfigDict) -> list[str]:
   """Fields in which `config` may not continue the run of `saved`, as 'name: saved -> new' lines."""
   new, old = fields(config), fields(saved)

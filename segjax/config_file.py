@@ -10,6 +10,7 @@ import types
 
 from ml_collections import config_dict
 
+from segjax import config as config_lib
 from segjax.config import CONFIG_FILE, ConfigError, schema_problem
 
 _PACKAGE = "segjax_config_files"  # What the files of a config's folder belong to while it is loaded.
@@ -22,12 +23,15 @@ def load(argument: str) -> config_dict.ConfigDict:
   the same, and `from folder import base` the folder's own name. The working directory does not matter.
 
   Args:
-    argument: "FILE.py", or "FILE.py:TEXT" for `get_config(TEXT)`; `~` is the home folder.
+    argument: "FILE.py", or "FILE.py:TEXT" for `get_config(TEXT)`; `~` is the home folder. "segjax/config.py:WORKDIR" is
+      the config that a run saved.
 
   Raises:
     ConfigError: no such file, no config in it, or whatever its code raises, with file and line.
   """
   path, text = _split(argument)
+  if text is not None and path.samefile(config_lib.__file__):
+    return config_lib.load(text)
   with _neighbours(path.parent.absolute()):
     try:
       spec = importlib.util.spec_from_file_location(f"{_PACKAGE}.{path.stem}", path.absolute())

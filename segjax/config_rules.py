@@ -82,9 +82,13 @@ def _run(config) -> Rules:
 def _data(data) -> Rules:
   named = data.name == "synthetic" or bool(data.dir)
   yield named, "data.dir", "name the data set's root folder, e.g. --config.data.dir=/data/camvid."
+  for field in ("train_split", "eval_split"):
+    yield bool(data[field]), f"data.{field}", "name a split of the data set, e.g. val."
   yield _is_size(data.canvas_size, 0), "data.canvas_size", "must be (H, W) in pixels."
   if data.name == "synthetic":
     yield _is_size(data.image_size, 1), "data.image_size", "must be (H, W) in pixels."
+    for field in ("num_train", "num_val"):
+      yield data[field] >= 1, f"data.{field}", "must be at least 1."
   yield data.max_bad_examples >= 0, "data.max_bad_examples", "must be 0 (stop at the first) or more."
   yield data.workers >= 0, "data.workers", "must be 0 (one per core) or more."
   if "holdout" in data:

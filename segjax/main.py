@@ -46,7 +46,8 @@ def main(argv: list[str]) -> None:
 
   commandline.enable_float64(config)
   if processes is None:  # Else JAX has to find the others first.
-    commandline.keep_freed_memory()
+    with commandline.readable_errors():
+      commandline.keep_freed_memory()
   if _MODE.value != "dry_run":  # Which writes nothing, and tells how long compilation takes.
     commandline.enable_compilation_cache(config, _WORKDIR.value)
   with (

@@ -40,6 +40,7 @@ from absl import flags
 from PIL import Image
 
 from segjax import commandline
+from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError, loose, order
 from segjax.input_pipeline.canvas import pad_batch
@@ -217,7 +218,7 @@ class _Whole:
 def _define_flags() -> None:
   # Not at import, where prepare's and main's flags of these names would be in the way.
   commandline.define_path("workdir", None, "Folder of the run that predicts.")
-  commandline.define_path("out", None, "Folder of the results.", required=True)
+  commandline.define_path("out", None, "Folder of the results.")
   flags.DEFINE_integer(
     "tile",
     TILE,
@@ -233,6 +234,8 @@ def main(argv: list[str]) -> None:
   with commandline.readable_errors():
     if len(argv) < 2:
       raise ConfigError("Name images, or folders of images.")
+    if args.out is None:
+      raise ConfigError("Name the folder of the results: --out=DIR.")
     config = commandline.config(data_dir=".")
     if args.workdir is None and not config.init.path:
       raise ConfigError("Name the --workdir of a run, or weights by --config.init.path.")
@@ -241,7 +244,8 @@ def main(argv: list[str]) -> None:
     commandline.keep_freed_memory()
     if workdir is not None:
       commandline.enable_compilation_cache(config, args.workdir)
-    problems = predict(config, workdir, argv[1:], pathlib.Path(args.out), args.tile)
+    inputs = [config_lib.expand_home(path) for path in argv[1:]]
+    problems = predict(config, workdir, inputs, pathlib.Path(args.out), args.tile)
   if problems:
     print(f"segjax: {len(problems)} file(s) skipped:\n  " + "\n  ".join(problems), file=sys.stderr)
     sys.exit(1)

@@ -76,6 +76,12 @@ def test_what_is_no_config_file_says_what_to_give(tmp_path):
       config_file.load(name)
 
 
+def test_a_damaged_saved_config_is_named_by_its_own_file(tmp_path):
+  (tmp_path / "config.json").write_text("[")
+  with pytest.raises(ConfigError, match=f"^{tmp_path}/config.json: not a saved config"):
+    config_file.load(f"{config_lib.__file__}:{tmp_path}")
+
+
 def test_a_model_of_another_name_is_refused_by_the_rules_not_by_its_constructor():
   config = default_config(model="unet", data="synthetic")
   config.model.name = "fcn"
