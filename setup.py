@@ -8,6 +8,13 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = (ROOT / "segjax" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
 # importlib-resources: TFDS imports it when it builds a data set of one's own, and names it for old Python versions only.
 TFDS = ["tensorflow-datasets>=4.9.9", "importlib-resources"]
+TENSORFLOW = [
+  # tensorflow-cpu has wheels for these machines only; it spares the others' CUDA download, as JAX does the computing.
+  "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux' and python_version < '3.14'",
+  "tensorflow>=2.20; (platform_machine != 'x86_64' or sys_platform != 'linux') and python_version < '3.14'",
+  "clu>=0.0.12",
+  "tensorboard",  # clu's writers need it beside TensorFlow.
+]
 
 setuptools.setup(
   name="segjax",
@@ -20,7 +27,6 @@ setuptools.setup(
   python_requires=">=3.11",
   install_requires=[
     "absl-py",
-    "clu>=0.0.12",
     "flax>=0.12.8,<0.13",  # The NNX state API changed in 0.10, 0.11 and 0.12.
     "grain>=0.2.18,<0.3",  # Still 0.x: names move between minor releases.
     "jax>=0.10",  # The first release this was measured on; also tested on 0.12.
@@ -32,16 +38,13 @@ setuptools.setup(
     "safetensors",
     "simplejpeg>=1.8",  # Decodes JPEGs a sixth faster than Pillow, to the same bits, and tells damage that Pillow hides.
     "scipy",  # SBD's .mat files; distance transforms and connected components of instances. JAX needs it anyway.
-    "tensorboard",  # clu's writers need it beside TensorFlow.
-    # tensorflow-cpu has wheels for these machines only; it spares the others' CUDA download, as JAX does the computing.
-    "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux'",
-    "tensorflow>=2.20; platform_machine != 'x86_64' or sys_platform != 'linux'",
     "tqdm",
   ],
   extras_require={
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    "tensorflow": TENSORFLOW,  # Else grain loads the data, and curves are JSON only. No wheels for Python 3.14 yet.
     "tfds": TFDS,
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
     "test": [
@@ -50,6 +53,7 @@ setuptools.setup(
       "pytest>=8",
       "pytest-xdist",  # Tests on all cores.
       "ruff==0.17.5",  # Pinned: another ruff formats differently and would fail CI by itself.
+      *TENSORFLOW,
       *TFDS,
     ],
   },

@@ -7,8 +7,9 @@ Paper:     Chen et al. 2018 (arXiv 1802.02611) for the network; it has no CamVid
 Published: no citable score at 360x480 from scratch. Ours: not run (no accelerator at hand).
 """
 
-from configs import unet_camvid
 from segjax.config import default_config
+
+from . import unet_camvid
 
 
 def get_config():

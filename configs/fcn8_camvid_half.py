@@ -6,8 +6,9 @@ From scratch, and narrower than VGG-16; scored like the U-Net. Ours: val mean Io
 one run; U-Net 0.558, DeepLabV3+ 0.533), in 85 minutes on two cores that much else used too (1.4 s a step alone).
 """
 
-from configs import unet_camvid_half
 from segjax.config import default_config
+
+from . import unet_camvid_half
 
 
 def get_config():

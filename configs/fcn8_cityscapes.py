@@ -15,7 +15,7 @@ Published: 8s 65.3 mean IoU on test, trained on train and val (the paper's table
            Ours: not run.
 """
 
-from configs import fcn8_voc
+from . import fcn8_voc
 
 
 def get_config(stage="32s"):

@@ -3,8 +3,9 @@
 python -m segjax.main --config=configs/unet_camvid_half.py --config.data.dir=CAMVID --workdir=runs/unet_camvid_half
 """
 
-from configs import unet_camvid
 from segjax.config import default_config
+
+from . import unet_camvid
 
 
 def recipe(config):

@@ -10,8 +10,9 @@ Published: no citable U-Net score on VOC val from scratch. Ours: not run. Withou
            networks with ImageNet weights reach (configs/deeplab_voc.py).
 """
 
-from configs import unet_cityscapes
 from segjax.input_pipeline import datasets
+
+from . import unet_cityscapes
 
 
 def get_config():

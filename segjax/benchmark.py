@@ -13,18 +13,19 @@ import platform
 import sys
 import time
 
-from absl import app, flags
+from absl import flags
 
-from segjax import commandline
+from segjax import commandline, config_rules
+from segjax.config import ConfigError
 
 _WHAT = flags.DEFINE_list("what", ["train", "eval"], "What to measure, of train, eval, compile, input.")
 _COMPARE = flags.DEFINE_enum("compare", None, ("torch",), "What to measure beside it, in turn.")
 _TORCH_FORMS = flags.DEFINE_list("torch_forms", None, "Forms of PyTorch of which the best is taken. None: all four.")
-_TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "The Python whose PyTorch it is.")
+_TORCH_PYTHON = commandline.define_path("torch_python", sys.executable, "The Python whose PyTorch it is.")
 _DTYPES = flags.DEFINE_list("dtypes", None, "Measure under each of these types. None: config.dtype.")
-_SECONDS = flags.DEFINE_float("seconds", 10.0, "Least duration of a measurement.")
+_SECONDS = flags.DEFINE_float("seconds", 10.0, "Least duration of a measurement.", lower_bound=0.0)
 _GENERATE = flags.DEFINE_integer("generate", 0, "input: measure this many generated examples, not config.data.dir.")
-_JSON = flags.DEFINE_string("json", None, "File that the figures are appended to, a JSON object a line.")
+_JSON = commandline.define_path("json", None, "File that the figures are appended to, a JSON object a line.")
 WHAT = ("train", "eval", "compile", "input")
 
 
@@ -38,13 +39,19 @@ def processor() -> str:
 
 def main(argv: list[str]) -> None:
   """The command line."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unknown argument {argv[1]!r}; options look like --config.batch_size=16.")
-  unknown = [name for name in _WHAT.value if name not in WHAT]
-  if unknown or not _WHAT.value:
-    raise app.UsageError(f"--what={','.join(_WHAT.value)}: choose from {', '.join(WHAT)}.")
+  del argv
   with commandline.readable_errors():
+    if not _WHAT.value or not set(_WHAT.value) <= set(WHAT):
+      raise ConfigError(f"--what={','.join(_WHAT.value)}: choose from {', '.join(WHAT)}.")
+    if _JSON.value:
+      try:
+        pathlib.Path(_JSON.value).open("a").close()
+      except OSError as error:  # Before anything is measured.
+        raise ConfigError(f"--json={_JSON.value} cannot be written ({error}). Give another file.") from error
     config = commandline.config(data_dir="absent")  # Only `input` without --generate needs one.
+    dtypes = _DTYPES.value or [config.dtype]
+    for config.dtype in dtypes:
+      config_rules.validate(config)
     print(f"python -m segjax.benchmark {' '.join(sys.argv[1:])}")
     print(
       f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True
@@ -55,10 +62,10 @@ def main(argv: list[str]) -> None:
       print(input_speed.report(config, _GENERATE.value, _SECONDS.value))
     kinds = [kind for kind in WHAT if kind in _WHAT.value and kind != "input"]
     if kinds:
-      print(_steps(config, kinds))
+      print(_steps(config, kinds, dtypes))
 
 
-def _steps(config, kinds: list[str]) -> str:
+def _steps(config, kinds: list[str], dtypes: list[str]) -> str:
   import jax
 
   from segjax import step_speed
@@ -67,8 +74,7 @@ def _steps(config, kinds: list[str]) -> str:
   jax.config.update("jax_enable_compilation_cache", False)  # Compilation is measured too.
   forms = tuple(_TORCH_FORMS.value or step_speed.TORCH_FORMS) if _COMPARE.value else ()
   rows, compilations = [], []
-  for dtype in _DTYPES.value or [config.dtype]:
-    config.dtype = dtype
+  for config.dtype in dtypes:
     for kind in kinds:
       if kind == "compile":
         found = [step_speed.measure_compilation(config, step) for step in step_speed.STEPS]
@@ -90,4 +96,4 @@ def _steps(config, kinds: list[str]) -> str:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=commandline.parse)
+  commandline.run(main)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tqdm
-from absl import app
 
 from segjax import commandline, input_pipeline
 from segjax.config import IGNORE_LABEL
@@ -172,4 +171,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=commandline.parse)
+  commandline.run(main)

@@ -1,65 +1,112 @@
-"""Flags and error messages that the commands of segjax share."""
+"""What the commands of segjax share: flags, and how they end."""
 
 import contextlib
 import ctypes
+import functools
 import io
+import os
 import platform
-import runpy
+import re
 import sys
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from segjax import config as config_lib
-from segjax import config_rules, user_cache
+from segjax import config_file, config_rules, user_cache
+from segjax.config import ConfigError
 from segjax.input_pipeline import images
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file; --config.field=value overrides. Without it, the config saved in --workdir.",
-  lock_config=True,
-)  # fmt: skip
+flags.disclaim_key_flags()  # --help shows what `define_path` defines as a flag of its caller.
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # Of malloc.h.
 
 
-def with_saved_config(argv: list[str]) -> list[str]:
-  """Where no --config is given, the one that the run in --workdir saved: to score it, or to go on."""
-  named = [a.lstrip("-").partition("=") for a in argv if a.startswith("-")]
-  workdirs = [value for name, equals, value in named if name == "workdir" and equals]
-  workdirs += [value for name, value in zip(argv, argv[1:]) if name.lstrip("-") == "workdir" and name.startswith("-")]
-  if any(name == "config" for name, _, _ in named) or not workdirs:
-    return argv
-  return [argv[0], f"--config={config_lib.__file__}:{workdirs[-1]}", *argv[1:]]
+class _Path(flags.ArgumentParser):
+  """A path, in which ~ is the home folder."""
+
+  def parse(self, argument: str) -> str:
+    if not argument:
+      raise ValueError("names no file or folder")
+    return config_lib.expand_home(argument)
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Parses flags; a misspelt config field, in the file or on the command line, ends with a suggestion."""
-  _check_config_names(argv)
+def define_path(name: str, default: str | None, help: str, **options) -> flags.FlagHolder:
+  """A flag that names a file or folder."""
+  return flags.DEFINE(_Path(), name, default, help, **options)
+
+
+class _ConfigFile(flags.ArgumentParser):
+  """Loads the file of --config, and refuses misspelt overrides of `argv` with a suggestion.
+
+  In place of the parser of config_flags, which ends both kinds of mistake in a traceback, and finds no neighbours.
+  """
+
+  def __init__(self, argv: list[str]):
+    self._argv = argv
+
+  def parse(self, argument: str):
+    with readable_errors():
+      config = config_file.load(argument)
+      known = config_lib.fields(config)
+      for field in (found[1] for word in self._argv if (found := re.match(r"--?(?:no)?config\.([^=]+)", word))):
+        if field not in known:
+          raise ConfigError(f"config.{field}: no such field.{config_lib.suggest(field, known)}")
+    return config
+
+
+def run(main: Callable[[list[str]], None], *, positional: bool = False, takes_config: bool = True) -> None:
+  """Runs a command: `main` gets the command line, its flags parsed. Wrong flags end with a message and exit code 2.
+
+  Where no --config is given, the one that the run in --workdir saved is taken: to score it, or to go on.
+
+  Args:
+    positional: whether the command takes arguments that are no flags.
+    takes_config: whether it takes --config.
+  """
+  # TensorFlow computes nothing here, and should not tell in the midst of a report how it would.
+  for name, value in (("TF_ENABLE_ONEDNN_OPTS", "0"), ("TF_CPP_MIN_LOG_LEVEL", "1")):
+    os.environ.setdefault(name, value)
+  with readable_errors(flags.Error):
+    argv = flags.FLAGS.read_flags_from_files(sys.argv)
+    configs, workdirs = _values(argv, "config"), _values(argv, "workdir")
+    if len(configs) > 1:
+      raise ConfigError(f"--config is given {len(configs)} times ({', '.join(configs)}). Name one config.")
+    if workdirs and not configs:
+      argv = [argv[0], f"--config={config_lib.__file__}:{config_lib.expand_home(workdirs[-1])}", *argv[1:]]
+  if takes_config:
+    text = "Config file; --config.field=value overrides. Without it, the config saved in --workdir."
+    config_flags.DEFINE_config_file("config", None, text, sys_argv=argv)
+    flags.FLAGS["config"].parser = _ConfigFile(argv)
+  try:
+    app.run(main, flags_parser=functools.partial(_parse, positional=positional), argv=argv)
+  except KeyboardInterrupt:
+    print("segjax: interrupted", file=sys.stderr)
+    sys.exit(130)  # As a shell reports it.
+
+
+def _values(argv: list[str], name: str) -> list[str]:
+  """What `--name=value` and `--name value` give."""
+  words = [(*word.partition("="), following) for word, following in zip(argv, [*argv[1:], ""])]
+  return [
+    value if equals else following for flag, equals, value, following in words if flag in (f"-{name}", f"--{name}")
+  ]
+
+
+def _parse(argv: list[str], positional: bool = False) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
-  except (flags.Error, TypeError, ValueError) as error:
+  except flags.Error as error:
     _stop(str(error))
+  except SystemExit as end:
+    sys.exit(0 if end.code == 1 else end.code)  # Absl ends with 1 after --help.
+  if len(rest) > 1 and not positional:
+    _stop(f"unknown argument {rest[1]!r}. Options look like --config.num_steps=100; --help lists the others.")
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax and JAX tell much that a run's own report need not show.
+    # Orbax warns of what is meant: a checkpoint without a score, one that is only read.
+    logging.set_verbosity(logging.ERROR)
   return rest
-
-
-def _check_config_names(argv: list[str]) -> None:
-  """Loads the config file, and looks up every --config.field: config_flags ends both kinds of mistake in a traceback."""
-  named = [argument.lstrip("-").partition("=") for argument in argv[1:] if argument.startswith("-")]
-  files = [value for name, _, value in named if name == "config"]
-  if not files:
-    return
-  path, colon, argument = files[-1].partition(":")
-  try:
-    get_config = runpy.run_path(path)["get_config"]
-    known = config_lib.fields(get_config(argument) if colon else get_config())
-  except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-    _stop(f"--config={files[-1]}: {error.args[-1] if isinstance(error, OSError) else error}")
-  for name, _, _ in named:
-    field = name.removeprefix("config.")
-    if field != name and field not in known:
-      _stop(f"{name}: no such field.{config_lib.suggest(field, known)}")
 
 
 def config(data_dir: str = ""):
@@ -71,9 +118,9 @@ def config(data_dir: str = ""):
   Raises:
     ConfigError: listing every problem.
   """
-  if _CONFIG.value is None:
-    raise app.UsageError("Name a config, e.g. --config=configs/quickstart.py, or the --workdir of a run.")
-  resolved = config_lib.finalize(_CONFIG.value)
+  if flags.FLAGS.config is None:
+    raise ConfigError("Name a config, e.g. --config=configs/quickstart.py, or the --workdir of a run.")
+  resolved = config_lib.finalize(flags.FLAGS.config)
   if resolved.data.name != "synthetic":  # Which has none.
     resolved.data.dir = resolved.data.dir or data_dir
   config_rules.validate(resolved)
@@ -110,11 +157,21 @@ def keep_freed_memory() -> None:
   XLA:CPU takes the temporaries of a step from malloc in one block, which glibc asks the system for and gives back each
   time, so that all its pages fault again: a quarter of a step (benchmarks/torch.md). So glibc shall neither map large
   blocks nor give any back; and since that works for the main thread only, it is the main thread that runs the steps.
+
+  Raises:
+    ConfigError: JAX finds no device of the platform that it was told to use.
   """
   import jax
 
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+  try:
+    backend = jax.default_backend()
+  except (RuntimeError, AssertionError) as error:  # The latter where a known platform has no plugin.
+    raise ConfigError(
+      f"JAX cannot use JAX_PLATFORMS={jax.config.jax_platforms} ({str(error) or 'it has no such device'}). Set it to another,"
+      " or leave it out."
+    ) from error
+  if backend == "cpu" and platform.libc_ver()[0] == "glibc":
     mallopt = ctypes.CDLL(None).mallopt
     for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
       mallopt(option, value)
@@ -127,8 +184,13 @@ def readable_errors(*more: type[Exception]):
     sys.stdout.reconfigure(errors="backslashreplace")  # Names of files need not be UTF-8.
   try:
     yield
-  except (images.DataError, config_lib.ConfigError, *more) as error:
+  except (images.DataError, ConfigError, *more) as error:
     _stop(str(error))
+
+
+def refuse(command: str) -> None:
+  """Ends `python -m` of a module that is none of the commands, which else would do nothing and seem to succeed."""
+  _stop(f"this module is no command. Run: python -m segjax.{command}")
 
 
 def _stop(message: str):

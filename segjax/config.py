@@ -111,6 +111,8 @@ HARMLESS = (
   "policy.early_stop",
 )  # fmt: skip
 
+PATHS = ("data.dir", "init.path", "compilation_cache")  # Fields in which ~ is the home folder.
+
 
 class ConfigError(ValueError):
   """A config, or something it names, that cannot be used. The message names every problem found and its remedy."""
@@ -165,7 +167,9 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
       dir="",  # Root folder of the data set.
       train_split="train",
       eval_split="val",
-      loader="tf_data",  # "tf_data", or "grain", which never imports TensorFlow. Batches are the same, bit for bit.
+      # "tf_data", or "grain", which never imports TensorFlow, and is taken where that is not installed. Batches are the
+      # same, bit for bit.
+      loader="tf_data",
       workers=0,  # Threads that read and decode, per host. 0: one per core.
       # Decoded examples are kept, so that each is decoded once: "memory", for the run; "disk", in ~/.cache/segjax/examples
       # (below $XDG_CACHE_HOME where that is set), for all runs, 4 bytes a pixel. Batches stay the same, bit for bit.
@@ -276,12 +280,30 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
 
 
 def finalize(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """Normalises what the command line gives: "a,b" in a tuple of strings becomes two items."""
+  """Normalises what the command line gives: "a,b" in a tuple of strings becomes two items, ~ the home folder.
+
+  Raises:
+    ConfigError: the home of an unknown user.
+  """
   config = config.copy_and_resolve_references()
   for name, value in fields(config).items():
-    if isinstance(value, tuple) and any(isinstance(item, str) for item in value):
+    if name in PATHS and isinstance(value, str):
+      _set(config, name, expand_home(value))
+    elif isinstance(value, tuple) and any(isinstance(item, str) for item in value):
       _set(config, name, tuple(part.strip() for item in value for part in str(item).split(",")))
   return config
+
+
+def expand_home(path: str) -> str:
+  """`path` with ~ and ~user replaced.
+
+  Raises:
+    ConfigError: an unknown user.
+  """
+  expanded = os.path.expanduser(path)
+  if expanded.startswith("~"):
+    raise ConfigError(f"{path}: no such user. Write ./{path} for what is named so in this folder.")
+  return expanded
 
 
 def fields(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, object]:
@@ -293,6 +315,20 @@ def fields(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, object
     else:
       leaves[prefix + key] = value
   return leaves
+
+
+def schema_problem(config) -> str:
+  """Which fields are not those of the config's model and data source, or ''.
+
+  Raises:
+    ConfigError: an unknown model or data source.
+  """
+  try:
+    have = fields(config).keys()
+    want = fields(default_config(model=config.model.name, data=config.data.name)).keys()
+  except (AttributeError, KeyError, TypeError):
+    return "no config of segjax, which begins with segjax.config.default_config(model=..., data=...)"
+  return "" if have == want else f"unknown {sorted(have - want)}, missing {sorted(want - have)}"
 
 
 def suggest(name: str, names) -> str:
@@ -325,27 +361,21 @@ def load(workdir: str | os.PathLike) -> config_dict.ConfigDict:
   try:
     saved = config_dict.ConfigDict(json.loads(path.read_text()))
     config = default_config(model=saved.model.name, data=saved.data.name)
-    have, want = fields(saved), fields(config)
-  except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+    problem = schema_problem(saved)
+  except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
     raise ConfigError(
       f"{path}: not a saved config ({error}). Restore the file, or start with a new --workdir."
     ) from error
-  if have.keys() != want.keys():
+  if problem:
     raise ConfigError(
-      f"{path} was written by another version of segjax: unknown {sorted(have.keys() - want.keys())}, missing"
-      f" {sorted(want.keys() - have.keys())}. Use that version, or start with a new --workdir."
+      f"{path} was written by another version of segjax: {problem}. Use that version, or start with a new --workdir."
     )
-  for name, value in have.items():
+  for name, value in fields(saved).items():
     try:
       _set(config, name, tuple(value) if isinstance(value, (list, tuple)) else value)
     except (TypeError, ValueError, OverflowError) as error:
       raise ConfigError(f"{path}: {name} = {value!r} is of the wrong type ({error}). Restore the file.") from error
   return config
-
-
-def get_config(workdir: str) -> config_dict.ConfigDict:
-  """Lets `--config=segjax/config.py:WORKDIR` name a finished run as a config file; main.py does so by itself."""
-  return load(workdir)
 
 
 def differences(config: config_dict.ConfigDict, saved: config_dict.ConfigDict, idle: Collection[str] = ()) -> list[str]:

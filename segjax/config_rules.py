@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ml_collections import config_dict
 
-from segjax.config import ConfigError, default_config, fields
+from segjax.config import ConfigError, default_config, fields, schema_problem
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
@@ -139,6 +139,11 @@ def validate(config: config_dict.ConfigDict) -> None:
   Raises:
     ConfigError: all problems at once, each naming its field, its value and the remedy; first those of types.
   """
+  if problem := schema_problem(config):
+    raise ConfigError(
+      f"model.name = {config.model.name!r} and data.name = {config.data.name!r} do not fit the config's other fields:"
+      f" {problem}. Both are chosen in the config file, by default_config(model=..., data=...)."
+    )
   leaves = fields(config)
   problems = _wrong_types(config)
   if not problems:
@@ -206,10 +211,14 @@ def _run(config) -> Rules:
 def _data(data) -> Rules:
   named = data.name == "synthetic" or bool(data.dir)
   yield named, "data.dir", "name the data set's root folder, e.g. --config.data.dir=/data/camvid."
+  for field in ("train_split", "eval_split"):
+    yield bool(data[field]), f"data.{field}", "name a split of the data set, e.g. val."
   yield _is_size(data.canvas_size, 0), "data.canvas_size", "must be (H, W) in pixels."
   if data.name == "synthetic":
     yield data.cache == "none", "data.cache", "keeps decoded files, and this source has none: set it to none."
     yield _is_size(data.image_size, 1), "data.image_size", "must be (H, W) in pixels."
+    for field in ("num_train", "num_val"):
+      yield data[field] >= 1, f"data.{field}", "must be at least 1."
   yield data.max_bad_examples >= 0, "data.max_bad_examples", "must be 0 (stop at the first) or more."
   yield data.workers >= 0, "data.workers", "must be 0 (one per core) or more."
   if "holdout" in data:

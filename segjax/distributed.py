@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -112,14 +113,15 @@ def _connect(processes: Processes, timeout: float) -> None:
 @contextlib.contextmanager
 def _watching_each_other(processes: Processes, name: str):
   """Has every process notice at once when another ends, where the hosts can connect to each other's free ports."""
-  listener = liveness.Listener(jax.process_count() - 1) if jax.process_index() == 0 else None
-  host, port = on_first(lambda: (socket.gethostname(), listener.port))
+  token = secrets.token_hex(16)
+  listener = liveness.Listener(jax.process_count() - 1, token) if jax.process_index() == 0 else None
+  host, port, token = on_first(lambda: (socket.gethostname(), listener.port, token))
   if processes.coordinator != "auto":
     host = processes.coordinator.rpartition(":")[0].strip("[]")  # Known to be reachable.
   link = None
   try:
     if listener is None:
-      link = liveness.Watcher(host, port, f"{name} ({socket.gethostname()})")
+      link = liveness.Watcher(host, port, token, f"{name} ({socket.gethostname()})")
     else:
       listener.accept()
       link = listener

@@ -117,3 +117,9 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
 def mib(size: int) -> str:
   """Bytes as '1,234.5 MiB'."""
   return f"{size / 2**20:,.1f} MiB"
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("main --mode=dry_run --config=FILE")

@@ -157,7 +157,7 @@ def evaluate(config, workdir) -> dict[str, float]:
   """--mode=eval: scores the best or last checkpoint of `workdir` on `config.data.eval_split`.
 
   Where `workdir` holds no run, the weights that `config.init` names are scored as they are. Prints the table, appends
-  the scores to `workdir`/eval_SPLIT/metrics.jsonl, and writes overlays beside it.
+  the scores to `workdir`/eval_SPLIT/metrics.jsonl, and writes overlays beside it; says so where these cannot be written.
 
   Returns:
     The scores, e.g. {"val/mean_iou": ...}.
@@ -178,17 +178,26 @@ def evaluate(config, workdir) -> dict[str, float]:
   variables, step, origin = trained_variables(config, workdir, loaded, init, mesh)
 
   evaluation = evaluator(variables)
-  writer = report.Writer(results, tensorboard=False)
-  writer.scalars(step, evaluation.scalars)
-  folder = writer.pictures(step, evaluation.pictures)
+  written = _write(results, step, evaluation)
   if jax.process_index() == 0:
     window = f", windows {tuple(config.eval.window)}" if any(config.eval.window) else ""
     print(
       f"{split}: {len(source)} images, {origin}, scales {tuple(config.eval.scales)}, flip {config.eval.flip}{window}\n"
-      f"{evaluation.table}\nscores and pictures: {folder.parent.parent}",
+      f"{evaluation.table}\n{written}",
       flush=True,
     )
   return evaluation.scalars
+
+
+def _write(folder: pathlib.Path, step: int, evaluation: Evaluation) -> str:
+  """Writes scores and pictures, and tells where they are, or why they are not: the table must not be lost with them."""
+  try:
+    writer = report.Writer(folder, tensorboard=False)
+    writer.scalars(step, evaluation.scalars)
+    writer.pictures(step, evaluation.pictures)
+  except OSError as error:
+    return f"NOT WRITTEN, scores and pictures in {folder}: {error}. The table above is all there is."
+  return f"scores and pictures: {folder}"
 
 
 def load_weights(config, workdir: pathlib.Path | None) -> tuple[dict, str] | None:
@@ -225,3 +234,9 @@ def trained_variables(config, workdir: pathlib.Path | None, loaded, init, mesh) 
     state = checkpoints.restore(with_sharding(abstract, sharding.of_state(mesh, abstract, config.shard_state)), step)
   variables = sharding.gather(state.eval_variables(), mesh)
   return variables, step, f"checkpoint of step {step} ({'best' if step == best else 'last'})"
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("main --mode=eval --workdir=RUN")

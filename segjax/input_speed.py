@@ -59,6 +59,8 @@ def input_table(config, formats: dict[str, str], seconds: float) -> str:
 
     row("none, decoding alone", 1, speed(decoded(), config.batch_size, seconds))
     for data.loader in LOADERS:
+      if input_pipeline.loader_of(data) != data.loader:
+        continue
       batches = input_pipeline.train_batches(
         source, data, seed=config.seed, batch_size=config.batch_size, rows=np.arange(config.batch_size), start_step=0,
         num_steps=1 << 30,
@@ -161,3 +163,9 @@ def report(config, generate: int, seconds: float) -> str:
     patterns = ("*.jpg", "*.png") if config.data.name == "voc" else ("*_leftImg8bit.png", "*_labelIds.png")
     sizes = ", ".join(file_sizes(formats["tree"], pattern) for pattern in patterns)
     return f"{generate} generated examples; {sizes}\n\n" + input_table(config, formats, seconds)
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("benchmark --what=input --config=FILE")

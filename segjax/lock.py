@@ -91,11 +91,14 @@ class Lock:
     self.release()
 
   def _holder(self) -> dict:
-    """What the file says; {} where it is gone or incomplete."""
+    """What the file says; {} where it is gone, incomplete or damaged, which is how a run on an unknown host looks."""
     try:
-      return json.loads(self._path.read_text())
-    except (OSError, ValueError):
+      holder = json.loads(self._path.read_text())
+    except (OSError, ValueError, RecursionError):
       return {}
+    kinds = dict(host=str, pid=int, started=str, since=str, token=str)
+    sound = isinstance(holder, dict) and all(isinstance(holder.get(name), kind) for name, kind in kinds.items())
+    return holder if sound and holder["host"].strip() else {}
 
   def _living_holder(self, say) -> dict:
     """The holder, or {} where it is dead."""

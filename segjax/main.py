@@ -4,9 +4,8 @@ Only flags, process start and dispatch; the work is in functions of (config, wor
 """
 
 import os
-import sys
 
-from absl import app, flags
+from absl import flags
 
 from segjax import cluster, commandline
 
@@ -16,7 +15,7 @@ _MODE = flags.DEFINE_enum(
   ("train", "eval", "predict", "dry_run"),
   "train, or score a checkpoint of the workdir, or write its predictions for a server, or say what training would need.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, curves, pictures.")
+_WORKDIR = commandline.define_path("workdir", None, "Folder of the run: checkpoints, curves, pictures.")
 flags.register_multi_flags_validator(
   ("mode", "workdir"),
   lambda f: f["workdir"] is not None or f["mode"] == "dry_run",
@@ -32,8 +31,7 @@ _START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for
 
 def main(argv: list[str]) -> None:
   """Dispatches; known errors end as one readable message, without a traceback."""
-  if len(argv) > 1:
-    raise app.UsageError(f"Unknown argument {argv[1]!r}; options look like --config.num_steps=100.")
+  del argv
   with commandline.readable_errors():
     config = commandline.config(data_dir="(not given)" if _MODE.value == "dry_run" else "")
     processes = cluster.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -48,7 +46,8 @@ def main(argv: list[str]) -> None:
 
   commandline.enable_float64(config)
   if processes is None:  # Else JAX has to find the others first.
-    commandline.keep_freed_memory()
+    with commandline.readable_errors():
+      commandline.keep_freed_memory()
   if _MODE.value != "dry_run":  # Which writes nothing, and tells how long compilation takes.
     commandline.enable_compilation_cache()
   with (
@@ -62,4 +61,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=commandline.parse, argv=commandline.with_saved_config(sys.argv))
+  commandline.run(main)

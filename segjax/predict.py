@@ -36,10 +36,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
 from segjax import commandline, outputs, task
+from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError, loose, order
 from segjax.input_pipeline.canvas import pad_batch
@@ -217,10 +218,10 @@ class _Whole:
   result: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _define_flags() -> None:
   # Not at import, where prepare's and main's flags of these names would be in the way.
-  flags.DEFINE_string("workdir", None, "Folder of the run that predicts.")
-  flags.DEFINE_string("out", None, "Folder of the results.", required=True)
+  commandline.define_path("workdir", None, "Folder of the run that predicts.")
+  commandline.define_path("out", None, "Folder of the results.")
   flags.DEFINE_integer(
     "tile",
     TILE,
@@ -228,15 +229,16 @@ def _parse(argv: list[str]) -> list[str]:
     lower_bound=65,
   )
   flags.FLAGS.set_gnu_getopt(True)  # Images may stand between flags.
-  return commandline.parse(argv)
 
 
 def main(argv: list[str]) -> None:
   """The command line."""
   args = flags.FLAGS
-  if len(argv) < 2:
-    raise app.UsageError("Name images, or folders of images.")
   with commandline.readable_errors():
+    if len(argv) < 2:
+      raise ConfigError("Name images, or folders of images.")
+    if args.out is None:
+      raise ConfigError("Name the folder of the results: --out=DIR.")
     config = commandline.config(data_dir=".")
     if args.workdir is None and not config.init.path:
       raise ConfigError("Name the --workdir of a run, or weights by --config.init.path.")
@@ -244,11 +246,13 @@ def main(argv: list[str]) -> None:
     commandline.enable_float64(config)
     commandline.keep_freed_memory()
     commandline.enable_compilation_cache()
-    problems = predict(config, workdir, argv[1:], pathlib.Path(args.out), args.tile)
+    inputs = [config_lib.expand_home(path) for path in argv[1:]]
+    problems = predict(config, workdir, inputs, pathlib.Path(args.out), args.tile)
   if problems:
     print(f"segjax: {len(problems)} file(s) skipped:\n  " + "\n  ".join(problems), file=sys.stderr)
     sys.exit(1)
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=_parse, argv=commandline.with_saved_config(sys.argv))
+  _define_flags()
+  commandline.run(main, positional=True)

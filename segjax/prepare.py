@@ -11,32 +11,28 @@ temporary name and renamed, and none that is there already is written again: aft
 command.
 """
 
-import contextlib
+import functools
 import importlib
 import io
 import pathlib
-import shutil
-import sys
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
 import tqdm
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
-from segjax import atomic, commandline
+from segjax import atomic, commandline, unpacking
+from segjax.config import ConfigError
 from segjax.input_pipeline import DataError, cityscapes, datasets, images, voc
 from segjax.input_pipeline.folder import held_out
 
-_ARCHIVES = flags.DEFINE_string("archives", None, "Folder of the archives as downloaded.")
-_OUT = flags.DEFINE_string("out", None, "Folder to unpack to; default: that of the archives.")
-_DEVKIT = flags.DEFINE_string("devkit", None, "voc: the folder VOC2012, already unpacked.")
-_SBD = flags.DEFINE_string("sbd", None, "voc: SBD's folder `dataset`, already unpacked, or its benchmark.tgz.")
-_TFDS = flags.DEFINE_string("tfds", None, "TFDS's data directory, to store the data set there as well.")
+_ARCHIVES = commandline.define_path("archives", None, "Folder of the archives as downloaded.")
+_OUT = commandline.define_path("out", None, "Folder to unpack to; default: that of the archives.")
+_DEVKIT = commandline.define_path("devkit", None, "voc: the folder VOC2012, already unpacked.")
+_SBD = commandline.define_path("sbd", None, "voc: SBD's folder `dataset`, already unpacked, or its benchmark.tgz.")
+_TFDS = commandline.define_path("tfds", None, "TFDS's data directory, to store the data set there as well.")
 _PARTIAL = flags.DEFINE_bool(
   "allow_partial", False, "Accept other numbers of images than the official ones, and say which."
 )
@@ -44,7 +40,7 @@ _PARTIAL = flags.DEFINE_bool(
 VOC_TAR, VOC_TEST_TAR, SBD_TGZ = "VOCtrainval_11-May-2012.tar", "VOC2012test.tar", "benchmark.tgz"
 CITYSCAPES_ZIPS = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")
 SBD_MASKS = "dataset/cls/"  # In SBD's archive.
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)  # What damaged archives raise.
+_LARGEST_MASK = 2**26  # Bytes of one of SBD's .mat files, which have some thousand; it is read into memory.
 
 
 def prepare_voc(root: pathlib.Path, sbd: pathlib.Path, allow_partial: bool = False) -> None:
@@ -69,7 +65,7 @@ def prepare_voc(root: pathlib.Path, sbd: pathlib.Path, allow_partial: bool = Fal
   folder = root / voc.AUG_FOLDER
   present = {path.stem for path in folder.glob("*.png")}
   names = []
-  with _writing(folder):
+  with unpacking.writing(folder):
     folder.mkdir(exist_ok=True)
     for name, read in tqdm.tqdm(_sbd_masks(sbd), "SBD masks", unit=" files"):
       names.append(name)
@@ -82,7 +78,7 @@ def prepare_voc(root: pathlib.Path, sbd: pathlib.Path, allow_partial: bool = Fal
   counts = {"SBD": (len(set(names)), datasets.SBD_COUNT), "trainaug": (len(trainaug), official["trainaug"])}
   _check_counts(counts, allow_partial)
   path = voc.list_file(root, "trainaug")
-  with _writing(path):
+  with unpacking.writing(path):
     _write_list(path, trainaug)
   voc.find_pairs(root, "trainaug")  # Names every image that SBD labels and VOC's folder lacks.
   print(f"{path}: {len(trainaug)} images, {len(set(trainaug) - set(train))} with SBD's masks")
@@ -98,10 +94,13 @@ def _sbd_masks(sbd: pathlib.Path) -> Iterator[tuple[str, Callable[[], BinaryIO]]
       yield path.stem, lambda path=path: path.open("rb")
     return
   found = False
-  for member, archive in _members(sbd, "r|gz"):
-    if SBD_MASKS in member.name and member.name.endswith(".mat"):
-      found = True
-      yield pathlib.PurePosixPath(member.name).stem, lambda member=member, archive=archive: archive.extractfile(member)
+  with unpacking.open_tar(sbd, "r|gz") as archive:
+    for member in unpacking.members_of(sbd, archive):
+      if SBD_MASKS in member.name and member.name.endswith(".mat"):
+        if member.size > _LARGEST_MASK:
+          raise DataError(f"{sbd}: {member.name} claims {member.size:,} bytes, which no mask has. Download it again.")
+        found = True
+        yield pathlib.PurePosixPath(member.name).stem, functools.partial(archive.extractfile, member)
   if not found:
     raise DataError(f"{sbd} holds no {SBD_MASKS}*.mat, so it is not SBD's benchmark.tgz. Download it again.")
 
@@ -113,7 +112,7 @@ def _sbd_labels(name: str, read: Callable[[], BinaryIO]) -> np.ndarray:
   try:
     with read() as file:
       label = scipy.io.loadmat(io.BytesIO(file.read()), struct_as_record=False, squeeze_me=True)["GTcls"].Segmentation
-  except (OSError, ValueError, KeyError, AttributeError, TypeError, *_DAMAGE) as error:
+  except (OSError, ValueError, KeyError, AttributeError, TypeError, *unpacking.DAMAGE) as error:
     raise DataError(
       f"SBD's cls/{name}.mat: no class mask can be read ({error}). Unpack or download SBD again."
     ) from error
@@ -139,22 +138,8 @@ def unpack_voc(archives: pathlib.Path, out: pathlib.Path) -> tuple[pathlib.Path,
     if not (archives / name).is_file():
       print(f"{archives / name} is not there: no split `test`, which only submissions need")
       continue
-    files = (
-      (member.name, member.size, lambda member=member, archive=archive: archive.extractfile(member))
-      for member, archive in _members(archives / name, "r")
-      if member.isfile()
-    )
-    _extract(archives / name, files, out)
+    unpacking.untar(archives / name, out)
   return voc.find_root(str(out)), archives / SBD_TGZ
-
-
-def _members(path: pathlib.Path, mode: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-  try:
-    with tarfile.open(path, mode) as archive:
-      for member in archive:
-        yield member, archive
-  except (*_DAMAGE, OSError) as error:
-    raise DataError(f"{path}: damaged or not complete ({error}). Download it again.") from error
 
 
 def unpack_cityscapes(archives: pathlib.Path, out: pathlib.Path) -> None:
@@ -171,19 +156,7 @@ def unpack_cityscapes(archives: pathlib.Path, out: pathlib.Path) -> None:
   for name in (*CITYSCAPES_ZIPS, "leftImg8bit_trainextra.zip", "gtCoarse.zip"):
     if not (archives / name).is_file():
       continue
-    _unzip(archives / name, out)
-
-
-def _unzip(path: pathlib.Path, out: pathlib.Path) -> None:
-  try:
-    with zipfile.ZipFile(path) as archive:
-      members = [info for info in archive.infolist() if not info.is_dir()]
-      files = (
-        (info.filename, info.file_size, lambda info=info, archive=archive: archive.open(info)) for info in members
-      )
-      _extract(path, files, out, len(members))
-  except _DAMAGE as error:
-    raise DataError(f"{path}: damaged or not complete ({error}). Download it again.") from error
+    unpacking.unzip(archives / name, out)
 
 
 def check_cityscapes(root: pathlib.Path, allow_partial: bool = False) -> None:
@@ -225,7 +198,7 @@ def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool 
       f"{stage1} lacks {images.listed(missing)}. Unpack stage1_train.zip again; the other archives have no masks."
     )
   _check_counts({"stage1_train": (len(names), datasets.NUCLEI_COUNT)}, allow_partial)
-  with _writing(out):
+  with unpacking.writing(out):
     for folder in ("images", "masks", "instances"):
       (out / folder).mkdir(parents=True, exist_ok=True)
     for name in tqdm.tqdm(names, "nuclei", unit=" images"):
@@ -270,37 +243,10 @@ def _check_counts(counts: dict[str, tuple[int, int]], allow_partial: bool) -> No
   print("note (--allow_partial): " + "; ".join(wrong))
 
 
-def _extract(archive: pathlib.Path, files: Iterable[tuple[str, int, Callable[[], BinaryIO]]], out: pathlib.Path,
-             total: int | None = None) -> None:  # fmt: skip
-  """Writes (name, size, function that opens it) below `out`; a file of that size that is there already stays."""
-  with _writing(out):
-    for name, size, read in tqdm.tqdm(files, archive.name, total=total, unit=" files"):
-      path = out / name
-      if not path.resolve().is_relative_to(out.resolve()):
-        raise DataError(f"{archive} holds {name!r}, which points outside of {out}. Download it again.")
-      if path.is_file() and path.stat().st_size == size:
-        continue
-      path.parent.mkdir(parents=True, exist_ok=True)
-      try:
-        with read() as content, atomic.whole_file(path) as file:
-          shutil.copyfileobj(content, file)
-      except _DAMAGE as error:
-        raise DataError(f"{archive}: {name} is damaged ({error}). Download the archive again.") from error
-
-
 def _write_list(path: pathlib.Path, names: list[str]) -> None:
   text = "".join(name + "\n" for name in names)
   if not path.is_file() or path.read_bytes() != text.encode():
     atomic.write_text(path, text)
-
-
-@contextlib.contextmanager
-def _writing(folder: pathlib.Path):
-  """Turns the system's errors while writing below `folder` into a DataError."""
-  try:
-    yield
-  except OSError as error:
-    raise DataError(f"{folder} cannot be written ({error}). Make it writable, or give another folder.") from error
 
 
 def store_voc(root: pathlib.Path, data_dir: str) -> None:
@@ -327,7 +273,10 @@ def _tfds_module(name: str):
 
 def _download_and_prepare(builder, manual_dir: pathlib.Path) -> None:
   tfds = _tfds_module("tensorflow_datasets")
-  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
+  try:
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
+  except ImportError as error:
+    raise DataError(f"--tfds needs TensorFlow ({error}). Install it: pip install 'segjax[tensorflow]'.") from error
   print(
     f"{builder.data_path}: " + ", ".join(f"{name} {info.num_examples}" for name, info in builder.info.splits.items())
   )
@@ -338,18 +287,18 @@ def main(argv: list[str]) -> None:
   with commandline.readable_errors():
     names = dict(voc=_main_voc, cityscapes=_main_cityscapes, nuclei=_main_nuclei)
     if len(argv) != 2 or argv[1] not in names:
-      raise app.UsageError(f"Name one data set: {' or '.join(names)}.")
+      raise ConfigError(f"Name one data set: {' or '.join(names)}.")
     names[argv[1]]()
 
 
 def _main_voc() -> None:
   if bool(_ARCHIVES.value) == bool(_DEVKIT.value and _SBD.value):
-    raise app.UsageError("Give --archives=DIR, or --devkit=VOC2012 and --sbd=dataset.")
+    raise ConfigError("Give --archives=DIR, or --devkit=VOC2012 and --sbd=dataset.")
   if _ARCHIVES.value:
-    archives = pathlib.Path(_ARCHIVES.value).expanduser()
-    root, sbd = unpack_voc(archives, pathlib.Path(_OUT.value or archives).expanduser())
+    archives = pathlib.Path(_ARCHIVES.value)
+    root, sbd = unpack_voc(archives, pathlib.Path(_OUT.value or archives))
   else:
-    root, sbd = voc.find_root(_DEVKIT.value), pathlib.Path(_SBD.value).expanduser()
+    root, sbd = voc.find_root(_DEVKIT.value), pathlib.Path(_SBD.value)
   prepare_voc(root, sbd, _PARTIAL.value)
   if _TFDS.value:
     store_voc(root, _TFDS.value)
@@ -358,9 +307,9 @@ def _main_voc() -> None:
 
 def _main_cityscapes() -> None:
   if not _ARCHIVES.value:
-    raise app.UsageError("Give --archives=DIR, the folder of the zips; an unzipped tree needs no preparation.")
-  archives = pathlib.Path(_ARCHIVES.value).expanduser()
-  root = pathlib.Path(_OUT.value or archives).expanduser()
+    raise ConfigError("Give --archives=DIR, the folder of the zips; an unzipped tree needs no preparation.")
+  archives = pathlib.Path(_ARCHIVES.value)
+  root = pathlib.Path(_OUT.value or archives)
   unpack_cityscapes(archives, root)
   check_cityscapes(root, _PARTIAL.value)
   if _TFDS.value:
@@ -370,13 +319,13 @@ def _main_cityscapes() -> None:
 
 def _main_nuclei() -> None:
   if not _ARCHIVES.value or _TFDS.value:
-    raise app.UsageError("Give --archives=DIR, the folder of stage1_train.zip or stage1_train, and no --tfds.")
-  archives = pathlib.Path(_ARCHIVES.value).expanduser()
-  out = pathlib.Path(_OUT.value or archives).expanduser()
+    raise ConfigError("Give --archives=DIR, the folder of stage1_train.zip or stage1_train, and no --tfds.")
+  archives = pathlib.Path(_ARCHIVES.value)
+  out = pathlib.Path(_OUT.value or archives)
   stage1, archive = archives / "stage1_train", archives / "stage1_train.zip"
   if archive.is_file():
     stage1 = out / "stage1_train"
-    _unzip(archive, stage1)
+    unpacking.unzip(archive, stage1)
   elif not stage1.is_dir():
     raise DataError(f"{archive}: no such file. Download it from kaggle.com/c/data-science-bowl-2018/data")
   prepare_nuclei(stage1, out, _PARTIAL.value)
@@ -384,4 +333,4 @@ def _main_nuclei() -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(app.run(main))
+  commandline.run(main, positional=True, takes_config=False)

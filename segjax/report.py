@@ -20,6 +20,11 @@ from segjax.input_pipeline import datasets
 FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes, whatever their palette: the ground's is often black.
 
 
+def has_tensorboard() -> bool:
+  """Whether what TensorBoard's curves need beside TensorFlow is installed."""
+  return all(importlib.util.find_spec(name) for name in ("tensorboard", "clu"))
+
+
 class Writer:
   """Scalars and pictures of a run, under its workdir.
 
@@ -28,7 +33,7 @@ class Writer:
 
   Args:
     workdir: created if missing.
-    tensorboard: False under the grain loader, which must not import TensorFlow.
+    tensorboard: only where `has_tensorboard()`, and False under the grain loader, which must not import TensorFlow.
     start_step: lines of later steps are dropped: a run that resumes from an older checkpoint writes them again.
       None keeps all.
     unscored: drops the scores of that step too: it is to be evaluated again.
@@ -46,7 +51,7 @@ class Writer:
       lines = self._path.read_text(errors="replace").splitlines()
       lines = [line for line in lines if _place(line) <= (start_step, not unscored)]
       atomic.write_text(self._path, "".join(line + "\n" for line in lines))
-    if tensorboard and importlib.util.find_spec("tensorflow") and importlib.util.find_spec("tensorboard"):
+    if tensorboard:
       from clu.metric_writers import summary_writer  # Imports TensorFlow.
 
       self._tensorboard = summary_writer.SummaryWriter(str(self._workdir))

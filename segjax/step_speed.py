@@ -205,10 +205,7 @@ class Torch:
       raise ConfigError(f"--torch_python={python} cannot be run: {error.strerror}.") from error
     line = self._process.stdout.readline()
     if not line:
-      raise ConfigError(
-        f"--compare=torch: {python} has no PyTorch, or cannot load it, see above: pip install torch, or name a Python that"
-        " has it by --torch_python."
-      )
+      raise ConfigError(f"--compare=torch: {python} {_lacks(python)}, see above; or name another by --torch_python.")
     self.version = json.loads(line)["torch"]
 
   def steps(self, form: str, count: int) -> list[float]:
@@ -227,6 +224,22 @@ class Torch:
   def close(self) -> None:
     self._process.stdin.close()
     self._process.wait()
+
+
+def _lacks(python: str) -> str:
+  """What a Python that could not run `TORCH_PROGRAM` misses, and the remedy."""
+  for module, lack in (
+    ("torch", "has no PyTorch, or cannot load it: pip install torch there"),
+    ("segjax.models", "has PyTorch but cannot import segjax, whose layer tables the comparison takes: pip install -e ."
+     " there, in the checkout"),
+  ):  # fmt: skip
+    # From the program's folder: what it finds must not depend on the working directory.
+    probe = subprocess.run(
+      [python, "-c", f"import {module}"], cwd=TORCH_PROGRAM.parent, capture_output=True, check=False
+    )
+    if probe.returncode:
+      return lack
+  return "has PyTorch and segjax, but cannot run the comparison"
 
 
 def _check_torch_options(config) -> None:
@@ -382,3 +395,9 @@ def table(rows: list[dict]) -> str:
       f" {row['tflops']:.3g} ({100 * row['share_of_peak']:.0f} %) | {wait} | {theirs} |"
     )
   return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("benchmark --config=FILE")

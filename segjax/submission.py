@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 import tarfile
+import uuid
 import zipfile
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from segjax import evaluate, input_pipeline, outputs, report, sharding
+from segjax import distributed, evaluate, input_pipeline, outputs, report, sharding
 from segjax.config import ConfigError
 from segjax.state import build
 
@@ -26,7 +27,7 @@ def submit(config, workdir) -> pathlib.Path:
 
   Raises:
     ConfigError: no run or no checkpoint in `workdir`, one of another model, a batch or canvas that the mesh does not
-      divide, or files that cannot be written.
+      divide, files in predict_SPLIT that are no results, or files that cannot be written.
     DataError: the split cannot be used, or names of examples cannot be those of files.
   """
   workdir = pathlib.Path(workdir)
@@ -34,29 +35,31 @@ def submit(config, workdir) -> pathlib.Path:
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   split = config.data.eval_split
   source = input_pipeline.make_source(config.data, split, labels=False)
-  final = outputs.output_path(workdir, f"predict_{split}")
-  folder = final.with_name(final.name + ".tmp")
-  outputs.check_outputs(folder, (str(result_path(source, index)) for index in range(len(source))))
+  final, archive = outputs.output_path(workdir, f"predict_{split}"), f"results.{source.submission.archive}"
+  paths = [result_path(source, index).as_posix() for index in range(len(source))]
+  outputs.check_outputs(final, paths)
   input_pipeline.cache.check_room(config.data.cache, (source,))
+  results = {archive, *paths}
+  distributed.on_first(lambda: _check_replaceable(final, results))
   graphdef, _, _, init = build(config, len(source.classes))
   variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
+  step = evaluate.make_evaluator(config, source, graphdef, mesh).step
 
   try:
-    if jax.process_index() == 0:
-      shutil.rmtree(folder, ignore_errors=True)
-      folder.mkdir(parents=True)
-    _wait_for_all("predict: folder")
-    step = evaluate.make_evaluator(config, source, graphdef, mesh).step
-    for index, out in evaluate.predictions(step, variables, evaluate.make_batches(config, source, mesh), mesh):
-      write_png(folder / result_path(source, index), out["prediction"], source)
-    _wait_for_all("predict: files")
-    archive = f"results.{source.submission.archive}"
-    if jax.process_index() == 0:
-      pack(folder, folder / archive)
-      shutil.rmtree(final, ignore_errors=True)
-      folder.rename(final)
+    folder = workdir / distributed.on_first(lambda: f"{final.name}.{uuid.uuid4().hex}.tmp")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+      for index, out in evaluate.predictions(step, variables, evaluate.make_batches(config, source, mesh), mesh):
+        write_png(folder / result_path(source, index), out["prediction"], source)
+      _wait_for_all("predict: files")
+      if jax.process_index() == 0:
+        pack(folder, folder / archive)
+        _replace(final, folder, results)
+    finally:
+      if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
   except OSError as error:
-    raise ConfigError(f"{folder} cannot be written ({error}). Free the space, or check --workdir.") from error
+    raise ConfigError(f"{final} cannot be written ({error}). Free the space, or check --workdir.") from error
   if jax.process_index() == 0:
     print(
       f"{split}: {len(source)} predictions, {origin}\nfiles: {final / source.submission.folder}"
@@ -64,6 +67,27 @@ def submit(config, workdir) -> pathlib.Path:
       flush=True,
     )
   return final / archive
+
+
+def _check_replaceable(final: pathlib.Path, results: set[str]) -> None:
+  """Raises ConfigError where `final` holds anything that is not one of `results`, paths relative to it."""
+  other = [final] if final.is_symlink() or final.is_file() else sorted(final.rglob("*"))
+  for path in other:
+    if path.is_symlink() or not (path.is_dir() or path.relative_to(final).as_posix() in results):
+      raise ConfigError(
+        f"{final} is where predictions go, and {path} is none of them. Move it elsewhere; nothing was deleted."
+      )
+
+
+def _replace(final: pathlib.Path, folder: pathlib.Path, results: set[str]) -> None:
+  """Puts `folder` in the place of `final`, of which `results` are deleted and nothing else."""
+  _check_replaceable(final, results)  # Again: predicting takes a while.
+  if final.exists():
+    for result in results:
+      (final / result).unlink(missing_ok=True)
+    for path in (*sorted(final.rglob("*"), reverse=True), final):  # What a folder holds comes before it.
+      path.rmdir()
+  folder.rename(final)
 
 
 def _wait_for_all(name: str) -> None:
@@ -97,3 +121,9 @@ def pack(folder: pathlib.Path, archive: pathlib.Path) -> None:
     with zipfile.ZipFile(archive, "w") as file:  # Stored: PNGs are compressed already.
       for path in paths:
         file.write(path, path.relative_to(folder).as_posix())
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("main --mode=predict --workdir=RUN")

@@ -65,9 +65,11 @@ def train(config, workdir) -> dict[str, float]:
   train_source = input_pipeline.make_source(config.data, config.data.train_split)
   eval_source = input_pipeline.make_source(config.data, split)
   sharding.check_batch(mesh, "batch_size", config.batch_size, config.accumulate_steps)
+  loader = input_pipeline.loader_of(config.data)
   say(
     f"data: {len(train_source)} images in {config.data.train_split!r}, {len(eval_source)} in {split!r},"
-    f" {len(train_source.classes)} classes, loader {config.data.loader}"
+    f" {len(train_source.classes)} classes, loader {loader}"
+    + (", because TensorFlow is not installed" if loader != config.data.loader else "")
   )
   splits = {config.data.train_split: train_source, config.data.eval_split: eval_source}
   for note in dict.fromkeys((*train_source.notes, *eval_source.notes, *inventory.notes(splits))):
@@ -136,9 +138,11 @@ def train(config, workdir) -> dict[str, float]:
     )
     batches = sharding.to_device(batches, mesh)
 
-    tensorboard = config.data.loader != "grain" and jax.process_index() == 0
-    if not tensorboard:
+    tensorboard = loader != "grain" and report.has_tensorboard() and jax.process_index() == 0
+    if loader == "grain":
       say("TensorBoard is off: it would import TensorFlow, which the grain loader avoids. Curves are in metrics.jsonl.")
+    elif not tensorboard:
+      say("TensorBoard is off: it needs pip install 'segjax[tensorflow]'. Curves are in metrics.jsonl.")
     writer = report.Writer(workdir, start_step=start, tensorboard=tensorboard, unscored=unscored)
     if before := bad.count(start):
       say(f"note: {before} bad examples before (bad_examples_*.jsonl); data.max_bad_examples = {bad.most}")
@@ -365,3 +369,9 @@ def save_batch(config, step: int, source, workdir: pathlib.Path, bad: BadExample
   except (input_pipeline.DataError, OSError) as error:  # The reason to stop is another one.
     return f"Its batch could not be saved ({error})."
   return f'Its batch, before augmentation: batch = dict(numpy.load("{path}")).'
+
+
+if __name__ == "__main__":
+  from segjax import commandline
+
+  commandline.refuse("main --config=FILE --workdir=RUN")

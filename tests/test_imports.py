@@ -5,6 +5,14 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from segjax import input_pipeline
+from segjax.config import ConfigError, default_config
+from segjax.train import train
+
 PACKAGE = pathlib.Path(__file__).parents[1] / "segjax"
 
 # From the foundation up; a file may import from lower layers and from its own folder.
@@ -12,7 +20,7 @@ LAYERS = [
   {"atomic"},
   {"config", "input_pipeline.datasets"},
   {"models.resize", "models.winograd"},
-  {"config_rules", "user_cache", "losses", "metrics", "optimizer", "sharding", "augment", "hlo", "compiler"},
+  {"config_rules", "user_cache", "losses", "metrics", "optimizer", "sharding", "augment", "hlo", "compiler", "config_file"},
   {"models", "models.convolution", "models.depthwise", "models.normalization", "models.layers", "models.strides", "models.details", "models.aspp",
    "models.xception", "models.resnet", "models.mobilenet_v2", "models.vgg", "models.backbones", "models.unet",
    "models.fcn", "models.dilated_fcn", "models.deeplab", "models.classifier", "flops", "inference"},
@@ -23,7 +31,7 @@ LAYERS = [
    "input_pipeline.voc", "input_pipeline.cityscapes", "input_pipeline.kitti_road", "input_pipeline.loose",
    "input_pipeline.tfds_store", "input_pipeline.tfds_source", "input_pipeline.voc_segmentation",
    "input_pipeline.tf_data", "input_pipeline.grain_loader"},
-  {"outputs", "state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed"},
+  {"outputs", "state", "steps", "checkpoint", "task", "report", "commandline", "lock", "cluster", "liveness", "distributed", "unpacking"},
   {"warm_start", "workdir", "examples"},
   {"check_data", "evaluate", "predict", "submission", "train", "prepare", "programs", "dry_run", "input_speed", "step_speed", "benchmark", "validation"},
   {"main"},
@@ -95,3 +103,41 @@ evaluate(config, {str(tmp_path / "run")!r})
   result = run(code)
   assert result.returncode == 0, result.stderr
   assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_of_tf_data_goes_on_with_grain_where_tensorflow_is_not_installed(tmp_path):
+  """Begun with it in this process; gone on with, and warm-started from PyTorch-style weights, where nothing finds it."""
+  code = f"""
+import sys
+for name in ("tensorflow", "tensorflow_datasets", "tensorboard", "clu"):
+  sys.modules[name] = None  # Any import of it now raises, and find_spec finds nothing.
+from segjax import config as config_lib
+from segjax.evaluate import evaluate
+from segjax.pretrained import files
+from segjax.train import train
+config = config_lib.load({str(tmp_path / "run")!r})
+assert config.data.loader == "tf_data"
+config.num_steps = 3
+train(config, {str(tmp_path / "run")!r})
+evaluate(config, {str(tmp_path / "run")!r})
+print(sorted(files.load_arrays({str(tmp_path / "w.safetensors")!r})))
+"""
+  config = default_config(data="synthetic")
+  config.num_steps, config.batch_size, config.crop_size = 2, 8, (8, 8)
+  config.data.image_size, config.data.num_train, config.data.num_val = (8, 8), 4, 2
+  config.model.width, config.model.depth = 2, 1
+  train(config, tmp_path / "run")
+  assert list((tmp_path / "run").glob("events*"))  # Of TensorBoard: TensorFlow is there.
+  safetensors.numpy.save_file({"conv.weight": np.zeros((1, 1), np.float32)}, tmp_path / "w.safetensors")
+  result = run(code)
+  assert result.returncode == 0, result.stderr
+  assert "loader grain, because TensorFlow is not installed" in result.stdout and "['conv.weight']" in result.stdout
+  assert "at step 2" in result.stdout and "TensorBoard is off" in result.stdout
+
+
+def test_a_broken_tensorflow_is_an_error_with_the_way_around_it(monkeypatch):
+  data = default_config(data="synthetic").data
+  source = input_pipeline.make_source(data, "val")
+  monkeypatch.setattr(input_pipeline, "_LOADERS", {"tf_data": "segjax.no_such_module"})
+  with pytest.raises(ConfigError, match="The loader tf_data cannot be imported .*--config.data.loader=grain"):
+    next(input_pipeline.eval_batches(source, data, batch_size=1, rows=[0]))

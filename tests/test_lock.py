@@ -93,3 +93,12 @@ def test_a_lock_cut_short_is_watched_then_taken(tmp_path):
   with Lock(tmp_path, beat=0.05, quiet=0.3) as lock:
     lock.acquire()
     lock.check()
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"host": 3, "token": null}', '{"host": " "}', "[" * 10**5, "\0"])
+def test_a_damaged_lock_is_watched_then_taken(text, tmp_path):
+  (tmp_path / LOCK_FILE).write_text(text)
+  with Lock(tmp_path, beat=0.05, quiet=0.1) as lock:
+    lock.acquire()
+    lock.check()
+  assert not (tmp_path / LOCK_FILE).exists()

@@ -123,6 +123,15 @@ def test_a_python_without_pytorch_is_named(config, python, fault):
     step_speed.Torch(config, "train", ours, 2, python)
 
 
+def test_a_python_with_pytorch_and_without_segjax_is_told_so(config, tmp_path):
+  python = tmp_path / "python"
+  python.write_text('#!/bin/sh\ntest "$2" = "import torch"\n')
+  python.chmod(0o755)
+  ours = types.SimpleNamespace(batch_size=1, size=(64, 64))
+  with pytest.raises(ConfigError, match="has PyTorch but cannot import segjax.*pip install -e ."):
+    step_speed.Torch(config, "train", ours, 2, str(python))
+
+
 def test_the_command_appends_json_lines(tmp_path):
   command = [
     sys.executable, "-m", "segjax.benchmark", "--config=configs/quickstart.py", "--what=eval", "--seconds=0.1",

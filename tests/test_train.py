@@ -142,6 +142,7 @@ def test_evaluation_repeats_the_score_and_takes_any_split(tiny_config, tmp_path,
   command = [sys.executable, "-m", "segjax.main", f"--workdir={workdir}", "--mode=eval", "--config.eval.scales=0.5,1.0"]
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert result.returncode == 0 and "scales (0.5, 1.0)" in result.stdout, result.stderr
+  assert result.stderr == ""  # No library's notes around the table.
 
 
 def test_eval_batch_size_does_not_change_the_score(tiny_config, tmp_path):

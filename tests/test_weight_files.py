@@ -2,6 +2,8 @@
 
 import pathlib
 import pickle
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -114,3 +116,14 @@ def test_a_library_that_is_not_installed_is_named(tmp_path, monkeypatch):
   (tmp_path / "w.safetensors").write_bytes(b"")
   with pytest.raises(ConfigError, match="reading it needs safetensors"):
     files.load_arrays(str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("version, read", [("2.5.1+cu124", False), ("2.6.0", True), ("2.10.0", True), ("3.0", True)])
+def test_torch_files_are_not_unpickled_by_a_torch_whose_weights_only_has_a_hole(version, read, tmp_path, monkeypatch):
+  loads = []
+  fake = types.SimpleNamespace(__version__=version, load=lambda *args, **options: loads.append(options) or {})
+  monkeypatch.setitem(sys.modules, "torch", fake)
+  (tmp_path / "w.pth").touch()
+  with pytest.raises(ConfigError, match="needs one dictionary of tensors" if read else "pip install 'torch>=2.6'"):
+    files.load_arrays(str(tmp_path / "w.pth"))
+  assert len(loads) == read and all(options["weights_only"] for options in loads)

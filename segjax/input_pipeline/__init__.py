@@ -12,7 +12,7 @@ width; `id` [b] int32.
 """
 
 import functools
-import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -188,6 +188,19 @@ def load_example(source, canvas_size: tuple[int, int], index: int, border: bool 
   return example
 
 
+def loader_of(data) -> str:
+  """The loader that reads for `config.data`: what it names, but grain where TensorFlow is not installed."""
+  return data.loader if data.loader == "grain" or _tensorflow_is_installed() else "grain"
+
+
+def _tensorflow_is_installed() -> bool:
+  try:
+    spec = importlib.util.find_spec("tensorflow")
+  except (ImportError, ValueError):  # Something forbids its import.
+    return False
+  return spec is not None and spec.origin is not None  # An uninstalled one may leave a folder behind.
+
+
 def _batches(
   source,
   canvas_size,
@@ -226,7 +239,14 @@ def _batches(
       bad.add(step, row, source.describe(index), error)
     return load_example(source, largest, order.PADDING, border) | dict(id=np.array(index, np.int32))
 
-  loader = importlib.import_module(_LOADERS[data.loader])
+  name = loader_of(data)
+  try:
+    loader = importlib.import_module(_LOADERS[name])
+  except ImportError as error:
+    raise config_lib.ConfigError(
+      f"The loader {name} cannot be imported ({error}). Repair that installation, or set --config.data.loader=grain: the"
+      " batches are the same."
+    ) from error
   positions = range(start * len(rows), stop * len(rows))
   return loader.batches(positions, load, canvas_size, len(rows), data.workers)
 

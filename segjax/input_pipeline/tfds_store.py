@@ -134,6 +134,17 @@ def _record(part, place: int, where: str, features) -> dict[str, bytes]:
   return record
 
 
+def _read_index(path: pathlib.Path, count: int) -> dict[str, list] | None:
+  """What `_index` wrote, of `count` records; None where there is no such file, or one damaged or of other shards."""
+  try:
+    index = json.loads(path.read_text())
+    names, sizes = index["names"], [(int(h), int(w)) for h, w in index["sizes"]]
+    sound = len(names) == len(sizes) == count and all(isinstance(name, str) for name in names)
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return None
+  return dict(names=names, sizes=sizes) if sound and all(min(size) > 0 for size in sizes) else None
+
+
 def _index(
   folder: pathlib.Path, split: str, part, image: str, mask: str, id: str, reading: images.Reading
 ) -> dict[str, list]:
@@ -142,11 +153,10 @@ def _index(
   Raises:
     DataError: every image that cannot be read, and every mask of another size.
   """
-  path = folder / f"segjax_index_{urllib.parse.quote('-'.join(filter(None, (split, image, mask, id))), safe='-')}.json"
-  if path.is_file():
-    index = json.loads(path.read_text())
-    if len(index["names"]) == len(part):
-      return index
+  parts = (split, image, mask, id, "" if reading.exif == "refuse" else reading.exif)  # What sizes depend on.
+  path = folder / f"segjax_index_{urllib.parse.quote('-'.join(filter(None, parts)), safe='-')}.json"
+  if index := _read_index(path, len(part)):
+    return index
   masks, names, sizes, problems = images.MaskHeaders(reading.same_colors), [], [], []
   for i in tqdm.tqdm(range(len(part)), f"indexing {folder.parent.name} {split}", disable=len(part) < 100):
     record = _record(part, i, f"{folder} {split}", [f for f in (image, mask, id) if f])

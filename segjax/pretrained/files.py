@@ -1,6 +1,7 @@
 """Tensors by name from the files that other frameworks write. What a format's own library reads, it reads."""
 
 import pathlib
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,8 +15,8 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
   """{name: array} of a file of weights.
 
   Args:
-    path: `.npz`; `.safetensors` (needs safetensors); `.pth`, `.pt` or `.bin` of PyTorch (needs torch; unpickled with
-      weights_only); a TensorFlow checkpoint, by its `.index` file or the name before it, or a frozen graph `.pb` (need
+    path: `.npz`; `.safetensors` (needs safetensors); `.pth`, `.pt` or `.bin` of PyTorch (needs torch from 2.6 on; unpickled
+      with weights_only); a TensorFlow checkpoint, by its `.index` file or the name before it, or a frozen graph `.pb` (need
       TensorFlow).
 
   Raises:
@@ -72,6 +73,11 @@ def _safetensors(path):
 def _torch(path):
   import torch
 
+  if [int(n) for n in re.findall(r"\d+", torch.__version__)[:2]] < [2, 6]:  # CVE-2025-32434, of all before.
+    raise ConfigError(
+      f"init.path = {path}: torch {torch.__version__} may run code that a file of weights holds, even with weights_only."
+      " pip install 'torch>=2.6', or save the weights as .safetensors."
+    )
   return _state_dict(path, torch.load(path, map_location="cpu", weights_only=True), torch)
 
 
