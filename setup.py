@@ -36,7 +36,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12.8,<0.13",  # Its checkpoint manager is being replaced by another API.
     "pillow>=11",
     "safetensors",
-    "simplejpeg>=1.8",  # Decodes JPEGs a sixth faster than Pillow, to the same bits, and tells damage that Pillow hides.
+    "simplejpeg>=1.9",  # Decodes JPEGs a sixth faster than Pillow, to the same bits, and tells damage that Pillow hides.
     "scipy",  # SBD's .mat files; distance transforms and connected components of instances. JAX needs it anyway.
     "tqdm",
   ],

@@ -1,6 +1,7 @@
 """data.cache: the same batches bit for bit without decoding twice, whatever happens to the files that it keeps."""
 
 import concurrent.futures
+import functools
 import os
 import shutil
 
@@ -36,12 +37,16 @@ def data(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def decoded(monkeypatch):
-  """The paths of the files that were decoded."""
+def decoded(tmp_path, monkeypatch):
+  """The paths of the files in tmp_path that were decoded; a thread that another test left may decode others."""
   paths = []
+
+  def counted(read, path, **how):
+    paths.extend([str(path)] * str(path).startswith(str(tmp_path)))
+    return read(path, **how)
+
   for name in ("read_image", "read_mask"):
-    read = getattr(images, name)
-    monkeypatch.setattr(images, name, lambda path, read=read, **how: paths.append(str(path)) or read(path, **how))
+    monkeypatch.setattr(images, name, functools.partial(counted, getattr(images, name)))
   return paths
 
 
