@@ -69,6 +69,14 @@ def per_channel(variable: nnx.Variable) -> jax.Array:
   return variable[...].reshape(1, 1, 1, -1)
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """x [B, H, W, C] + bias [C], in x's type.
+
+  The sum is taken in the bias' type, and so is the gradient, a sum over all pixels: in bfloat16 it would stall.
+  """
+  return (x.astype(bias.dtype) + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
+
+
 def paddings(size: tuple[int, int], kernel_size: int, stride: int, rate: int, padding: str):
   """Zeros around a map before an unpadded convolution, ((top, bottom), (left, right)).
 
@@ -130,7 +138,7 @@ class Conv(nnx.Module):
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
     padding = paddings(x.shape[1:3], kernel.shape[0], self.stride, self.rate, self.padding)
     x = on_split_height(convolution.conv, x, kernel, self.stride, self.rate, padding)
-    return x if self.bias is None else x + per_channel(self.bias).astype(self.dtype)
+    return x if self.bias is None else add_bias(x, self.bias[...])
 
 
 class DepthwiseConv(nnx.Module):
@@ -170,7 +178,7 @@ class ConvTranspose2x2(nnx.Module):
     b, h, w, _ = x.shape
     kernel = self.kernel[...].astype(self.dtype)
     x = convolution.matmul(x.astype(self.dtype), kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1))
-    x = _with_written_gradient(x + jnp.tile(self.bias[...].astype(self.dtype), 4).reshape(1, 1, 1, -1))
+    x = _with_written_gradient(add_bias(x, jnp.tile(self.bias[...], 4)))
     return x.reshape(b, h, w, 2, 2, -1).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, -1)
 
 
