@@ -56,10 +56,11 @@ def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Pr
   """The train step of a config: compiled(state, batch), on a mesh, for images on a canvas (H, W).
 
   Raises:
-    ConfigError: what `state.build` raises.
+    ConfigError: what `state.build` and `train.check_batch_norm` raise.
   """
   graphdef, optimizer, _, init = state.build(config, num_classes)
   abstract = jax.eval_shape(init)
+  train.check_batch_norm(config, graphdef, abstract)
   placed = sharding.of_state(mesh, abstract, config.shard_state)
   weights = np.ones(num_classes, np.float32) if config.loss.class_weights else None  # They only have to be there.
   step = train.make_step(config, graphdef, optimizer, mesh, placed, weights)

@@ -315,6 +315,10 @@ def linear(x: jax.Array) -> jax.Array:
   return x
 
 
+class NoVariance(ValueError):
+  """A batch norm in training sees one value of each channel."""
+
+
 class BatchNorm(nnx.Module):
   """Batch normalisation (Ioffe & Szegedy 2015) over batch, height and width.
 
@@ -343,12 +347,17 @@ class BatchNorm(nnx.Module):
 
     Args:
       activation: of the result, a function of each number; here, because its gradient is then computed in passing.
+
+    Raises:
+      NoVariance: one image of one pixel, whose result would be `bias` whatever x is, while the running variance decays.
     """
     scale, bias = per_channel(self.scale), per_channel(self.bias)
     if train and not self.frozen:
-      y, mean, var = normalization.by_batch_statistics(x, scale, bias, self.epsilon, activation)
       count = x.shape[0] * x.shape[1] * x.shape[2]
-      for running, batch in ((self.mean, mean), (self.var, var * (count / max(count - 1, 1)))):
+      if count == 1:
+        raise NoVariance(f"Batch norm sees one value of each of {x.shape[-1]} channels in training: no variance.")
+      y, mean, var = normalization.by_batch_statistics(x, scale, bias, self.epsilon, activation)
+      for running, batch in ((self.mean, mean), (self.var, var * (count / (count - 1)))):
         # Not running[...] = ...: nnx then asks for shardings, and each tracer lists where it comes from: half of all tracing.
         running.set_value(self.momentum * running[...] + (1 - self.momentum) * batch.reshape(-1))
     else:
