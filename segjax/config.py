@@ -102,7 +102,7 @@ SOURCES = {
 # schedule, which train.py says aloud).
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
-  "profile_steps", "compilation_cache", "eval", "init",
+  "kernels", "profile_steps", "compilation_cache", "eval", "init",
   "data.dir", "data.eval_split", "data.loader", "data.workers", "data.max_bad_examples", "data.format",
   "policy.early_stop",
 )  # fmt: skip
@@ -149,6 +149,9 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
   # Memory of activations: the backward pass computes those inside blocks again, a third more multiply-adds. For GPU and
   # TPU: XLA:CPU drops the barriers that put this off until it is needed, and saves nothing.
   config.remat = False
+  # "auto": forms of operations that are fast on the mesh's platform (segjax/kernels); "plain": none, textbook code.
+  # Results differ by rounding.
+  config.kernels = "auto"
 
   # Steps (first, last) to trace, into WORKDIR/profile, for TensorBoard or ui.perfetto.dev; (0, 0): none. Not the first
   # one, which compiles.

@@ -9,6 +9,7 @@ from segjax.config import ConfigError, default_config, fields
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
+  "kernels": ("auto", "plain"),
   "data.loader": ("tf_data", "grain"),
   "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
   "data.labels": {"cityscapes": ("gtFine", "gtCoarse"), "kitti_road": ("road", "lane")},

@@ -247,6 +247,7 @@ def make_step(config, graphdef, optimizer, mesh, state_sharding: TrainState, cla
     auxiliary_weight=config.loss.auxiliary_weight,
     ema_decay=config.optimizer.ema_decay,
     accumulate_steps=config.accumulate_steps,
+    kernels=config.kernels,
   )
 
 
