@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from segjax import augment, commandline, compiler, losses, metrics, steps
-from segjax.models import convolution, depthwise, layers, resize
+from segjax import augment, commandline, kernels, losses, metrics, steps
+from segjax.kernels import compiler, convolution, depthwise
+from segjax.models import layers, resize
 
 ORDER = ("NHWC", "HWIO", "NHWC")
 
@@ -125,20 +126,6 @@ def up(size, features, batch=4):
     {"segjax": ours, "xla": xla}  # fmt: skip
 
 
-def side_by_side(size, features, batch):
-  """A row of concatenations, of maps that batch norm in evaluation and ReLU give."""
-  normal = lambda x: jax.nn.relu((x - 2) * 0.5 + 1)  # noqa: E731
-
-  def ours(x, y):
-    return layers.concatenate(normal(x), normal(y))
-
-  def xla(x, y):
-    return jnp.concatenate([normal(x), normal(y)], axis=-1)
-
-  name = f"concatenation {'+'.join(map(str, features))}"
-  return name, [(batch, *size, of) for of in features], {"segjax": ours, "xla": xla}
-
-
 def resizing(size, to, features, batch=2):
   """A row of bilinear resizing."""
 
@@ -243,10 +230,6 @@ ROWS = {
     lambda: transposed((15, 15), 21, 2), lambda: transposed((60, 60), 21, 8), lambda: transposed((30, 30), 21, 16),
     lambda: up((16, 16), 1024), lambda: up((128, 128), 128),
   ],
-  "concatenation": [
-    lambda: side_by_side((128, 128), (16, 16), 16), lambda: side_by_side((256, 256), (64, 64), 4),
-    lambda: side_by_side((129, 129), (256, 48), 1),
-  ],
   "resize": [lambda: resizing((17, 17), (65, 65), 256), lambda: resizing((65, 65), (257, 257), 21)],
   "confusion": [lambda: counting((513, 513), 21), lambda: counting((512, 512), 2)],
   "sweep": [lambda: sweeping((1280, 1918), 2)],
@@ -257,11 +240,13 @@ ROWS = {
 
 def programs(forms: dict, arguments: list, names: tuple[str, ...]):
   """{(form, "forward" or "backward"): a compiled call}, arguments bound."""
+  platform = jax.devices()[0].platform
   out = jax.eval_shape(next(iter(forms.values())), *arguments)
   found = {}
   for form in names:
     function = forms[form]
-    options = {} if form == "default" else compiler.options("train")
+    options = {} if form == "default" else compiler.options("train", platform)
+    function = kernels.on(platform)(function)
     compiled = jax.jit(function, compiler_options=options).lower(*arguments).compile()
     found[form, "forward"] = functools.partial(compiled, *arguments)
     if jnp.issubdtype(out.dtype, jnp.floating):

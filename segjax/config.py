@@ -106,7 +106,7 @@ SOURCES = {
 # schedule, and what is evaluated how often through a plateau policy, which then counts anew; both are said aloud).
 HARMLESS = (
   "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
-  "profile_steps", "eval", "init",
+  "kernels", "profile_steps", "eval", "init",
   "data.dir", "data.eval_split", "data.loader", "data.workers", "data.cache", "data.max_bad_examples", "data.format",
   "policy.early_stop",
 )  # fmt: skip
@@ -155,6 +155,9 @@ def default_config(model: str = "unet", data: str = "folder") -> config_dict.Con
   # Memory of activations: the backward pass computes those inside blocks again, a third more multiply-adds. For GPU and
   # TPU: XLA:CPU drops the barriers that put this off until it is needed, and saves nothing.
   config.remat = False
+  # "auto": forms of operations that are fast on the mesh's platform (segjax/kernels); "plain": none, textbook code.
+  # Results differ by rounding.
+  config.kernels = "auto"
 
   # Steps (first, last) to trace, into WORKDIR/profile, for TensorBoard or ui.perfetto.dev; (0, 0): none. Not the first
   # one, which compiles.

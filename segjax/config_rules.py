@@ -10,6 +10,7 @@ from segjax.config import ConfigError, default_config, fields, schema_problem
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
+  "kernels": ("auto", "plain"),
   "data.loader": ("tf_data", "grain"),
   "data.exif": ("refuse", "apply", "ignore"),
   "data.cache": ("none", "memory", "disk"),

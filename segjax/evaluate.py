@@ -133,7 +133,7 @@ def make_step(config, graphdef, mesh, num_classes: int):
   """The step by which everything is scored and predicted under `config.eval`, see `steps.make_eval_step`."""
   return steps.make_eval_step(
     graphdef, mesh, num_classes=num_classes, protocol=protocol(config), outside=config.eval.outside,
-    sigmoid=config.head == "sigmoid", threshold=config.eval.threshold,
+    sigmoid=config.head == "sigmoid", threshold=config.eval.threshold, kernels=config.kernels,
   )  # fmt: skip
 
 

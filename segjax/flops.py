@@ -10,9 +10,10 @@ from jax.extend import core
 def multiply_adds(function: Callable, *args) -> int:
   """Multiply-adds of the convolutions and matrix products of `function(*args)`, as papers count them.
 
-  A convolution counts every tap of every output pixel, padding included. What is element-wise, such as batch norm, is
+  A convolution counts every tap of every output pixel, padding included, but not the zeros between the pixels of a
+  transposed one. What is element-wise, such as batch norm, is
   left out (0.2 % of Xception-65), and so is resizing, whose matrix product is a choice of ours: it multiplies zeros.
-  A depthwise convolution counts as one, in whatever form it runs.
+  Forms of other kernels than the plain ones have other numbers (segjax/kernels).
 
   Args:
     args: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
@@ -29,13 +30,14 @@ def _count(jaxpr) -> int:
       continue
     if name == "conv_general_dilated":
       kernel, dims = equation.invars[1].aval.shape, params["dimension_numbers"]
-      total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[dims.rhs_spec[0]]
+      taps = math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[dims.rhs_spec[0]]
+      total += taps // math.prod(params["lhs_dilation"])
     elif name == "dot_general":
       (contracted, _), _ = params["dimension_numbers"]
       total += math.prod(equation.outvars[0].aval.shape) * math.prod(
         equation.invars[0].aval.shape[n] for n in contracted
       )
-    elif name == "cond":  # The forms of several platforms: all compute the same, only one as a convolution.
+    elif name == "cond":  # Only one branch runs.
       total += max(_count(branch.jaxpr) for branch in params["branches"])
     else:
       inner = [_count(sub) for sub in core.jaxprs_in_params(params)]

@@ -36,8 +36,12 @@ class Program:
     return self.arguments + self.outputs + self.temporary
 
 
-def compile_step(step, *arguments) -> Program:
-  """Compiles a jitted step for abstract arguments that have shardings."""
+def compile_step(step, *arguments, plain=None) -> Program:
+  """Compiles a jitted step for abstract arguments that have shardings.
+
+  Args:
+    plain: the same step with plain kernels, whose multiply-adds are those of the papers; None: `step` has these.
+  """
   begin = time.perf_counter()
   compiled = step.lower(*arguments).compile()
   seconds = time.perf_counter() - begin
@@ -47,7 +51,7 @@ def compile_step(step, *arguments) -> Program:
     arguments=memory.argument_size_in_bytes,
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     temporary=memory.temp_size_in_bytes,
-    multiply_adds=flops.multiply_adds(step, *arguments),
+    multiply_adds=flops.multiply_adds(plain or step, *arguments),
     collectives=hlo.collectives(compiled.as_text()),
     seconds=seconds,
   )
@@ -60,15 +64,18 @@ def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int], cut: 
     cut: whether larger images are cut to it.
 
   Raises:
-    ConfigError: what `state.build` raises.
+    ConfigError: what `state.build` and `train.check_batch_norm` raise.
   """
   graphdef, optimizer, _, init = state.build(config, num_classes)
   abstract = jax.eval_shape(init)
+  train.check_batch_norm(config, graphdef, abstract)
   placed = sharding.of_state(mesh, abstract, config.shard_state)
   weights = np.ones(num_classes, np.float32) if config.loss.class_weights else None  # They only have to be there.
-  step = train.make_step(config, graphdef, optimizer, mesh, placed, weights)
+  step, plain = (
+    train.make_step(c, graphdef, optimizer, mesh, placed, weights) for c in (config, with_plain_kernels(config))
+  )
   batch = abstract_batch(mesh, config.batch_size, canvas, config.loss.border_weight > 0, cut)
-  return compile_step(step, state.with_sharding(abstract, placed), batch)
+  return compile_step(step, state.with_sharding(abstract, placed), batch, plain=plain)
 
 
 def compile_eval(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Program:
@@ -76,7 +83,15 @@ def compile_eval(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Pro
   graphdef, _, _, init = state.build(config, num_classes)
   variables = state.with_sharding(jax.eval_shape(init).eval_variables(), sharding.replicated(mesh))
   batch = abstract_batch(mesh, config.eval.batch_size, canvas)
-  return compile_step(evaluate.make_step(config, graphdef, mesh, num_classes), variables, batch)
+  step, plain = (evaluate.make_step(c, graphdef, mesh, num_classes) for c in (config, with_plain_kernels(config)))
+  return compile_step(step, variables, batch, plain=plain)
+
+
+def with_plain_kernels(config):
+  """A copy of the config."""
+  config = config.copy_and_resolve_references()
+  config.kernels = "plain"
+  return config
 
 
 COMPILE = {"train": compile_train, "eval": compile_eval}

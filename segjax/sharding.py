@@ -12,7 +12,7 @@ import collections
 import concurrent.futures
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -100,21 +100,6 @@ def on(mesh: Mesh) -> Iterator[None]:
   """While a function is traced under it (or decorated with it), `split_height` splits over this mesh."""
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     yield
-
-
-def splits_height() -> bool:
-  """Whether what is being traced is for a mesh that splits the image height, see `on`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and mesh.shape["space"] > 1
-
-
-def on_cpu(form: Callable) -> dict[str, Callable]:
-  """{"cpu": form} for jax.lax.platform_dependent, unless rows of pixels are split over devices.
-
-  There each shift would be an exchange of rows of its own, with a copy of the map, and rows that are looped over or merged
-  would be gathered.
-  """
-  return {} if splits_height() else dict(cpu=form)
 
 
 def splits_batch() -> bool:

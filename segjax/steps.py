@@ -9,9 +9,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from segjax import augment, compiler, inference, metrics, sharding
+from segjax import augment, inference, metrics, sharding
+from segjax import kernels as kernels_lib
 from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL
+from segjax.kernels import compiler
 from segjax.models import resize
 from segjax.state import TrainState
 
@@ -42,8 +44,8 @@ def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                     state_sharding: TrainState, seed: int, crop_size: tuple[int, int], augmentation: dict,
-                    loss: Callable, auxiliary_weight: float, ema_decay: float,
-                    accumulate_steps: int = 1) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
+                    loss: Callable, auxiliary_weight: float, ema_decay: float, accumulate_steps: int = 1,
+                    kernels: str = "auto") -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
   """One update: augment -> normalise -> forward -> loss -> gradient -> optimiser (-> EMA).
 
   Forward to gradient may happen in parts of the batch, one after another (`accumulate_steps`), each weighing as much as it
@@ -59,6 +61,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     auxiliary_weight: of the same loss on the logits of an auxiliary head, where the model has one.
     ema_decay: 0 where the state has no `ema`.
     accumulate_steps: number of parts; see `sharding.split_batch` for which rows they have.
+    kernels: which forms of operations, see `kernels.target`.
 
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
@@ -68,7 +71,10 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     leaves the state as it was but for `failed_step`.
   """
 
+  platform = kernels_lib.target(mesh, kernels)
+
   @sharding.on(mesh)
+  @kernels_lib.on(platform)
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
@@ -131,12 +137,12 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     return state, dict(loss=value, grad_norm=grad_norm, pixel_accuracy=correct / labelled)
 
   out = state_sharding, sharding.replicated(mesh)
-  return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=compiler.options("train"))
+  return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=compiler.options("train", platform))
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
                    protocol: dict, outside: str = "void", sigmoid: bool = False,
-                   threshold: float = 0.5) -> Callable[[dict, dict], dict]:  # fmt: skip
+                   threshold: float = 0.5, kernels: str = "auto") -> Callable[[dict, dict], dict]:  # fmt: skip
   """Scores whole images at their own size against their own labels; labels are never resized.
 
   Labels outside `size` are void.
@@ -146,6 +152,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
     outside: what the canvas shows there: "void", the mean pixel, or "mirror".
     sigmoid: whether the model has one logit, that of the second of two classes,
     threshold: which is predicted where its probability lies above this.
+    kernels: which forms of operations, see `kernels.target`.
 
   Returns:
     eval_step(variables, batch) -> {"confusion": [K, K] int32, "prediction": [B, H, W] uint8}, jitted; `variables` are
@@ -153,7 +160,10 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
     Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
   """
 
+  platform = kernels_lib.target(mesh, kernels)
+
   @sharding.on(mesh)
+  @kernels_lib.on(platform)
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
     if outside == "mirror":
@@ -180,4 +190,4 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
   out = dict(confusion=sharding.replicated(mesh), prediction=images)
   out |= dict(probability=images) if num_classes == 2 else {}
   out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
-  return jax.jit(eval_step, out_shardings=out, compiler_options=compiler.options("eval"))
+  return jax.jit(eval_step, out_shardings=out, compiler_options=compiler.options("eval", platform))

@@ -27,6 +27,7 @@ from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.examples import check_examples
 from segjax.input_pipeline import inventory, order
 from segjax.input_pipeline.bad_examples import BadExamples
+from segjax.models import layers
 from segjax.state import TrainState, build, materialize, with_sharding
 from segjax.validation import Validation
 from segjax.workdir import claim_workdir, named_failures, open_checkpoints
@@ -85,6 +86,7 @@ def train(config, workdir) -> dict[str, float]:
   say("\n".join(input_pipeline.describe_canvases(train_source, eval_source, config.data, window, config.batch_size)))
   say(f"parameters of {config.model.name}:\n{report.parameter_table(abstract.params, abstract.batch_stats)}")
   check_loss(config)
+  check_batch_norm(config, graphdef, abstract)
   validation = Validation(config, evaluate.make_evaluator(config, eval_source, graphdef, mesh), say)
 
   # The workdir: new, or of a run with the same config. Nothing is written before this point.
@@ -251,6 +253,7 @@ def make_step(config, graphdef, optimizer, mesh, state_sharding: TrainState, cla
     auxiliary_weight=config.loss.auxiliary_weight,
     ema_decay=config.optimizer.ema_decay,
     accumulate_steps=config.accumulate_steps,
+    kernels=config.kernels,
   )
 
 
@@ -269,6 +272,30 @@ def check_loss(config) -> None:
     losses.check_terms(config.loss.terms, config.head == "sigmoid")
   except ValueError as error:
     raise ConfigError(f"config.loss.terms = {tuple(config.loss.terms)}: {error}") from error
+
+
+def check_batch_norm(config, graphdef, abstract: TrainState) -> None:
+  """Raises ConfigError where a batch norm would see one value of each channel of a batch, or of each of its parts.
+
+  That is what the ASPP's image pooling leaves of one image, or a network of one smaller than its crop's stride. It sees
+  the whole part whatever the mesh, so the forward pass is traced for parts of one image alone.
+  """
+  if config.batch_size > config.accumulate_steps:
+    return
+
+  def forward(variables, image):
+    model = steps.merge(graphdef, variables)
+    return model(model.preprocess(image), train=True)
+
+  try:
+    jax.eval_shape(forward, abstract.variables(), jax.ShapeDtypeStruct((1, *config.crop_size, 3), jnp.float32))
+  except layers.NoVariance as error:
+    options = dict(frozen_bn=True, image_pooling=False, batch_norm=False)  # Of some of the models each.
+    remedies = [f"model.{k} = {v}" for k, v in options.items() if k in config.model and config.model[k] != v]
+    raise ConfigError(
+      f"config.batch_size = {config.batch_size} with accumulate_steps = {config.accumulate_steps} is one image at a time:"
+      f" {error} Make batch_size at least {2 * config.accumulate_steps}, or set {' or '.join(remedies)}."
+    ) from error
 
 
 def with_weights(state: TrainState, loaded, exclude: tuple[str, ...], mesh, say) -> TrainState:

@@ -6,21 +6,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from segjax import compiler
-from segjax.models import convolution, layers
+from segjax import kernels
+from segjax.kernels import compiler, convolution
+from segjax.models import layers
 
 
 @pytest.fixture(autouse=True)
 def asked_anew():
   compiler.options.cache_clear()
-  yield
+  with kernels.on("cpu"):
+    yield
   compiler.options.cache_clear()
 
 
 @pytest.mark.parametrize("kind, products", [("train", True), ("eval", False)])
 def test_on_cpu_convolutions_are_not_left_to_ynnpack_and_products_in_training_alone(kind, products):
   def by_ynnpack(function, *arguments):
-    compiled = jax.jit(function, compiler_options=compiler.options(kind)).lower(*arguments).compile()
+    compiled = jax.jit(function, compiler_options=compiler.options(kind, "cpu")).lower(*arguments).compile()
     return "ynn_fusion" in compiled.as_text()
 
   def convolve(x, kernel):
@@ -36,7 +38,7 @@ def test_on_cpu_maps_are_computed_before_a_gradient_by_the_kernel_transposes_the
   def loss(kernel, x, scale):
     return jnp.square(convolution.conv(x * scale, kernel, 1, 1, ((1, 1), (1, 1)))).sum()
 
-  gradient = jax.jit(jax.grad(loss), compiler_options=compiler.options("train"))
+  gradient = jax.jit(jax.grad(loss), compiler_options=compiler.options("train", "cpu"))
   text = gradient.lower(jnp.ones((3, 3, 4, 8)), jnp.ones((2, 16, 16, 4)), jnp.ones(())).compile().as_text()
   transposing = [loop for loop in re.split(r"\n(?=%)", text) if " transpose(" in loop and "ENTRY" not in loop]
   assert transposing and not any(" multiply(" in loop for loop in transposing)
@@ -47,36 +49,17 @@ def test_on_cpu_the_gradient_of_batch_norm_and_relu_writes_no_map_but_its_result
     return (layers.BatchNorm(8)(x, True, jax.nn.relu) * weight).sum()
 
   x = jnp.ones((2, 16, 16, 8))
-  gradient = jax.jit(jax.grad(loss), compiler_options=compiler.options("train"))
+  gradient = jax.jit(jax.grad(loss), compiler_options=compiler.options("train", "cpu"))
   entry = gradient.lower(x, x).compile().as_text().split("\nENTRY ")[1]
   maps = re.findall(r"= f32\[2,(?:16,16|256),8\]\S* (?!parameter|get-tuple-element|bitcast)(\S+?)\(", entry)
   assert maps == ["fusion"], maps
 
 
-def test_on_cpu_the_gradient_of_max_pooling_reads_the_maximum():
-  def loss(x, weight):
-    return (layers.max_pool_2x2(x) * weight).sum()
-
-  gradient = jax.jit(jax.grad(loss), compiler_options=compiler.options("train"))
-  text = gradient.lower(jnp.ones((2, 16, 16, 8)), jnp.ones((2, 8, 8, 8))).compile().as_text()
-  loops = [loop for loop in re.split(r"\n(?=%)", text) if " maximum(" in loop]
-  assert len(loops) == 1
-
-
-def test_on_cpu_a_concatenation_is_one_loop_with_what_computes_its_maps():
-  def beside(x, y):
-    return layers.concatenate(jax.nn.relu(x), 2 * y)
-
-  join = jax.jit(beside, compiler_options=compiler.options("train"))
-  text = join.lower(jnp.ones((2, 16, 16, 8)), jnp.ones((2, 16, 16, 4))).compile().as_text()
-  assert text.count(" fusion(") == 1 and " concatenate(" not in text
-
-
 def test_an_xla_that_does_not_know_the_option_gets_none(monkeypatch):
   monkeypatch.setattr(compiler, "_BY_YNNPACK", {"train": "NO_SUCH_LIBRARY"})
-  assert compiler.options("train") == {}
+  assert compiler.options("train", "cpu") == {}
 
 
-def test_other_platforms_get_none(monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert compiler.options("train") == {}
+@pytest.mark.parametrize("platform", ["gpu", "cuda", "tpu", "plain"])
+def test_other_platforms_get_none(platform):
+  assert compiler.options("train", platform) == {}

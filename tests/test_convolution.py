@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax.models import convolution, layers
+from segjax import kernels
+from segjax.kernels import convolution
+from segjax.models import layers
 
 CASES = [
   # (H, W), in, out, kernel, stride, rate, padding
@@ -30,6 +32,12 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def on_cpu():
+  with kernels.on("cpu"):
+    yield
+
+
 def gradients(function, x, kernel):
   value, pull = jax.vjp(function, x, kernel)
   weight = jnp.asarray(np.random.default_rng(2).normal(size=value.shape), value.dtype)
@@ -44,7 +52,7 @@ def test_each_form_equals_xlas_in_value_and_gradients(size, of, to, kernel_size,
     padding = layers.paddings(size, kernel_size, stride, rate, padding)
     options = dict(stride=stride, rate=rate, padding=padding)
     found = jax.jit(functools.partial(gradients, lambda x, k: convolution.conv(x, k, **options)))(x, kernel)
-    want = jax.jit(functools.partial(gradients, lambda x, k: convolution._xla(x, k, **options)))(x, kernel)
+    want = jax.jit(functools.partial(gradients, lambda x, k: convolution.plain(x, k, **options)))(x, kernel)
     for ours, theirs in zip(found, want):
       np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
@@ -68,7 +76,7 @@ def test_winograds_sums_equal_xlas_convolution_in_value_and_gradients(size, padd
     x, kernel = rng.normal(size=(batch, *size, features[0])), rng.normal(size=(3, 3, *features))
     options = dict(stride=1, rate=1, padding=padding)
     found = jax.jit(functools.partial(gradients, lambda x, k: convolution.conv(x, k, **options)))(x, kernel)
-    want = jax.jit(functools.partial(gradients, lambda x, k: convolution._xla(x, k, **options)))(x, kernel)
+    want = jax.jit(functools.partial(gradients, lambda x, k: convolution.plain(x, k, **options)))(x, kernel)
     for ours, theirs in zip(found, want):
       np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
@@ -83,7 +91,7 @@ def test_winograds_sums_lose_two_millionths_in_float32_at_most(size, features):
   assert convolution._fast_forms(x, kernel, **options) == convolution.WINOGRAD
   found = jax.jit(functools.partial(gradients, lambda x, k: convolution.conv(x, k, **options)))(x, kernel)
   with jax.enable_x64(True):
-    exact = functools.partial(gradients, lambda x, k: convolution._xla(x, k, **options))
+    exact = functools.partial(gradients, lambda x, k: convolution.plain(x, k, **options))
     want = jax.jit(exact)(x.astype(np.float64), kernel.astype(np.float64))
   errors = [np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b) for a, b in zip(found, map(np.asarray, want))]
   print("relative errors of the value and the gradients by x and by the kernel", errors)

@@ -19,9 +19,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "segjax"
 LAYERS = [
   {"atomic"},
   {"config", "input_pipeline.datasets"},
-  {"models.resize", "models.winograd"},
-  {"config_rules", "user_cache", "losses", "metrics", "optimizer", "sharding", "augment", "hlo", "compiler", "config_file"},
-  {"models", "models.convolution", "models.depthwise", "models.normalization", "models.layers", "models.strides", "models.details", "models.aspp",
+  {"models.resize", "models.winograd", "config_rules", "user_cache", "losses", "metrics", "optimizer", "sharding", "augment", "hlo", "compiler", "config_file", "models", "models.convolution", "models.depthwise", "models.normalization", "models.layers", "models.strides", "models.details", "models.aspp", "kernels", "kernels.compiler", "kernels.winograd", "kernels.convolution", "kernels.depthwise", "kernels.conv_transpose", "kernels.batch_norm", "models.base",
    "models.xception", "models.resnet", "models.mobilenet_v2", "models.vgg", "models.backbones", "models.unet",
    "models.fcn", "models.dilated_fcn", "models.deeplab", "models.classifier", "flops", "inference"},
   {"pretrained", "pretrained.files", "pretrained.state_dict", "pretrained.tf_deeplab", "pretrained.torch_parts",

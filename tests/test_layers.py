@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from segjax import kernels
 from segjax.models import layers, resize
 from tests.seeded import torch_weights
 
 DATA = pathlib.Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True, params=["plain", "cpu"])
+def on_platform(request):
+  with kernels.on(request.param):
+    yield
 
 
 def random(*shape, seed=0):
@@ -82,13 +89,6 @@ def test_transposed_convolution_equals_lax_in_value_and_gradients():
   got, want = (jax.grad(lambda *a, f=f: (f(*a) * weight).sum(), (0, 1, 2))(*arguments) for f in (ours, plain))
   for g, w in zip(got, want):
     np.testing.assert_allclose(g, w, atol=1e-5)
-
-
-def test_concatenating_equals_numpys_in_value_and_gradients():
-  x, y, weight = random(2, 3, 4, 3), random(2, 3, 4, 5, seed=1), random(2, 3, 4, 8, seed=2)
-  np.testing.assert_array_equal(layers.concatenate(x, y), np.concatenate([x, y], axis=-1))
-  gradients = jax.grad(lambda x, y: (layers.concatenate(x, y) * weight).sum(), (0, 1))(x, y)
-  np.testing.assert_array_equal(np.concatenate(gradients, axis=-1), weight)
 
 
 @pytest.mark.parametrize("stride, size", [(2, (3, 4)), (8, (2, 3)), (1, (1, 2))])

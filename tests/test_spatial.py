@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from segjax import models, sharding
+from segjax import kernels, models, sharding
 from segjax.models import layers, resize
 
 SLOW = pytest.mark.slow
@@ -66,6 +66,7 @@ def values_and_gradients(name, function, kernel, rows, mesh):
     return sharding.split_height(x)
 
   @sharding.on(mesh)
+  @kernels.on(kernels.target(mesh, "auto"))
   def loss(before, kernel, after, x):
     y = conv(jnp.tanh(function(kernel, conv(x, before))), after)
     return (jnp.tanh(y) * weight).sum(), y
@@ -142,9 +143,9 @@ def test_logits_of_a_split_image_are_those_of_the_whole_one(name, rows, space, d
 
     @jax.jit
     def with_statistics(variables, image):
-      """By the initial running statistics DeepLab's logits would vanish (1e-7)."""
+      """By the initial running statistics DeepLab's logits would vanish (1e-7). Of two images, as image pooling needs."""
       model = nnx.merge(graphdef, variables, copy=True)
-      model(model.preprocess(image), train=True)
+      model(model.preprocess(jnp.concatenate([image, image[:, :, ::-1]])), train=True)
       return nnx.state(model)
 
     variables = with_statistics(variables, image)
@@ -153,6 +154,7 @@ def test_logits_of_a_split_image_are_those_of_the_whole_one(name, rows, space, d
       mesh = sharding.make_mesh(1, devices, devices=jax.devices()[:devices])
 
       @sharding.on(mesh)
+      @kernels.on(kernels.target(mesh, "auto"))
       def run(variables, image):
         model = nnx.merge(graphdef, variables, copy=True)
         return model(sharding.split_height(model.preprocess(image)))

@@ -74,7 +74,9 @@ class ASPP(layers.Block):
       branches.append(run_conv(getattr(self, f"branch{n}"), x, train, endpoints, f"aspp/branch{n}"))
     if self.pools:
       pooled = endpoints["aspp/pooling"] = self.pooling(x.mean((1, 2), keepdims=True), train)  # [B, 1, 1, 256]
-      branches.insert(0 if self.pooling_first else len(branches), jnp.broadcast_to(pooled, branches[0].shape))
+      # In the statistics' type, because the gradient is a sum over all pixels.
+      pooled = jnp.broadcast_to(pooled.astype(layers.param_dtype(x.dtype)), branches[0].shape).astype(x.dtype)
+      branches.insert(0 if self.pooling_first else len(branches), pooled)
     x = endpoints["aspp/concat"] = jnp.concatenate(branches, axis=-1)
     x = endpoints["aspp/projection"] = self.projection(x, train)
     x = layers.dropout(x, self.dropout, key if train else None)

@@ -15,7 +15,7 @@ class Classifier(nnx.Module):
 
   Args:
     num_classes: channels of the logits.
-    backbone: one of `backbones.NAMES`, or "vgg_16", whose fully connected layers see every 7x7 pixels of its map; the
+    backbone: one of `backbones.BACKBONES`, or "vgg_16", whose fully connected layers see every 7x7 pixels of its map; the
       mean over these places is the paper's dense evaluation (arXiv 1409.1556, section 3.2).
     output_stride: 8, 16 or 32; it changes no parameter. A VGG has 32.
     bn_momentum, frozen_bn: of batch norm; a VGG has none.
@@ -39,12 +39,11 @@ class Classifier(nnx.Module):
       )
     self.logits = layers.Conv(self.backbone.features, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
     self.dtype = dtype
-    self.normalization = backbones.normalization(backbone)
-    self.mean = backbones.MEANS[self.normalization]
+    self.mean = backbones.MEANS[self.backbone.normalization]
 
   def preprocess(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float32 as the backbone wants it."""
-    return backbones.normalize(image, self.normalization)
+    return backbones.normalize(image, self.backbone.normalization)
 
   def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *,
                endpoints: dict | None = None) -> jax.Array:  # fmt: skip

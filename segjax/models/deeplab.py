@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import aspp, backbones, dilated_fcn, layers, resize
+from segjax.models import aspp, backbones, base, dilated_fcn, layers, resize
 from segjax.models.details import DETAILS, Details, resolve
 
 DEFAULT_RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}  # By output stride.
@@ -42,19 +42,19 @@ class Decoder(layers.Block):
     """[B, h, w, in] and [B, H / 4, W / 4, low] -> [B, H / 4, W / 4, 256]."""
     low_level = endpoints["decoder/low_level"] = self.low_level(low_level, train)
     x = resize.resize_bilinear(x, low_level.shape[1:3], self.align_corners)
-    x = layers.concatenate(*((low_level, x) if self.low_level_first else (x, low_level)))
+    x = jnp.concatenate((low_level, x) if self.low_level_first else (x, low_level), axis=-1)
     endpoints["decoder/concat"] = x
     for name in self.convs:
       x = aspp.run_conv(getattr(self, name), x, train, endpoints, f"decoder/{name}")
     return x
 
 
-class DeepLabV3Plus(nnx.Module):
+class DeepLabV3Plus(base.Network):
   """DeepLabV3+ for images of any size.
 
   Args:
     num_classes: channels of the logits.
-    backbone: one of `backbones.NAMES`.
+    backbone: one of `backbones.BACKBONES`.
     output_stride: of the encoder: 8, 16 or 32. It changes no parameter, so a model trained at 16 can run at 8.
     atrous_rates: of the ASPP branches, in pixels of the encoder's map. "auto" or ("auto",): by output stride, 3,6,9 at
       32, 6,12,18 at 16, 12,24,36 at 8. () or None: no atrous branches, as the released MobileNetV2 models have it.
@@ -81,8 +81,6 @@ class DeepLabV3Plus(nnx.Module):
     ValueError: an option out of range, with the values that are in it.
   """
 
-  border = 0
-
   def __init__(self, *, num_classes, backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True,
                image_pooling=True, decoder=True, multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997,
                frozen_bn=False, auxiliary=False, details: Mapping = DETAILS, dtype=jnp.float32,
@@ -92,15 +90,13 @@ class DeepLabV3Plus(nnx.Module):
     atrous_rates = () if by_stride else tuple(atrous_rates or ())
     if not all(isinstance(rate, int) and rate >= 1 for rate in atrous_rates):
       raise ValueError(f'model.atrous_rates = {atrous_rates!r}: give whole numbers from 1, ("auto",), or () for none.')
-    if not 0 <= dropout < 1:
-      raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
-    backbones.check_auxiliary(auxiliary, backbone)
+    base.check_share(dropout=dropout)
     self.backbone = backbones.build(
       backbone, output_stride=output_stride, multi_grid=multi_grid, detail=detail, bn_momentum=bn_momentum,
-      frozen_bn=frozen_bn, dtype=dtype, rngs=rngs,
+      frozen_bn=frozen_bn, auxiliary=auxiliary, dtype=dtype, rngs=rngs,
     )  # fmt: skip
     self.dtype, self.stride, self.align_corners = dtype, output_stride, detail.align_corners
-    self.normalization = backbones.normalization(backbone) if detail.normalization == "auto" else detail.normalization
+    self.normalization = self.backbone.normalization if detail.normalization == "auto" else detail.normalization
     self.mean = backbones.MEANS[self.normalization]
     norm = dict(momentum=bn_momentum, epsilon=aspp.HEAD_EPSILON, frozen=frozen_bn)
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
@@ -108,7 +104,7 @@ class DeepLabV3Plus(nnx.Module):
       self.backbone.features, rates=DEFAULT_RATES[output_stride] if by_stride else atrous_rates, separable=separable,
       image_pooling=image_pooling, dropout=dropout, detail=detail, options=options,
     )  # fmt: skip
-    low_level = self.backbone.low_level_features
+    low_level = self.backbone.low_levels[self.backbone.low_level]
     self.decoder = (
       Decoder(aspp.ASPP.features, low_level, separable=separable, detail=detail, options=options) if decoder else None
     )
@@ -116,32 +112,22 @@ class DeepLabV3Plus(nnx.Module):
       Decoder.features if decoder else aspp.ASPP.features, num_classes, 1, use_bias=True,
       kernel_init=nnx.initializers.truncated_normal(0.01), dtype=dtype, rngs=rngs,
     )  # fmt: skip
-    self.auxiliary = (
-      dilated_fcn.AuxiliaryHead(self.backbone.auxiliary_features, num_classes, options=options) if auxiliary else None
-    )
+    self.auxiliary = dilated_fcn.AuxiliaryHead(self.backbone, num_classes, options=options) if auxiliary else None
 
   def preprocess(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float32 as the backbone wants it: in [-1, 1], a ResNet standardised."""
     return backbones.normalize(image, self.normalization)
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,
-               endpoints: dict | None = None) -> jax.Array:  # fmt: skip
-    """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
+  def scores(self, image, size, train, key, endpoints):
+    """[B, H / 4, W / 4, num_classes] with the decoder, else H / output_stride, rounded up.
 
-    Args:
-      train: batch statistics instead of running ones, and dropout.
-      key: for dropout; without it there is none.
-      upsample: whether logits are resized to the image's size. Off: [B, H / 4, W / 4, num_classes] with the decoder,
-        else H / output_stride, rounded up.
-      endpoints: filled with every named intermediate result: "aspp/branch1", "decoder/conv2", ...
+    End points are all named intermediate results: "aspp/branch1", "decoder/conv2", ...
     """
-    endpoints = {} if endpoints is None else endpoints
     endpoints["image"] = image
-    x = self.backbone(image.astype(self.dtype), train, endpoints)
+    x = self.backbone(image, train, endpoints)
     x = self.aspp(x, train, key, endpoints)
     if self.decoder is not None:
       x = self.decoder(x, endpoints[self.backbone.low_level], train, endpoints)
-    logits = endpoints["logits"] = self.logits(x).astype(layers.param_dtype(self.dtype))
     if self.auxiliary is not None:
-      endpoints["auxiliary"] = self.auxiliary(endpoints[self.backbone.auxiliary], train, key)
-    return resize.resize_bilinear(logits, image.shape[1:3], self.align_corners) if upsample else logits
+      self.auxiliary(train, key, endpoints)
+    return self.logits(x)

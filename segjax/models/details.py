@@ -65,8 +65,8 @@ def resolve(details: Mapping, backbone: str) -> Details:
     raise ValueError(f"model.details.decoder_convs = {result.decoder_convs} must be at least 1.")
   if not result.mobilenet_epsilon > 0:
     raise ValueError(f"model.details.mobilenet_epsilon = {result.mobilenet_epsilon} must be above 0.")
-  for name in DETAILS:
-    if name.startswith("mobilenet_") and backbone != "mobilenet_v2" and getattr(result, name) != DETAILS[name]:
+  for name in ("mobilenet_padding", "mobilenet_epsilon", "mobilenet_last_conv"):
+    if backbone != "mobilenet_v2" and getattr(result, name) != DETAILS[name]:
       raise ValueError(
         f"model.details.{name} = {getattr(result, name)!r}: {backbone} has no such detail, leave it out."
       )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import backbones, layers, resize
+from segjax.models import backbones, base, layers
 
 
 class AuxiliaryHead(nnx.Module):
@@ -20,24 +20,26 @@ class AuxiliaryHead(nnx.Module):
     options: norm, dtype, rngs.
   """
 
-  def __init__(self, in_features, num_classes, *, options):
+  def __init__(self, backbone: base.Backbone, num_classes: int, *, options):
+    endpoint, in_features = backbone.pyramid[backbone.auxiliary]
     width, rest = in_features // 4, {k: v for k, v in options.items() if k != "norm"}
+    self.endpoint = endpoint
     self.conv = layers.ConvNorm(in_features, width, 3, **options)
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, **rest)
 
-  def __call__(self, x: jax.Array, train: bool, key: jax.Array | None) -> jax.Array:
-    """[B, h, w, in] -> logits [B, h, w, num_classes], float32 (float64 under float64)."""
+  def __call__(self, train: bool, key: jax.Array | None, endpoints: dict) -> None:
+    """From the backbone's end point to "auxiliary", logits of its size, float32 (float64 under float64)."""
     key = jax.random.fold_in(key, 1) if train and key is not None else None  # Not the main classifier's.
-    x = layers.dropout(self.conv(x, train), 0.1, key)
-    return self.logits(x).astype(layers.param_dtype(self.logits.dtype))
+    x = layers.dropout(self.conv(endpoints[self.endpoint], train), 0.1, key)
+    endpoints["auxiliary"] = self.logits(x).astype(layers.param_dtype(self.logits.dtype))
 
 
-class DilatedFCN(nnx.Module):
+class DilatedFCN(base.Network):
   """A dilated backbone, 3x3 convolution to a quarter of its channels, batch norm, ReLU, classifier; for any image size.
 
   Args:
     num_classes: channels of the logits.
-    backbone: one of `backbones.NAMES`.
+    backbone: one of `backbones.BACKBONES`.
     output_stride: of the backbone: 8, 16 or 32.
     dropout: rate before the classifier.
     bn_momentum, frozen_bn: as of DeepLabV3Plus.
@@ -51,45 +53,29 @@ class DilatedFCN(nnx.Module):
     ValueError: an option out of range, with the values that are in it.
   """
 
-  border = 0
-
   def __init__(self, *, num_classes, backbone="resnet_50", output_stride=8, dropout=0.1, bn_momentum=0.9,
                frozen_bn=False, auxiliary=False, align_corners=True, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
-    if not 0 <= dropout < 1:
-      raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
-    backbones.check_auxiliary(auxiliary, backbone)
+    base.check_share(dropout=dropout)
     self.backbone = backbones.build(
-      backbone, output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, dtype=dtype, rngs=rngs
-    )
+      backbone, output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, auxiliary=auxiliary,
+      dtype=dtype, rngs=rngs,
+    )  # fmt: skip
     options = dict(norm=dict(momentum=bn_momentum, frozen=frozen_bn), dtype=dtype, rngs=rngs)
     width = self.backbone.features // 4
     self.head = layers.ConvNorm(self.backbone.features, width, 3, **options)
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
-    self.auxiliary = (
-      AuxiliaryHead(self.backbone.auxiliary_features, num_classes, options=options) if auxiliary else None
-    )
+    self.auxiliary = AuxiliaryHead(self.backbone, num_classes, options=options) if auxiliary else None
     self.dropout, self.dtype, self.stride, self.align_corners = dropout, dtype, output_stride, align_corners
-    self.normalization = backbones.normalization(backbone)
-    self.mean = backbones.MEANS[self.normalization]
+    self.mean = backbones.MEANS[self.backbone.normalization]
 
   def preprocess(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float32 as the backbone wants it."""
-    return backbones.normalize(image, self.normalization)
+    return backbones.normalize(image, self.backbone.normalization)
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,
-               endpoints: dict | None = None) -> jax.Array:  # fmt: skip
-    """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
-
-    Args:
-      train: batch statistics instead of running ones, and dropout.
-      key: for dropout; without it there is none.
-      upsample: whether logits are resized to the image's size. Off: H / output_stride, rounded up.
-      endpoints: filled with the backbone's named results, "logits" and "auxiliary" at the backbone's size.
-    """
-    endpoints = {} if endpoints is None else endpoints
-    x = self.backbone(image.astype(self.dtype), train, endpoints)
+  def scores(self, image, size, train, key, endpoints):
+    """[B, H / output_stride, W / output_stride, num_classes], rounded up. End points are the backbone's."""
+    x = self.backbone(image, train, endpoints)
     x = layers.dropout(self.head(x, train), self.dropout, key if train else None)
-    logits = endpoints["logits"] = self.logits(x).astype(layers.param_dtype(self.dtype))
     if self.auxiliary is not None:
-      endpoints["auxiliary"] = self.auxiliary(endpoints[self.backbone.auxiliary], train, key)
-    return resize.resize_bilinear(logits, image.shape[1:3], self.align_corners) if upsample else logits
+      self.auxiliary(train, key, endpoints)
+    return self.logits(x)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers, vgg
+from segjax.models import base, layers, vgg
 
 # Mean of ImageNet's training images as Caffe's VGG-16 subtracts it, RGB in [0, 255]; nothing is divided.
 CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)
@@ -16,7 +16,7 @@ AT_ONCE = {"pool4": 0.01, "pool3": 0.0001}  # Brings the skips' activations to t
 SKIPS = {32: (), 16: ("pool4",), 8: ("pool4", "pool3")}  # By stride, in the order they are fused.
 
 
-class FCN(nnx.Module):
+class FCN(base.Network):
   """Scores of fc7, upsampled and added to those of pool4 and pool3, upsampled to the image. Images of any size.
 
   Args:
@@ -29,7 +29,7 @@ class FCN(nnx.Module):
     upsampling: which transposed convolutions learn, all beginning as bilinear interpolation: "learned" (all),
       "last_fixed" (all but the one to the image, as in the paper) or "fixed" (none).
     at_once: scales pool4 by 0.01 and pool3 by 0.0001, so that all strides can be trained together (section 4.2);
-      otherwise train 32, 16 and 8 in turn, each from the one before (see `segjax.train.warm_start`).
+      otherwise train 32, 16 and 8 in turn, each from the one before (`config.init`).
     geometry: "same": zeros around each convolution, upsampling centred. "caffe": padding 100, no other in fc6, and the
       published crops.
     normalization: "imagenet": mean and deviation, as torchvision's weights expect. "caffe": the mean only.
@@ -44,8 +44,7 @@ class FCN(nnx.Module):
   """
 
   stride = 32  # Of the coarsest features.
-  border = 0
-  align_corners = True  # Of resized views; its own upsampling is half-pixel centred.
+  # `align_corners` is of resized views; its own upsampling is half-pixel centred.
 
   def __init__(self, *, num_classes, stride=8, width=64, fuse="score", upsampling="learned", at_once=False,
                geometry="same", normalization="imagenet", dropout=0.5, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
@@ -64,8 +63,7 @@ class FCN(nnx.Module):
         f"model.upsampling = {upsampling!r}: with model.fuse = 'features' it changes the number of channels, which"
         " interpolation cannot; set it to learned."
       )
-    if not 0 <= dropout < 1:
-      raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
+    base.check_share(dropout=dropout)
     self.score_stride, self.fuse, self.at_once, self.geometry, self.dtype = stride, fuse, at_once, geometry, dtype
     self.mean = layers.IMAGENET_MEAN if normalization == "imagenet" else CAFFE_MEAN  # Pads crops; becomes 0.
     self.deviation = layers.IMAGENET_STD if normalization == "imagenet" else (1.0, 1.0, 1.0)
@@ -95,18 +93,11 @@ class FCN(nnx.Module):
     """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean over ImageNet; see `normalization`."""
     return layers.standardize(image, self.mean, self.deviation)
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,
-               endpoints: dict | None = None) -> jax.Array:  # fmt: skip
-    """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
+  def scores(self, image, size, train, key, endpoints):
+    """The upsampling to the image's size is a layer of the network itself.
 
-    Args:
-      train: whether dropout acts.
-      key: for dropout; without it there is none.
-      upsample: as all models have it; the upsampling to the image's size is a layer of the network itself.
-      endpoints: filled with every named intermediate result: "pool3", "score_pool3", "fuse_pool3", ...
+    End points are all named intermediate results: "pool3", "score_pool3", "fuse_pool3", ...
     """
-    endpoints = {} if endpoints is None else endpoints
-    h, w = image.shape[1:3]
     caffe = self.geometry == "caffe"
     x = jnp.pad(image, ((0, 0), (99, 99), (99, 99), (0, 0))) if caffe else image  # conv1_1 adds the hundredth.
     x = endpoints["score_fc7"] = self.score_fc7(self.backbone(x, train, key, endpoints))
@@ -121,8 +112,7 @@ class FCN(nnx.Module):
         x = _crop(x, 1, finer.shape[1:3])
       x = endpoints[f"fuse_{skip}"] = x + finer
     x = endpoints["upscore"] = _upsample(self.upscore, x, self.score_stride)
-    x = _crop(x, CAFFE_LAST_CROP[self.score_stride] if caffe else self.score_stride // 2, (h, w))
-    return x.astype(layers.param_dtype(self.dtype))
+    return _crop(x, CAFFE_LAST_CROP[self.score_stride] if caffe else self.score_stride // 2, size)
 
 
 def _upsample(layer: layers.ConvTranspose | None, x: jax.Array, stride: int) -> jax.Array:

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax import sharding
-from segjax.models import convolution, depthwise, normalization
+from segjax.kernels import batch_norm, conv_transpose, convolution, depthwise
 
 # Mean and standard deviation of ImageNet's training images, RGB in [0, 255] (the field's customary numbers).
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -69,6 +68,14 @@ def per_channel(variable: nnx.Variable) -> jax.Array:
   return variable[...].reshape(1, 1, 1, -1)
 
 
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """x [B, H, W, C] + bias [C], in x's type.
+
+  The sum is taken in the bias' type, and so is the gradient, a sum over all pixels: in bfloat16 it would stall.
+  """
+  return (x.astype(bias.dtype) + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
+
+
 def paddings(size: tuple[int, int], kernel_size: int, stride: int, rate: int, padding: str):
   """Zeros around a map before an unpadded convolution, ((top, bottom), (left, right)).
 
@@ -84,27 +91,6 @@ def paddings(size: tuple[int, int], kernel_size: int, stride: int, rate: int, pa
   reach = (kernel_size - 1) * rate
   total = [reach if padding == "fixed" else max((-(-n // stride) - 1) * stride + reach + 1 - n, 0) for n in size]
   return tuple((t // 2, t - t // 2) for t in total)
-
-
-def concatenate(x: jax.Array, y: jax.Array) -> jax.Array:
-  """[B, H, W, C] and [B, H, W, D] -> [B, H, W, C + D].
-
-  On CPU as a sum of both with zeros beside them: XLA:CPU makes a fast loop of that, with what computes them in it, and a
-  slow one of a concatenation.
-  """
-  return jax.lax.platform_dependent(x, y, cpu=_sum_of_padded, default=lambda *maps: jnp.concatenate(maps, axis=-1))
-
-
-def _sum_of_padded(x, y):
-  pad = lambda x, before, after: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, after)))  # noqa: E731
-  return pad(x, 0, y.shape[-1]) + pad(y, x.shape[-1], 0)
-
-
-def on_split_height(convolve: Callable, x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding) -> jax.Array:
-  """`convolve` of these arguments with the heights of x and of the result split alike, see `sharding.split_height`."""
-  rows = x.shape[1]
-  out_rows, _ = convolution.output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
-  return sharding.split_height(convolve(sharding.split_height(x, out_rows), kernel, stride, rate, padding), rows)
 
 
 class Conv(nnx.Module):
@@ -129,8 +115,8 @@ class Conv(nnx.Module):
     """[B, H, W, in] -> [B, ceil(H / stride), ceil(W / stride), out]."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
     padding = paddings(x.shape[1:3], kernel.shape[0], self.stride, self.rate, self.padding)
-    x = on_split_height(convolution.conv, x, kernel, self.stride, self.rate, padding)
-    return x if self.bias is None else x + per_channel(self.bias).astype(self.dtype)
+    x = convolution.conv(x, kernel, self.stride, self.rate, padding)
+    return x if self.bias is None else add_bias(x, self.bias[...])
 
 
 class DepthwiseConv(nnx.Module):
@@ -147,15 +133,13 @@ class DepthwiseConv(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), C]."""
     padding = paddings(x.shape[1:3], 3, self.stride, self.rate, self.padding)
-    kernel = self.depthwise_kernel[...]
-    return on_split_height(depthwise.depthwise_conv, x.astype(self.dtype), kernel, self.stride, self.rate, padding)
+    return depthwise.depthwise_conv(x.astype(self.dtype), self.depthwise_kernel[...], self.stride, self.rate, padding)
 
 
 class ConvTranspose2x2(nnx.Module):
   """Transposed convolution, kernel 2x2, stride 2 (the U-Net's "up-convolution").
 
-  Windows do not overlap, so it is one matrix product and a depth-to-space; XLA:CPU's own form has a gradient over ten
-  times slower. The kernel is [2, 2, in, out]: output pixel (2i+a, 2j+b) = x[i, j] @ kernel[a, b] + bias.
+  The kernel is [2, 2, in, out]: output pixel (2i+a, 2j+b) = x[i, j] @ kernel[a, b] + bias.
   """
 
   def __init__(self, in_features, out_features, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -167,20 +151,8 @@ class ConvTranspose2x2(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, in] -> [B, 2H, 2W, out]."""
-    b, h, w, _ = x.shape
-    kernel = self.kernel[...].astype(self.dtype)
-    x = convolution.matmul(x.astype(self.dtype), kernel.transpose(2, 0, 1, 3).reshape(kernel.shape[2], -1))
-    x = _with_written_gradient(x + jnp.tile(self.bias[...].astype(self.dtype), 4).reshape(1, 1, 1, -1))
-    return x.reshape(b, h, w, 2, 2, -1).swapaxes(2, 3).reshape(b, 2 * h, 2 * w, -1)
-
-
-@jax.custom_vjp
-def _with_written_gradient(x):
-  """x, whose gradient XLA:CPU writes to memory once for all that read it, in the order of x."""
-  return x
-
-
-_with_written_gradient.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+    x = conv_transpose.conv_transpose(x.astype(self.dtype), self.kernel[...].astype(self.dtype), 2)
+    return add_bias(x, self.bias[...])
 
 
 def bilinear_filter(stride: int) -> np.ndarray:
@@ -190,10 +162,6 @@ def bilinear_filter(stride: int) -> np.ndarray:
 
 class ConvTranspose(nnx.Module):
   """Transposed convolution without bias whose kernel is twice its stride, as FCNs upsample their scores.
-
-  Each output pixel sees 2x2 input pixels, so it is one matrix product over four shifted copies of x and a
-  depth-to-space. The same numbers as `lax.conv_transpose`, whose gradient is 6-90x slower on XLA:CPU
-  (benchmarks/kernels.md).
 
   Args:
     stride: the factor of upsampling.
@@ -214,15 +182,7 @@ class ConvTranspose(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, in] -> [B, (H + 1) stride, (W + 1) stride, out]."""
-    b, h, w, c = x.shape
-    s, out = self.stride, self.kernel.shape[-1]
-    x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    x = jnp.concatenate([x[:, i : i + h + 1, j : j + w + 1] for i in (0, 1) for j in (0, 1)], axis=-1)
-    # Output pixel s * i + a sees x[i - 1] through the kernel's second half and x[i] through its first.
-    taps = self.kernel[...].astype(self.dtype).reshape(2, s, 2, s, c, out)[::-1, :, ::-1]
-    taps = taps.transpose(0, 2, 4, 1, 3, 5).reshape(4 * c, s * s * out)
-    x = convolution.matmul(x, taps).reshape(b, h + 1, w + 1, s, s, out)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h + 1) * s, (w + 1) * s, out)
+    return conv_transpose.conv_transpose(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
 
 
 def upsample_bilinear(x: jax.Array, stride: int) -> jax.Array:
@@ -244,8 +204,7 @@ def upsample_bilinear(x: jax.Array, stride: int) -> jax.Array:
 def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
   """[B, H, W, C] -> [B, H/2, W/2, C]. Where values tie, the gradient is shared.
 
-  Maxima of strided views: the gradient of lax.reduce_window is a select-and-scatter, 5-9x slower on XLA:CPU and not
-  deterministic on GPU.
+  Pairwise maxima: the gradient of lax.reduce_window is a select-and-scatter, which is not deterministic on GPU.
 
   Args:
     ceil_mode: an odd size is rounded up, its last window being half outside (Caffe's pooling). Off: refused.
@@ -259,39 +218,15 @@ def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
   b, h, w, c = x.shape
   if h % 2 or w % 2:
     raise ValueError(f"max_pool_2x2 needs an even height and width, got {h}x{w}; pad the input to the model's stride.")
-  return _max_of_windows(x.reshape(b, h // 2, 2, w // 2, 2, c))
-
-
-@jax.custom_vjp
-def _max_of_windows(x):
-  """[B, H, 2, W, 2, C] -> [B, H, W, C]. As one reduction it would take 4 times as long on CPU, value and gradient."""
-  return functools.reduce(jnp.maximum, _pixels_of_windows(x))
-
-
-def _max_of_windows_forward(x):
-  # Behind a barrier, else XLA finds it anew for each pixel of a window in the gradient.
-  largest = jax.lax.optimization_barrier(_max_of_windows(x))
-  return largest, (x, largest)
-
-
-def _max_of_windows_backward(saved, g):
-  x, largest = saved
-  ties = sum((pixel == largest).astype(g.dtype) for pixel in _pixels_of_windows(x))
-  share = jax.lax.optimization_barrier(g / ties)  # Else XLA counts the ties once for each pixel.
-  return (jnp.where(x == largest[:, :, None, :, None], share[:, :, None, :, None], 0),)
-
-
-_max_of_windows.defvjp(_max_of_windows_forward, _max_of_windows_backward)
-
-
-def _pixels_of_windows(x):
-  return [x[:, :, i, :, j] for i in range(2) for j in range(2)]
+  x = x.reshape(b, h // 2, 2, w // 2, 2, c)
+  x = jnp.maximum(x[:, :, 0], x[:, :, 1])  # [B, H/2, W/2, 2, C]
+  return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
 
 
 def max_pool_3x3(x: jax.Array) -> jax.Array:
   """3x3 windows at stride 2, centred on every second pixel: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C].
 
-  Outside the image is -inf. Pairwise maxima of strided views, as in `max_pool_2x2`.
+  Outside the image is -inf. Pairwise maxima, as in `max_pool_2x2`.
   """
   for axis in (1, 2):
     size = x.shape[axis]
@@ -305,6 +240,10 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
 def linear(x: jax.Array) -> jax.Array:
   """The activation that is none."""
   return x
+
+
+class NoVariance(ValueError):
+  """A batch norm in training sees one value of each channel."""
 
 
 class BatchNorm(nnx.Module):
@@ -334,19 +273,23 @@ class BatchNorm(nnx.Module):
     running ones.
 
     Args:
-      activation: of the result, a function of each number; here, because its gradient is then computed in passing.
+      activation: of the result, a function of each number.
+
+    Raises:
+      NoVariance: one image of one pixel, whose result would be `bias` whatever x is, while the running variance decays.
     """
     scale, bias = per_channel(self.scale), per_channel(self.bias)
     if train and not self.frozen:
-      y, mean, var = normalization.by_batch_statistics(x, scale, bias, self.epsilon, activation)
       count = x.shape[0] * x.shape[1] * x.shape[2]
-      for running, batch in ((self.mean, mean), (self.var, var * (count / max(count - 1, 1)))):
+      if count == 1:
+        raise NoVariance(f"Batch norm sees one value of each of {x.shape[-1]} channels in training: no variance.")
+      y, mean, var = batch_norm.by_batch_statistics(x, scale, bias, self.epsilon, activation)
+      for running, batch in ((self.mean, mean), (self.var, var * (count / (count - 1)))):
         # Not running[...] = ...: nnx then asks for shardings, and each tracer lists where it comes from: half of all tracing.
         running.set_value(self.momentum * running[...] + (1 - self.momentum) * batch.reshape(-1))
     else:
-      y = activation(
-        normalization.normalize(x, per_channel(self.mean), per_channel(self.var), scale, bias, self.epsilon)
-      )
+      mean, var = per_channel(self.mean), per_channel(self.var)
+      y = activation(batch_norm.normalize(x, mean, var, scale, bias, self.epsilon))
     return y.astype(self.dtype)
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers, strides
+from segjax.models import base, layers, strides
+from segjax.models.details import Details
 
 # (channels, stride) of the inverted residuals, layers 2 to 18. All but the first expand their input six times.
 RESIDUALS = (
@@ -45,21 +46,26 @@ class InvertedResidual(layers.Block):
     return x
 
 
-class MobileNetV2(nnx.Module):
+class MobileNetV2(base.Backbone):
   """MobileNetV2 of width 1 without the classifier.
 
   Args:
     output_stride: 8, 16 or 32.
-    dilate_first, padding, epsilon, last_conv: see `details.Details`.
+    multi_grid: it has none: (1, 1, 1).
+    detail: dilate_first, and those of a MobileNetV2.
     bn_momentum, frozen_bn: of batch norm; official: momentum 0.997.
 
-  `features` and `low_levels` as in Xception.
+  Raises:
+    ValueError: another multi-grid.
   """
 
-  def __init__(self, *, output_stride, dilate_first=False, padding="same", epsilon=1e-3, last_conv=False, bn_momentum,
-               frozen_bn, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+  def __init__(self, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn, dtype=jnp.float32,
+               rngs: nnx.Rngs):  # fmt: skip
+    if multi_grid != (1, 1, 1):
+      raise ValueError(f"model.multi_grid = {multi_grid!r}: mobilenet_v2 has none, leave it at (1, 1, 1).")
+    padding = detail.mobilenet_padding
     options = dict(
-      norm=dict(momentum=bn_momentum, epsilon=epsilon, frozen=frozen_bn),
+      norm=dict(momentum=bn_momentum, epsilon=detail.mobilenet_epsilon, frozen=frozen_bn),
       kernel_init=nnx.initializers.truncated_normal(0.09), dtype=dtype, rngs=rngs,
     )  # fmt: skip
     self.low_levels = {"layer_4/depthwise": 144, "layer_4": 24}
@@ -67,7 +73,7 @@ class MobileNetV2(nnx.Module):
       3, 32, 3, stride=2, padding="valid" if padding == "early" else padding, activation=jax.nn.relu6, **options
     )
     in_features = 32
-    placed = strides.strides_to_rates([stride for _, stride in RESIDUALS], output_stride // 2, dilate_first)
+    placed = strides.strides_to_rates([stride for _, stride in RESIDUALS], output_stride // 2, detail.dilate_first)
     for n, ((features, _), (stride, rate)) in enumerate(zip(RESIDUALS, placed), start=2):
       expansion = 1 if n == 2 else 6
       layer = InvertedResidual(
@@ -75,8 +81,10 @@ class MobileNetV2(nnx.Module):
       )  # fmt: skip
       setattr(self, f"layer_{n}", layer)
       in_features = features
-    self.layer_19 = layers.ConvNorm(in_features, 1280, activation=jax.nn.relu6, **options) if last_conv else None
-    self.features = 1280 if last_conv else in_features
+    last = detail.mobilenet_last_conv
+    self.layer_19 = layers.ConvNorm(in_features, 1280, activation=jax.nn.relu6, **options) if last else None
+    self.pyramid = {4: ("layer_4", 24), 8: ("layer_7", 32), 16: ("layer_14", 96)}
+    self.pyramid[32] = ("layer_19", 1280) if last else ("layer_18", in_features)
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, 320], rounded up.

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers, strides
+from segjax.models import base, layers, strides
+from segjax.models.details import Details
 
 UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # Of the four blocks.
 EPSILON = 1e-5  # Of the batch norms.
@@ -38,32 +39,30 @@ class Bottleneck(layers.Block):
     return jax.nn.relu(x + skip)
 
 
-class ResNet(nnx.Module):
+class ResNet(base.Backbone):
   """ResNet-50 or 101 without the classifier.
 
   Args:
     depth: 50 or 101.
     output_stride: 8, 16 or 32.
     multi_grid: factors of the rates in the last block's three units (arXiv 1706.05587, section 3.2.1).
-    dilate_first: see `details.Details`. On, with an output stride of 16 and multi-grid 1, 2, 4, is that paper's 2, 4, 8.
+    detail: dilate_first. On, with an output stride of 16 and multi-grid 1, 2, 4, is that paper's 2, 4, 8.
     bn_momentum, frozen_bn: of batch norm.
-
-  `features` and `low_levels` as in Xception. `auxiliary` names the end point that an auxiliary head takes, and
-  `auxiliary_features` its channels.
   """
 
-  features = 2048
-  auxiliary, auxiliary_features = "block3", 1024
+  auxiliary = 16
+  normalization = "imagenet"
 
-  def __init__(self, depth, *, output_stride, multi_grid=(1, 1, 1), dilate_first=False, bn_momentum, frozen_bn,
+  def __init__(self, depth, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn,
                dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     norm = dict(momentum=bn_momentum, epsilon=EPSILON, frozen=frozen_bn)
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.low_levels = {"block1": 256}
+    self.pyramid = {2 ** (block + 1): (f"block{block}", 128 * 2**block) for block in range(1, 5)}
     self.conv1 = layers.ConvNorm(3, 64, 7, stride=2, padding="fixed", **options)
     units = [(block, n) for block, count in enumerate(UNITS[depth], start=1) for n in range(1, count + 1)]
     placed = strides.strides_to_rates(
-      [2 if block > 1 and n == 1 else 1 for block, n in units], output_stride // 4, dilate_first
+      [2 if block > 1 and n == 1 else 1 for block, n in units], output_stride // 4, detail.dilate_first
     )
     in_features = 64
     for (block, n), (stride, rate) in zip(units, placed):

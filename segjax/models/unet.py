@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers, resize
+from segjax.models import base, layers, resize
 
 
 class DoubleConv(nnx.Module):
@@ -24,7 +24,7 @@ class DoubleConv(nnx.Module):
     return x
 
 
-class UNet(layers.Block):
+class UNet(base.Network):
   """U-Net for images of any size.
 
   Args:
@@ -49,7 +49,6 @@ class UNet(layers.Block):
   """
 
   mean = layers.IMAGENET_MEAN  # The raw pixel that pads crops; `preprocess` maps it to 0.
-  align_corners = True
 
   def __init__(self, *, num_classes, width=64, depth=4, up="transposed", dropout=0.0, padding="same",
                batch_norm=True, bn_momentum=0.9, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
@@ -64,10 +63,7 @@ class UNet(layers.Block):
       )
     if depth < 1 or width < 1:
       raise ValueError(f"model.depth = {depth} and model.width = {width} must be at least 1.")
-    if not 0 <= dropout < 1:
-      raise ValueError(f"model.dropout = {dropout} must lie in [0, 1).")
-    if not 0 <= bn_momentum < 1:
-      raise ValueError(f"model.bn_momentum = {bn_momentum} must lie in [0, 1).")
+    base.check_share(dropout=dropout, bn_momentum=bn_momentum)
     self.depth, self.up, self.dropout, self.dtype = depth, up, dropout, dtype
     self.stride = 2**depth
     self.padding, self.border = padding, 6 * 2**depth - 4 if padding == "valid" else 0
@@ -94,28 +90,17 @@ class UNet(layers.Block):
     """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet."""
     return layers.standardize(image, self.mean, layers.IMAGENET_STD)
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,
-               context: bool = False, endpoints: dict | None = None) -> jax.Array:  # fmt: skip
-    """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
-
-    Under "same", sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped
+  def scores(self, image, size, train, key, endpoints):
+    """Under "same", sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped
     back, so that skips always meet features of their own size. Under "valid" the image is mirrored around its border.
 
-    Args:
-      train: batch statistics instead of running ones, and dropout.
-      key: for dropout; without it there is none.
-      upsample: as all models have it; a U-Net's own logits have the image's size already.
-      context: `image` has `border` pixels more on each side than the logits shall have.
-      endpoints: filled with "down0", "down1", ... and "up0", ....
+    End points are "down0", "down1", ... and "up0", ....
     """
-    endpoints = {} if endpoints is None else endpoints
-    h, w = (n - 2 * self.border if context else n for n in image.shape[1:3])
-    image = image.astype(self.dtype)
     if self.padding == "same":
       x = layers.pad_to_multiple(image, 2**self.depth)
     else:
-      before = 0 if context else self.border
-      x = resize.mirror(image, before, tuple(self.unpadded_size(n) for n in (h, w)))
+      before = (size[0] + 2 * self.border - image.shape[1]) // 2  # 0 where the image has its border already.
+      x = resize.mirror(image, before, tuple(self.unpadded_size(n) for n in size))
     skips = []
     for level in range(self.depth + 1):
       x = endpoints[f"down{level}"] = self._descend(x, level, train)  # [B, H/2^level, W/2^level, width*2^level]
@@ -123,7 +108,7 @@ class UNet(layers.Block):
     x = layers.dropout(x, self.dropout, key if train else None)
     for level in reversed(range(self.depth)):
       x = endpoints[f"up{level}"] = self._ascend(x, skips[level], level, train)  # [B, H/2^level, ...]
-    return self.logits(x)[:, :h, :w].astype(layers.param_dtype(self.dtype))
+    return self.logits(x)[:, : size[0], : size[1]]
 
   @layers.rematerialized
   def _descend(self, x, level, train):
@@ -137,7 +122,7 @@ class UNet(layers.Block):
       x = resize.resize_bilinear(x, skip.shape[1:3])
     cut = [(n - m) // 2 for n, m in zip(skip.shape[1:3], x.shape[1:3])]  # 0 under "same".
     skip = skip[:, cut[0] : cut[0] + x.shape[1], cut[1] : cut[1] + x.shape[2]]
-    return getattr(self, f"up{level}")(layers.concatenate(skip, x), train)
+    return getattr(self, f"up{level}")(jnp.concatenate([skip, x], axis=-1), train)
 
   def unpadded_size(self, size: int) -> int:
     """Input pixels along one axis for at least `size` logits under "valid", such that every pooling sees an even size."""

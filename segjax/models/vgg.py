@@ -25,6 +25,8 @@ class VGG16(layers.Block):
   `features` is the number of channels of fc7, and `pool_features` those of pool1 ... pool5 by name.
   """
 
+  normalization = "imagenet"
+
   def __init__(self, *, width=64, dropout=0.5, fc6_padding="same", dtype=jnp.float32, rngs: nnx.Rngs):
     options = dict(use_bias=True, dtype=dtype, rngs=rngs)
     self.dropout, self.dtype, self.features = dropout, dtype, 64 * width

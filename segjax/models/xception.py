@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import layers, strides
+from segjax.models import base, layers, strides
+from segjax.models.details import Details
 
 
 def blocks(depth: int) -> list[tuple[str, int, tuple[int, int, int], int, str]]:
@@ -64,24 +65,21 @@ class XceptionUnit(layers.Block):
     return x
 
 
-class Xception(nnx.Module):
+class Xception(base.Backbone):
   """Aligned Xception-41, 65 or 71 without the classifier.
 
   Args:
     depth: 41, 65 or 71.
     output_stride: 8, 16 or 32.
     multi_grid: factors of the rates of the last block's three convolutions.
-    dilate_first: see `details.Details`.
+    detail: dilate_first.
     bn_momentum, frozen_bn: of batch norm; official: momentum 0.9997.
 
-  `features` is the number of output channels. `low_levels` are the end points of stride 4 that a decoder may take, the
-  official one first, and their channels: they lie inside the second striding block, before its third convolution, one
-  before its ReLU and one behind.
+  The last features at a stride lie inside the next striding block, before its third convolution. Those of stride 4 a
+  decoder may take before their ReLU, as officially, or behind.
   """
 
-  features = 2048
-
-  def __init__(self, depth, *, output_stride, multi_grid=(1, 1, 1), dilate_first=False, bn_momentum, frozen_bn,
+  def __init__(self, depth, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn,
                dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     options = dict(
       norm=dict(momentum=bn_momentum, epsilon=1e-3, frozen=frozen_bn),
@@ -90,7 +88,7 @@ class Xception(nnx.Module):
     self.conv1_1 = layers.ConvNorm(3, 32, 3, stride=2, padding="fixed", **options)
     self.conv1_2 = layers.ConvNorm(32, 64, 3, **options)
     table, in_features = blocks(depth), 64
-    placed = strides.strides_to_rates([block[3] for block in table], output_stride // 2, dilate_first)
+    placed = strides.strides_to_rates([block[3] for block in table], output_stride // 2, detail.dilate_first)
     for (name, num_units, features, _, shortcut), (stride, rate) in zip(table, placed):
       last = name == "exit_block2"
       setattr(self, name, nnx.Module())
@@ -104,8 +102,10 @@ class Xception(nnx.Module):
     for n, factor in enumerate(multi_grid, start=1):
       getattr(self.exit_block2.unit1, f"sep{n}").depthwise.rate *= factor
     self.units = tuple((name, n + 1) for name, num_units, *_ in table for n in range(num_units))
-    low_level = f"{[name for name, _, _, stride, _ in table if stride == 2][1]}/unit1/sep2"
-    self.low_levels = {low_level: 256, f"{low_level}/relu": 256}
+    inside = [(f"{name}/unit1/sep2", features[1]) for name, _, features, stride, _ in table if stride == 2]
+    self.pyramid = dict(zip((2, 4, 8, 16, 32), (*inside, ("exit_block2/unit1", in_features))))
+    low_level, channels = self.pyramid[4]
+    self.low_levels = {low_level: channels, f"{low_level}/relu": channels}
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, 2048], rounded up."""

@@ -1,4 +1,4 @@
-"""3x3 convolutions with half the multiplications (Winograd 1980; Lavin & Gray 2015, arXiv 1509.09308: F(4, 3) along height).
+"""A form of convolution.py for CPU: 3x3 convolutions with half the multiplications (Winograd 1980; Lavin & Gray 2015, arXiv 1509.09308: F(4, 3) along height).
 
 Four rows of the result depend on six rows of the map. Of these rows there are six sums, and six of the kernel's rows, whose
 products alone give the four: six convolutions of 1x3, each on a quarter of the rows, so 18 multiplications where there were 36.

@@ -1,8 +1,16 @@
-"""Dense convolutions, with the forms that XLA:CPU runs fast; other platforms have libraries for them.
+"""Dense convolution.
 
-Most are XLA's own, in value and gradients, by the library that compiler.py names. It has no fast code for maps of fewer
-pixels than filters, where everything is a matrix product over patches; a convolution of 1x1 is a product on every platform.
-With many features, 3x3 needs half the multiplications (winograd.py). All figures are in benchmarks/kernels.md.
+| platform | form | gain | measured by `python benchmarks/kernels.py` |
+|---|---|---|---|
+| cpu | a convolution of 1x1 as one product of all pixels | 0.9 to 1.4 times in training | --only=pointwise |
+| cpu | fewer pixels than filters: products over patches | 146 times for an fc6 of 2048 filters | --only=fc6 |
+| cpu | 3x3 of many features: Winograd's sums (winograd.py) | 1.5 times for 256 and 1024 features | --only=conv |
+| cpu | kernel's gradient, more features in than out: as if both were swapped | 1.1 to 1.2 times | --only=dilated |
+| cpu, split_cpu | feature maps computed before | 1.18 in the step of U-Net-16 | benchmarks/torch.md, "What is computed once" |
+
+They can go when XLA:CPU is as fast. To be measured in whole steps: the first, the fourth, Winograd's kernel gradient.
+
+Cure, on every platform: the height of the map is split over all devices or none, see `sharding.split_height`.
 """
 
 import functools
@@ -12,8 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from segjax import sharding
-from segjax.models import winograd
+from segjax import kernels, sharding
+from segjax.kernels import winograd
 
 Padding = winograd.Padding
 # Of each number of the map and of the result: so many multiplications saved outweigh writing Winograd's sums, measured for
@@ -27,11 +35,10 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Paddi
   Args:
     stride, rate: same for height and width; rate is the dilation.
   """
-  if kernel.shape[0] == 1:
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if any(map(any, padding)) else x
-    return matmul(x[:, ::stride, ::stride], kernel[0, 0])
-  forms, options = _fast_forms(x, kernel, stride, rate, padding), dict(stride=stride, rate=rate, padding=padding)
-  return _by_platform(x, kernel, forms, tuple(options.items()))
+  form = kernels.fastest(plain, cpu=_on_cpu, split_cpu=_on_split_cpu)
+  rows, (out_rows, _) = x.shape[1], output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
+  y = form(sharding.split_height(x, out_rows), kernel, stride=stride, rate=rate, padding=padding)
+  return sharding.split_height(y, rows)
 
 
 def output_size(size: tuple[int, int], kernel_size: int, stride: int, rate: int, padding: Padding) -> tuple[int, int]:
@@ -40,13 +47,27 @@ def output_size(size: tuple[int, int], kernel_size: int, stride: int, rate: int,
   return tuple((n + sum(pad) - reach - 1) // stride + 1 for n, pad in zip(size, padding))
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """[B, H, W, in] times [in, out] -> [B, H, W, out]: pixels as the rows of one matrix, which XLA:CPU multiplies fastest.
+def plain(x, kernel, *, stride, rate, padding):
+  """As `conv`."""
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding, rhs_dilation=(rate, rate), dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
-  Not where rows of pixels are split over devices, which would have to exchange them to make one matrix.
-  """
-  if sharding.splits_height():
-    return jnp.einsum("bhwi,io->bhwo", x, kernel)
+
+def _on_cpu(x, kernel, *, stride, rate, padding):
+  if kernel.shape[0] == 1:
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if any(map(any, padding)) else x
+    return matmul(x[:, ::stride, ::stride], kernel[0, 0])
+  options = dict(stride=stride, rate=rate, padding=padding)
+  return _by_forms(x, kernel, _fast_forms(x, kernel, stride, rate, padding), tuple(options.items()))
+
+
+def _on_split_cpu(x, kernel, **options):
+  return _by_forms(x, kernel, XLA, tuple(options.items()))
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """[B, H, W, in] times [in, out] -> [B, H, W, out]: pixels as the rows of one matrix, which XLA:CPU multiplies fastest."""
   return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -69,38 +90,34 @@ class _Forms(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _by_platform(x, kernel, forms: _Forms, options: tuple):
-  return _compute("forward", forms, x, kernel, **dict(options))
+def _by_forms(x, kernel, forms: _Forms, options: tuple):
+  return _after_maps(forms.forward, x, kernel, **dict(options))
 
 
 def _forward(x, kernel, forms, options):
-  return _by_platform(x, kernel, forms, options), (x, kernel)
+  return _by_forms(x, kernel, forms, options), (x, kernel)
 
 
 def _backward(forms, options, saved, g):
   x, kernel = saved
   of_both = dict(options, kernel=kernel)
-  return _compute("input_gradient", forms, g, x=x, **of_both), _compute("kernel_gradient", forms, x, g, **of_both)
+  return _after_maps(forms.input_gradient, g, x=x, **of_both), _after_maps(forms.kernel_gradient, x, g, **of_both)
 
 
-def _compute(what: str, forms: _Forms, *maps, **options):
-  """One of `forms` on CPU, XLA's elsewhere.
+_by_forms.defvjp(_forward, _backward)
 
-  On CPU the maps are computed before. XLA would fuse what computes a map with the transposition that the gradient by the
-  kernel begins with, which then writes it three times as slowly.
+
+def _after_maps(form: Callable, *maps, **options):
+  """`form` of maps that are computed before.
+
+  XLA would fuse what computes a map with the transposition that the kernel's gradient begins with, which then writes it
+  three times as slowly.
   """
-  cpu, default = (functools.partial(getattr(f, what), **options) for f in (forms, XLA))
-  after_maps = lambda *maps: cpu(*jax.lax.optimization_barrier(maps))  # noqa: E731
-  return jax.lax.platform_dependent(*maps, cpu=after_maps, default=default)
-
-
-_by_platform.defvjp(_forward, _backward)
+  return form(*jax.lax.optimization_barrier(maps), **options)
 
 
 def _fast_forms(x, kernel, stride, rate, padding) -> _Forms:
   """Those that XLA:CPU runs fastest."""
-  if sharding.splits_height():  # Each shift of a map would be an exchange of rows of its own.
-    return XLA
   h, w = output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   pixels = x.shape[0] * h * w
   saved = _saved_by_winograd(x, kernel, stride, rate, padding)
@@ -132,12 +149,6 @@ def _kernel_gradient_by_winograd(x, g, *, kernel, stride, rate, padding):
   return winograd.kernel_gradient(x, g, padding)
 
 
-def _xla(x, kernel, *, stride, rate, padding):
-  return jax.lax.conv_general_dilated(
-    x, kernel, (stride, stride), padding, rhs_dilation=(rate, rate), dimension_numbers=("NHWC", "HWIO", "NHWC")
-  )
-
-
 def _over_patches(x, kernel, **options):
   """A convolution as one matrix product."""
   patches = jnp.concatenate(_views(x, kernel.shape[0], **options), axis=-1)
@@ -150,7 +161,7 @@ def _input_gradient(form):
 
 
 def _kernel_gradient_by_xla(x, g, *, kernel, **options):
-  return jax.linear_transpose(lambda kernel: _xla(x, kernel, **options), kernel)(g)[0]
+  return jax.linear_transpose(lambda kernel: plain(x, kernel, **options), kernel)(g)[0]
 
 
 def _kernel_gradient_of_g(x, g, *, kernel, stride, rate, padding):
@@ -170,6 +181,6 @@ def _kernel_gradient_by_patches(x, g, *, kernel, **options):
   return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
-XLA = _Forms(_xla, _input_gradient(_xla), _kernel_gradient_by_xla)
+XLA = _Forms(plain, _input_gradient(plain), _kernel_gradient_by_xla)
 PATCHES = _Forms(_over_patches, _input_gradient(_over_patches), _kernel_gradient_by_patches)
 WINOGRAD = _Forms(_by_winograd, _input_gradient_by_winograd, _kernel_gradient_by_winograd)

@@ -1,5 +1,11 @@
-"""The arithmetic of batch normalisation (Ioffe & Szegedy 2015), with the forms that XLA:CPU runs fast; `layers.BatchNorm`
-has the parameters and the running statistics. Figures are in benchmarks/kernels.md.
+"""The arithmetic of batch normalisation (Ioffe & Szegedy 2015); `layers.BatchNorm` has parameters and running statistics.
+
+| platform | form | gain | measured by |
+|---|---|---|---|
+| cpu | a gradient of its own; sums of several maps in one loop | 1.13 in the step of Xception-65, 1.04 in U-Net-16's | benchmarks/torch.md, "One loop for batch norm" |
+
+It can go when XLA:CPU fuses sums with what computes their maps. With ReLU, value and gradients, it takes a third to a half of
+the plain form's time (`python benchmarks/kernels.py --only=norm`).
 """
 
 import functools
@@ -9,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from segjax import sharding
+from segjax import kernels
 
 
 def normalize(x: jax.Array, mean, var, scale, bias, epsilon: float) -> jax.Array:
@@ -18,26 +24,38 @@ def normalize(x: jax.Array, mean, var, scale, bias, epsilon: float) -> jax.Array
   return (x.astype(scale.dtype) - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def by_batch_statistics(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, activation: Callable):
   """Normalises [B, H, W, C] by its own statistics over batch, height and width.
 
-  Autodiff would take twice as many sums for the gradient, and keep x - mean beside x: with ReLU 2 to 3 times the time on CPU.
-
   Args:
     scale, bias: [1, 1, 1, C].
-    activation: of the result, a function of each number; its gradient is computed in passing.
+    activation: of the result, a function of each number.
 
   Returns:
-    (activation(normalised), mean, variance), in the type of `scale`; [1, 1, 1, C], the statistics have no gradients.
+    (activation(normalised), mean, variance), in the type of `scale`; the statistics are [1, 1, 1, C].
   """
-  in_one_loop = sharding.on_cpu(_moments_in_one_loop)
-  mean, var = jax.lax.platform_dependent(x.astype(scale.dtype), **in_one_loop, default=_moments)
+  return kernels.fastest(_plain, cpu=_in_few_loops)(x, scale, bias, epsilon, activation)
+
+
+def _plain(x, scale, bias, epsilon, activation):
+  x = x.astype(scale.dtype)
+  mean = x.mean((0, 1, 2), keepdims=True)
+  var = jnp.square(x - mean).mean((0, 1, 2), keepdims=True)
+  return activation(normalize(x, mean, var, scale, bias, epsilon)), mean, var
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _in_few_loops(x, scale, bias, epsilon, activation):
+  """Here the statistics have no gradients of their own.
+
+  Autodiff would take twice as many sums for the gradient, and keep x - mean beside x: with ReLU 2 to 3 times the time.
+  """
+  mean, var = _moments_in_one_loop(x.astype(scale.dtype))
   return activation(normalize(x, mean, var, scale, bias, epsilon)), mean, var
 
 
 def _forward(x, scale, bias, epsilon, activation):
-  results = by_batch_statistics(x, scale, bias, epsilon, activation)
+  results = _in_few_loops(x, scale, bias, epsilon, activation)
   return results, (x, scale, bias, *results[1:])
 
 
@@ -52,26 +70,18 @@ def _backward(epsilon, activation, saved, gradients):
   # Computed for the sums, and again with them: without the barriers XLA would do it once, and write it all to memory.
   x, g = jax.lax.optimization_barrier((x, gradients[0]))
   normal, gradient = normal_and_gradient(x, g)
-  in_one_loop = sharding.on_cpu(_sums_in_one_loop)
-  sums = jax.lax.platform_dependent(gradient, gradient * normal, **in_one_loop, default=_sums)
-  bias_gradient, scale_gradient = sums
+  bias_gradient, scale_gradient = _sums_in_one_loop(gradient, gradient * normal)
   count = x.shape[0] * x.shape[1] * x.shape[2]
   normal, gradient = normal_and_gradient(*jax.lax.optimization_barrier((x, g)))
   input_gradient = scale * inverse * (gradient - bias_gradient / count - normal * (scale_gradient / count))
   return input_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 
-by_batch_statistics.defvjp(_forward, _backward)
-
-
-def _moments(x):
-  """Mean and variance of [B, H, W, C] over all pixels: [1, 1, 1, C] each."""
-  mean = x.mean((0, 1, 2), keepdims=True)
-  return mean, jnp.square(x - mean).mean((0, 1, 2), keepdims=True)
+_in_few_loops.defvjp(_forward, _backward)
 
 
 def _moments_in_one_loop(x):
-  """The same, reading x once: of each example about the mean of its middle row, and then of all (Chan et al. 1979).
+  """Mean and variance, [1, 1, 1, C] each, reading x once: of each example about the mean of its middle row, and then of all (Chan et al. 1979).
 
   A row is 1/h of the pixels, so the square of its mean's distance from theirs, which is cancelled, is at most h variances.
   """
@@ -85,13 +95,8 @@ def _moments_in_one_loop(x):
   return mean.reshape(1, 1, 1, c), var.reshape(1, 1, 1, c)
 
 
-def _sums(*maps):
-  """Of each [B, H, W, C] over all pixels: [1, 1, 1, C]."""
-  return tuple(x.sum((0, 1, 2), keepdims=True) for x in maps)
-
-
 def _sums_in_one_loop(*maps):
-  """The same by `_sums_of_examples`."""
+  """Of each [B, H, W, C] over all pixels: [1, 1, 1, C]."""
   return tuple(total.sum(0).reshape(1, 1, 1, -1) for total in _sums_of_examples(*maps))
 
 

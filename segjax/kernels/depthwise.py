@@ -1,21 +1,33 @@
-"""Depthwise convolution (one filter per channel) with a gradient of its own.
+"""Depthwise convolution: one filter for each channel.
 
-Two reasons for not leaving it to `lax.conv_general_dilated` and autodiff. XLA:CPU's grouped convolution is 30-50x
-slower than adding up shifted copies of the image. And XLA's partitioner multiplies the kernel gradient of a grouped
-convolution, silently, by the size of each mesh axis over which the batch is replicated (jax 0.10.2 and 0.12.0.1), so
-that form's kernel gradient is not used on any platform.
+| platform | form | gain | measured by `python benchmarks/kernels.py` |
+|---|---|---|---|
+| cpu | a sum of shifted feature maps | 30 to 50 times forward | --only=depthwise |
+| cpu | kernel's gradient by a loop over rows | 1.5 times beside autodiff of that sum | --only=depthwise |
+
+They can go when XLA:CPU's grouped convolution is as fast.
+
+Cures, on every platform. The kernel's gradient is our own: XLA's partitioner multiplies that of a grouped convolution,
+silently, by the size of each mesh axis over which the batch is replicated (jax 0.10.2 and 0.12.0.1). And the height of
+the map is split over all devices or none, see `sharding.split_height`.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from segjax import sharding
-from segjax.models.convolution import Padding, output_size
+from segjax import kernels, sharding
+from segjax.kernels.convolution import Padding, output_size
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+class _Forms(NamedTuple):
+  forward: Callable  # (x, kernel)
+  kernel_gradient: Callable  # (x, g, kernel=): g is the gradient by the result; of the kernel only the shape counts.
+
+
 def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Padding) -> jax.Array:
   """Convolves each channel with its own filter; the sum is in the kernel's type, the result in x's.
 
@@ -25,34 +37,38 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padd
     stride, rate: same for height and width; rate is the dilation.
     padding: zeros around x.
   """
-  plain = functools.partial(_plain, stride=stride, rate=rate, padding=padding)
-  shifted = functools.partial(_shifted, stride=stride, rate=rate, padding=padding)
-  return jax.lax.platform_dependent(x, kernel, **sharding.on_cpu(shifted), default=plain)
+  forms = kernels.fastest(PLAIN, cpu=ON_CPU)
+  rows, (out_rows, _) = x.shape[1], output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
+  y = _by_forms(sharding.split_height(x, out_rows), kernel, forms, stride, rate, padding)
+  return sharding.split_height(y, rows)
 
 
-def _forward(x, kernel, stride, rate, padding):
-  return depthwise_conv(x, kernel, stride, rate, padding), (x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _by_forms(x, kernel, forms: _Forms, stride, rate, padding):
+  return forms.forward(x, kernel, stride=stride, rate=rate, padding=padding)
 
 
-def _backward(stride, rate, padding, saved, g):
+def _forward(x, kernel, forms, stride, rate, padding):
+  return _by_forms(x, kernel, forms, stride, rate, padding), (x, kernel)
+
+
+def _backward(forms, stride, rate, padding, saved, g):
   x, kernel = saved
-  rows = functools.partial(_kernel_gradient_by_rows, kernel=kernel, stride=stride, rate=rate, padding=padding)
-  sums = functools.partial(_kernel_gradient_by_sums, kernel=kernel, stride=stride, rate=rate, padding=padding)
-  kernel_gradient = jax.lax.platform_dependent(x, g, **sharding.on_cpu(rows), default=sums)
+  kernel_gradient = forms.kernel_gradient(x, g, kernel=kernel, stride=stride, rate=rate, padding=padding)
   # The input gradient is a convolution of stride 1 with the filter turned by 180 degrees, over g with the zeros that
   # the stride left out put back. On the far side x may have pixels that no output pixel looked at.
   spread = ((0, 0, 0), *((0, 0, stride - 1),) * 2, (0, 0, 0))
   g = jax.lax.pad(g, jnp.zeros((), g.dtype), spread)
   reach = (kernel.shape[0] - 1) * rate
   back = tuple((reach - low, n + low - spread_n) for (low, _), n, spread_n in zip(padding, x.shape[1:3], g.shape[1:3]))
-  return depthwise_conv(g, kernel[::-1, ::-1], 1, rate, back), kernel_gradient
+  return _by_forms(g, kernel[::-1, ::-1], forms, 1, rate, back), kernel_gradient
 
 
-depthwise_conv.defvjp(_forward, _backward)
+_by_forms.defvjp(_forward, _backward)
 
 
 def _plain(x, kernel, *, stride, rate, padding):
-  """One grouped convolution: what GPU and TPU libraries have kernels for."""
+  """One grouped convolution."""
   return jax.lax.conv_general_dilated(
     x, kernel.astype(x.dtype), (stride, stride), padding, rhs_dilation=(rate, rate),
     dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1],
@@ -129,3 +145,7 @@ def _assemble(gradient: dict, kernel):
   zero, size = jnp.zeros(kernel.shape[-1], kernel.dtype), kernel.shape[0]
   stacked = jnp.stack([gradient.get((i, j), zero) for i in range(size) for j in range(size)])
   return stacked.reshape(kernel.shape)
+
+
+PLAIN = _Forms(_plain, _kernel_gradient_by_sums)
+ON_CPU = _Forms(_shifted, _kernel_gradient_by_rows)
