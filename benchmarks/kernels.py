@@ -17,9 +17,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from segjax import augment, commandline, kernels, losses, metrics, steps
+from segjax import augment, kernels, losses, metrics, steps
 from segjax.kernels import compiler, convolution, depthwise
 from segjax.models import layers, resize
+from segjax.run import commandline
 
 ORDER = ("NHWC", "HWIO", "NHWC")
 

@@ -15,8 +15,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 import jax
 import numpy as np
 
-from segjax import programs, sharding, step_speed
+from segjax import sharding
 from segjax.config import default_config
+from segjax.tools import programs, step_speed
 
 # Small networks of each kind: (model, its options, the crop).
 NETWORKS = {

@@ -15,8 +15,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.envir
 
 import jax
 
-from segjax import programs, sharding
+from segjax import sharding
 from segjax.config import default_config
+from segjax.tools import programs
 
 CASES = {"eval": (1024, 2048), "train": (769, 769)}  # (H, W) of the image, of the crop.
 CANVAS = (1024, 2048)

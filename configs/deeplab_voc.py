@@ -10,7 +10,7 @@ Weights:   official ImageNet ones: --config.init.path=xception/model.ckpt. From 
 Paper:     Chen et al. 2018 (arXiv 1802.02611), section 4; what it leaves open as in Chen et al. 2017 (arXiv 1706.05587,
            section 4.1: "v3") and in the official code (tensorflow/models, research/deeplab).
 Hardware:  batch norm needs all 16 crops: one GPU of 80 GB, or several. Hours: not measured; 0.16 EFLOP in all
-           (segjax.flops, the backward pass as twice the forward), so 1 GPU hour at a sustained 50 TFLOP/s; `:trainval`
+           (segjax.tools.flops, the backward pass as twice the forward), so 1 GPU hour at a sustained 50 TFLOP/s; `:trainval`
            three times that.
 Published: val 79.79 at output stride 16, 80.02 at 8, 81.39 at 8 with --config.eval.scales=0.5,0.75,1.0,1.25,1.5,1.75
            --config.eval.flip=True (the paper, table 5, without COCO). Ours: not run.

@@ -6,7 +6,7 @@ Data:      leftImg8bit/ and gtFine/ as unzipped; 2975 train, 500 val images of 1
 Paper:     Ronneberger et al. 2015 (arXiv 1505.04597) for the network; the recipe is mmsegmentation's
            unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024 ("mm" below), without its auxiliary head and its limit on crops
            of one class.
-Hardware:  4 GPUs of 40 GB or more. Hours: not measured; 4.9 EFLOP in all (segjax.flops, the backward pass as
+Hardware:  4 GPUs of 40 GB or more. Hours: not measured; 4.9 EFLOP in all (segjax.tools.flops, the backward pass as
            twice the forward), so 27 GPU hours at a sustained 50 TFLOP/s.
 Published: 69.10 val mean IoU, one scale (mmsegmentation, model zoo). Ours: not run.
 """

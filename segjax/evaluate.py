@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from segjax import checkpoint, input_pipeline, metrics, outputs, report, sharding, steps, warm_start
 from segjax import config as config_lib
-from segjax.checkpoint import Checkpoints
+from segjax import input_pipeline, metrics, sharding, steps
+from segjax.run import checkpoint, outputs, report, warm_start
+from segjax.run.checkpoint import Checkpoints
 from segjax.state import build, with_sharding
 
 
@@ -237,6 +238,6 @@ def trained_variables(config, workdir: pathlib.Path | None, loaded, init, mesh) 
 
 
 if __name__ == "__main__":
-  from segjax import commandline
+  from segjax.run import commandline
 
   commandline.refuse("main --mode=eval --workdir=RUN")

@@ -7,7 +7,7 @@ import os
 
 from absl import flags
 
-from segjax import cluster, commandline
+from segjax.run import cluster, commandline
 
 _MODE = flags.DEFINE_enum(
   "mode",
@@ -37,12 +37,12 @@ def main(argv: list[str]) -> None:
     processes = cluster.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
   # Not earlier: --help and config errors should not wait for these imports.
-  from segjax import distributed
-  from segjax.dry_run import dry_run
   from segjax.evaluate import evaluate
-  from segjax.submission import submit
+  from segjax.run import distributed
+  from segjax.run.workdir import WorkdirError
+  from segjax.tools.dry_run import dry_run
+  from segjax.tools.submission import submit
   from segjax.train import NonFiniteLoss, train
-  from segjax.workdir import WorkdirError
 
   commandline.enable_float64(config)
   if processes is None:  # Else JAX has to find the others first.

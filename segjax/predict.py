@@ -39,11 +39,11 @@ import tqdm
 from absl import flags
 from PIL import Image
 
-from segjax import commandline, outputs, task
 from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError, loose, order
 from segjax.input_pipeline.canvas import pad_batch
+from segjax.run import commandline, outputs, task
 
 KINDS = ("ids", "colors", "overlays", "probability")
 TILE = 1025  # Pixels. 64 channels of such a square, a U-Net's first features, are 0.27 GB.
@@ -77,7 +77,8 @@ def predict(
   # Not earlier: whoever misspelt a name should not wait for these imports.
   import jax
 
-  from segjax import evaluate, report, sharding, steps
+  from segjax import evaluate, sharding, steps
+  from segjax.run import report
   from segjax.state import build
 
   loaded = evaluate.load_weights(config, workdir)

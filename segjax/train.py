@@ -7,30 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax import (
-  atomic,
-  augment,
-  check_data,
-  distributed,
-  evaluate,
-  input_pipeline,
-  losses,
-  report,
-  sharding,
-  steps,
-  task,
-  warm_start,
-)
+from segjax import augment, evaluate, input_pipeline, losses, sharding, steps
 from segjax import optimizer as optimizer_lib
-from segjax.checkpoint import Checkpoints
 from segjax.config import IGNORE_LABEL, ConfigError
-from segjax.examples import check_examples
-from segjax.input_pipeline import inventory, order
+from segjax.files import atomic
+from segjax.input_pipeline import inventory, order, scan
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.models import layers
+from segjax.run import distributed, report, task, warm_start
+from segjax.run.checkpoint import Checkpoints
+from segjax.run.examples import check_examples
+from segjax.run.workdir import claim_workdir, named_failures, open_checkpoints
 from segjax.state import TrainState, build, materialize, with_sharding
 from segjax.validation import Validation
-from segjax.workdir import claim_workdir, named_failures, open_checkpoints
 
 
 class NonFiniteLoss(RuntimeError):
@@ -76,7 +65,7 @@ def train(config, workdir) -> dict[str, float]:
   for note in dict.fromkeys((*train_source.notes, *eval_source.notes, *inventory.notes(splits))):
     say(f"note: {note}")
   input_pipeline.cache.check_room(config.data.cache, (train_source, eval_source))
-  say(check_data.probe(train_source, border=config.loss.border_weight > 0, most_bad=config.data.max_bad_examples))
+  say(scan.probe(train_source, border=config.loss.border_weight > 0, most_bad=config.data.max_bad_examples))
 
   # Model and optimiser: shapes inferred abstractly, and where their arrays live.
   graphdef, optimizer, schedule, init = build(config, len(train_source.classes))
@@ -345,7 +334,7 @@ def _label_statistics(source, workdir: pathlib.Path) -> tuple[list[int], list[in
       return list(saved["pixels"]), list(saved["images_with_class"])
     except (ValueError, KeyError, TypeError) as error:
       raise ConfigError(f"{cache}: damaged ({error}). Remove it: it is made again from the labels.") from error
-  pixels, images_with_class = (counts.tolist() for counts in check_data.label_statistics(source))
+  pixels, images_with_class = (counts.tolist() for counts in scan.label_statistics(source))
   atomic.write_text(cache, json.dumps(dict(pixels=pixels, images_with_class=images_with_class)))
   return pixels, images_with_class
 
@@ -399,6 +388,6 @@ def save_batch(config, step: int, source, workdir: pathlib.Path, bad: BadExample
 
 
 if __name__ == "__main__":
-  from segjax import commandline
+  from segjax.run import commandline
 
   commandline.refuse("main --config=FILE --workdir=RUN")

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from segjax import evaluate, report, sharding
+from segjax import evaluate, sharding
 from segjax import optimizer as optimizer_lib
-from segjax.checkpoint import Checkpoints, Score
 from segjax.config import ConfigError, suggest
 from segjax.input_pipeline import DataError
+from segjax.run import report
+from segjax.run.checkpoint import Checkpoints, Score
 from segjax.state import TrainState
 
 

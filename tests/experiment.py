@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax import cluster, distributed, input_pipeline, sharding, state, steps, train
+from segjax import input_pipeline, sharding, state, steps, train
 from segjax.config import default_config
+from segjax.run import cluster, distributed
 
 BATCH_SIZE = 16
 

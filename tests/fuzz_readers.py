@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from segjax import config as config_lib
-from segjax import config_rules
 from segjax.config import ConfigError
+from segjax.config import rules as config_rules
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
@@ -212,7 +212,8 @@ def checkpoints(folder):
   """Files of our own checkpoints; of every other one the checksums are made to fit, as a forger would."""
   import jax.numpy as jnp
 
-  from segjax import checkpoint, state
+  from segjax import state
+  from segjax.run import checkpoint
 
   params = {"layer": {"kernel": jnp.arange(500.0), "bias": jnp.ones(3)}}
   with checkpoint.Checkpoints(folder / "sound") as written:
@@ -233,7 +234,7 @@ def checkpoints(folder):
 
 
 def tasks(folder):
-  from segjax import task
+  from segjax.run import task
 
   sound = task.Task(("a", "b"), np.zeros((2, 3), np.uint8), (24, 32), "refuse")
   sound.save(folder)

@@ -5,8 +5,9 @@ import re
 import jax
 import pytest
 
-from segjax import dry_run, state, train
+from segjax import state, train
 from segjax.config import ConfigError, default_config
+from segjax.tools import dry_run
 
 
 def refusal(model, batch_size, accumulate_steps=1, crop_size=(64, 64), **options):

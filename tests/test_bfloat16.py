@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from segjax import models, programs, sharding, state, train
+from segjax import models, sharding, state, train
+from segjax.tools import programs
 from tests import experiment
 
 NETWORKS = {

@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from segjax import input_pipeline
 from segjax.config import ConfigError, default_config
-from segjax.config_rules import validate
+from segjax.config.rules import validate
 from segjax.input_pipeline import DataError, borders
 
 

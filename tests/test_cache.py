@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import atomic, input_pipeline
+from segjax import input_pipeline
 from segjax.config import IGNORE_LABEL, ConfigError, default_config
-from segjax.config_rules import validate
+from segjax.config.rules import validate
+from segjax.files import atomic
 from segjax.input_pipeline import cache, images
 from segjax.input_pipeline.bad_examples import BadExamples
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import augment, dry_run, evaluate, input_pipeline, task, train
+from segjax import augment, evaluate, input_pipeline, train
 from segjax.config import IGNORE_LABEL, default_config
 from segjax.input_pipeline import canvas
+from segjax.run import task
+from segjax.tools import dry_run
 
 OFF = dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, hsv=(0.0, 0.0, 0.0))
 STILL = dict(rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0)

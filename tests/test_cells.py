@@ -13,12 +13,13 @@ from PIL import Image
 from scipy import ndimage
 
 from benchmarks.rand_error import rand_error
-from segjax import check_data, input_pipeline, prepare
 from segjax import config as config_lib
 from segjax import evaluate as evaluate_lib
+from segjax import input_pipeline
 from segjax import train as train_lib
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError
+from segjax.tools import check_data, prepare
 from tests.conftest import ROOT
 
 SIZES = ((64, 64), (64, 80), (130, 174))  # (H, W) of the Bowl's images, as if 4 pixels were 1.

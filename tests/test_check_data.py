@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import check_data
+from segjax.input_pipeline import scan
+from segjax.tools import check_data
 from tests.test_folder import make, source, spoil
 
 
@@ -41,13 +42,13 @@ def test_a_missing_folder_is_a_problem_not_a_crash(tmp_path):
 def test_label_statistics_by_hand(tmp_path):
   make(tmp_path, names=("a",))  # 12 pixels each of 0, 1, 2 and void.
   make(tmp_path, names=("b",), mask=np.zeros((6, 8), np.uint8))  # 48 pixels of 0.
-  pixels, images_with_class = check_data.label_statistics(source(tmp_path))
+  pixels, images_with_class = scan.label_statistics(source(tmp_path))
   assert pixels.tolist() == [60, 12, 12] and images_with_class.tolist() == [84, 36, 36]
 
 
 def test_probe_notes_classes_that_do_not_occur(tmp_path):
   make(tmp_path, mask=np.zeros((6, 8), np.uint8))
-  assert "no pixel of road, car" in check_data.probe(source(tmp_path))
+  assert "no pixel of road, car" in scan.probe(source(tmp_path))
   make(tmp_path, mask=np.full((6, 8), 255, np.uint8))
   with pytest.raises(check_data.DataError, match="every pixel is void"):
-    check_data.probe(source(tmp_path))
+    scan.probe(source(tmp_path))

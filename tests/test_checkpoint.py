@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from segjax import state
-from segjax.checkpoint import CHECKSUMS, Checkpoints, damage, set_aside_damaged
 from segjax.config import ConfigError
+from segjax.run.checkpoint import CHECKSUMS, Checkpoints, damage, set_aside_damaged
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import metrics, prepare
+from segjax import metrics
 from segjax.input_pipeline import CityscapesSource, DataError, cityscapes, datasets
+from segjax.tools import prepare
 from tests import archives
 
 

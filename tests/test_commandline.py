@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
-from segjax import commandline, config_file, config_rules
 from segjax import config as config_lib
 from segjax.config import ConfigError, default_config
+from segjax.config import file as config_file
+from segjax.config import rules as config_rules
+from segjax.run import commandline
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

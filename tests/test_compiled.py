@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from segjax import programs
+from segjax.tools import programs
 from tests import experiment
 from tests.experiment import mesh_of
 

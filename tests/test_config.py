@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from segjax import config as config_lib
-from segjax import config_rules, input_pipeline, losses, models, sharding, state, steps
+from segjax import input_pipeline, losses, models, sharding, state, steps
 from segjax.augment import augment_batch, jitter_color
 from segjax.config import ConfigError, default_config
+from segjax.config import rules as config_rules
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))

@@ -6,8 +6,10 @@ import pathlib
 import pytest
 
 from segjax import config as config_lib
-from segjax import config_rules, optimizer, workdir
+from segjax import optimizer
 from segjax.config import ConfigError, default_config
+from segjax.config import rules as config_rules
+from segjax.run import workdir
 
 CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 # Fields that no other field can keep from acting. A new field goes here, or gets a row in config_rules.ACTS.

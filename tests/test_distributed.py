@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from segjax import cluster, distributed
 from segjax.config import ConfigError
+from segjax.run import cluster, distributed
 
 SLURM = dict(
   SLURM_JOB_ID="123456", SLURM_STEP_NODELIST="gpu[03-04,7]", SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="5",

@@ -10,10 +10,11 @@ import jax
 import pytest
 
 from segjax import config as config_lib
-from segjax import flops, input_pipeline, sharding
+from segjax import input_pipeline, sharding
 from segjax.config import ConfigError
-from segjax.dry_run import device_memory, dry_run
-from segjax.programs import abstract_batch, compile_step
+from segjax.tools import flops
+from segjax.tools.dry_run import device_memory, dry_run
+from segjax.tools.programs import abstract_batch, compile_step
 from tests.experiment import host_batches, make_step, mesh_of
 from tests.test_config import CONFIGS
 
@@ -52,10 +53,10 @@ def test_dry_run_tells_what_the_real_step_holds_and_writes_nothing(config, tmp_p
 
 
 def test_a_run_too_large_for_its_devices_is_told_so_with_remedies(config, capsys, monkeypatch):
-  monkeypatch.setattr("segjax.dry_run.device_memory", lambda device: (10_000, "memory"))
+  monkeypatch.setattr("segjax.tools.dry_run.device_memory", lambda device: (10_000, "memory"))
   program = dataclasses.replace(compile_step(jax.jit(lambda x: x + 1), 1.0), temporary=20_000)
   for name in ("compile_train", "compile_eval"):
-    monkeypatch.setattr(f"segjax.programs.{name}", lambda *arguments: program)
+    monkeypatch.setattr(f"segjax.tools.programs.{name}", lambda *arguments: program)
   dry_run(config)
   assert "DOES NOT FIT. Set remat=True, a larger accumulate_steps" in capsys.readouterr().out
   monkeypatch.undo()
@@ -67,7 +68,7 @@ def test_what_waits_on_the_devices_is_counted(config, capsys, monkeypatch):
   config.eval.batch_size, config.data.image_size = 16, (240, 320)
   program = dataclasses.replace(compile_step(jax.jit(lambda x: x + 1), 1.0), arguments=0, outputs=1000, temporary=2**30)
   for name in ("compile_train", "compile_eval"):
-    monkeypatch.setattr(f"segjax.programs.{name}", lambda *arguments: program)
+    monkeypatch.setattr(f"segjax.tools.programs.{name}", lambda *arguments: program)
   dry_run(config)
   needed = float(capsys.readouterr().out.split("needs at most ")[1].split(" MiB")[0].replace(",", ""))
   image = 240 * 320 * 4 + 12  # Image, label, size and id.

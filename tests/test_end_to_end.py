@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import check_data, config_rules, input_pipeline, sharding, state, submission
 from segjax import evaluate as evaluate_lib
+from segjax import input_pipeline, sharding, state
 from segjax import train as train_lib
 from segjax.config import default_config
-from segjax.input_pipeline import DataError
+from segjax.config import rules as config_rules
+from segjax.input_pipeline import DataError, scan
+from segjax.tools import check_data, submission
 from tests import archives
 from tests.test_loaders import assert_same
 from tests.test_train import assert_identical, checkpoint
@@ -208,7 +210,7 @@ def test_real_voc_images_go_through_check_train_eval_and_predict(shared, tmp_pat
   output = capsys.readouterr().out
   assert "val: 8 examples" in output and "no pixel of" in output and "canvas" not in output
   assert "note: split 'val' has 8 images, the official one 1449" in output
-  counts, problems = check_data.scan(input_pipeline.make_source(config.data, "val"), range(8))
+  counts, problems = scan.scan(input_pipeline.make_source(config.data, "val"), range(8))
   assert not problems and counts.sum() == 7 * 513 * 513 + 334 * 500
   scores = train_lib.train(config, tmp_path / "run")
   assert evaluate_lib.evaluate(config, tmp_path / "run")["val/mean_iou"] == scores["val/mean_iou"]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import examples
 from segjax.config import ConfigError, default_config
-from segjax.examples import check_examples
 from segjax.input_pipeline import DataError
+from segjax.run import examples
+from segjax.run.examples import check_examples
 from tests.test_folder import MASK, make, source, write
 
 

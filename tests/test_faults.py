@@ -19,9 +19,9 @@ import pytest
 
 from segjax import config as config_lib
 from segjax import train as train_lib
-from segjax.checkpoint import damage
 from segjax.config import ConfigError
-from segjax.distributed import HEARTBEAT_TIMEOUT, PREEMPTED
+from segjax.run.checkpoint import damage
+from segjax.run.distributed import HEARTBEAT_TIMEOUT, PREEMPTED
 from tests.folder_of_images import folder_of_images
 from tests.test_train import assert_identical, checkpoint, finish, read_metrics, start
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from segjax import flops, models
+from segjax import models
 from segjax.kernels import convolution, depthwise
 from segjax.models import resize
+from segjax.tools import flops
 
 # TensorFlow ran a dense convolution of rate 6, 12 or 18 on a 33x33 map padded to a multiple of the rate, 36x36, and the
 # paper's two rows of dense convolutions count that: three branches of 3x3x2048x256.

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import check_data
 from segjax.config import SOURCES
-from segjax.input_pipeline import DataError, FolderSource, datasets, images
+from segjax.input_pipeline import DataError, FolderSource, datasets, images, scan
 from segjax.input_pipeline.source import held_out
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -180,9 +179,9 @@ def test_wrong_label_values_are_named_with_counts_and_remedy(tmp_path, mask, opt
 def test_masks_of_0_and_255_are_not_silently_void(tmp_path):
   make(tmp_path, mask=np.tile(np.array([0, 255], np.uint8), (6, 4)))
   with pytest.raises(DataError, match="class 'cell' never occurs.*--config.data.label_map=255:1"):
-    check_data.probe(source(tmp_path, classes=("ground", "cell")))
+    scan.probe(source(tmp_path, classes=("ground", "cell")))
   fixed = source(tmp_path, classes=("ground", "cell"), label_map="255:1")
-  assert "cell" in check_data.probe(fixed)
+  assert "cell" in scan.probe(fixed)
 
 
 def spoil(path):
@@ -257,7 +256,7 @@ def test_camvid_is_read_with_the_published_pixel_shares(shared):
   options = dict(SOURCES["folder"], **datasets.CAMVID)
   data = FolderSource(dir=str(shared / "data/camvid"), split="train", **options)
   assert len(data) == 367 and data.canvas_size == (360, 480)
-  counts, problems = check_data.scan(data, range(0, 367))
+  counts, problems = scan.scan(data, range(0, 367))
   shares = 100 * counts.sum(0) / counts.sum()
   want = [16.845, 23.259, 0.983, 31.658, 4.486, 9.724, 1.173, 1.127, 5.866, 0.639, 0.292]
   np.testing.assert_allclose(shares[:11], want, atol=6e-4)

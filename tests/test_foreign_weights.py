@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from segjax import evaluate, inference, input_pipeline, metrics, models, pretrained, state, warm_start
+from segjax import evaluate, inference, input_pipeline, metrics, models, pretrained, state
 from segjax.config import ConfigError, default_config
+from segjax.run import warm_start
 from tests import seeded
 
 MOBILENET = dict(backbone="mobilenet_v2", atrous_rates=(), decoder=False)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from segjax import hlo, sharding
+from segjax import sharding
+from segjax.tools import hlo
 
 # Shortened from what XLA writes for a GPU: an asynchronous pair, a reduce-scatter in a computation of its own, variadic
 # and loop-carried collectives.

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from segjax import check_data, predict, task
 from segjax import config as config_lib
+from segjax import predict
 from segjax.input_pipeline import DataError, datasets, images, loose
+from segjax.run import task
+from segjax.tools import check_data
 from tests.test_folder import IMAGE, MASK, make, source, write
 
 RNG = np.random.default_rng(1)

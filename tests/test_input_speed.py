@@ -2,9 +2,9 @@
 
 import pytest
 
-from segjax import input_speed
 from segjax.config import ConfigError, default_config
 from segjax.input_pipeline import make_source
+from segjax.tools import input_speed
 
 
 def test_speed_counts_images_after_the_start_up():

@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from segjax import check_data, input_pipeline
+from segjax import input_pipeline
 from segjax.config import default_config
 from segjax.input_pipeline import CityscapesSource, DataError, KittiRoadSource, VocSource, images, inventory, loose
+from segjax.tools import check_data
 from tests.test_folder import IMAGE, MASK, make, source, write
 
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from segjax import evaluate, kernels, programs, sharding, state, train
+from segjax import evaluate, kernels, sharding, state, train
 from segjax.config import default_config
+from segjax.tools import programs
 from tests import experiment
 
 # At full width, where each of XLA:CPU's forms applies somewhere: nothing is compiled.

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from segjax import cluster, distributed
 from segjax import config as config_lib
 from segjax import train as train_lib
+from segjax.run import cluster, distributed
 from tests.test_train import read_metrics
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from segjax import liveness
+from segjax.run import liveness
 
 
 def test_only_who_knows_the_token_joins_and_a_silent_client_holds_up_nobody():

@@ -9,11 +9,11 @@ import time
 import pytest
 
 from segjax.config import ConfigError
-from segjax.lock import LOCK_FILE, Lock
+from segjax.run.lock import LOCK_FILE, Lock
 
 HOLD = """
 import sys, time
-from segjax.lock import Lock
+from segjax.run.lock import Lock
 Lock(sys.argv[1], beat=0.05).acquire()
 print("held", flush=True)
 time.sleep(60)

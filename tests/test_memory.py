@@ -13,10 +13,11 @@ import pytest
 from flax import nnx
 
 from segjax import config as config_lib
-from segjax import hlo, losses, models, sharding, state, steps
+from segjax import losses, models, sharding, state, steps
 from segjax import train as train_lib
-from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
+from segjax.run.checkpoint import Checkpoints
+from segjax.tools import hlo
 from tests.experiment import host_batches, make_step, mesh_of
 from tests.test_train import assert_identical, checkpoint
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import check_data, examples, outputs, predict, report, submission
+from segjax import predict
 from segjax.config import ConfigError, default_config
-from segjax.input_pipeline import DataError, borders, datasets, images, loose
+from segjax.input_pipeline import DataError, borders, datasets, images, loose, scan
 from segjax.input_pipeline.source import Source
+from segjax.run import examples, outputs, report
+from segjax.tools import submission
 from tests.test_examples import start
 from tests.test_folder import IMAGE, MASK, make, source, split, write
 from tests.test_inventory import findings
@@ -102,7 +104,7 @@ def test_names_that_are_no_text_go_through_check_start_and_resume(tmp_path, caps
   assert images.printable(str(path)) in str(error.value)
   path.write_bytes(b"")
   with pytest.raises(DataError) as error:
-    check_data.label_statistics(source(root))
+    scan.label_statistics(source(root))
   assert str(error.value).encode() and images.printable(str(path)).rpartition("/")[2][:4] in str(error.value)
   assert split([name, "b"], holdout=1.0)
 

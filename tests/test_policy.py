@@ -7,8 +7,8 @@ from PIL import Image
 from segjax import evaluate as evaluate_lib
 from segjax import optimizer
 from segjax import train as train_lib
-from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError, default_config
+from segjax.run.checkpoint import Checkpoints
 from tests.test_train import assert_identical, checkpoint, read_metrics
 
 

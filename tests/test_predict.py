@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from segjax import config as config_lib
-from segjax import evaluate, input_pipeline, predict, report, sharding, state, task
-from segjax.checkpoint import Checkpoints
+from segjax import evaluate, input_pipeline, predict, sharding, state
 from segjax.config import ConfigError, default_config
 from segjax.input_pipeline import DataError, loose
 from segjax.models import resize
+from segjax.run import report, task
+from segjax.run.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = ((40, 56), (48, 64), (33, 31), (48, 50), (20, 64))

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from segjax import commandline
 from segjax import config as config_lib
+from segjax.run import commandline
 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

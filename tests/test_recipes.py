@@ -9,12 +9,15 @@ import pytest
 from PIL import Image
 
 from segjax import config as config_lib
-from segjax import config_rules, input_pipeline, optimizer, prepare, pretrained, sharding, state, submission, warm_start
 from segjax import evaluate as evaluate_lib
+from segjax import input_pipeline, optimizer, pretrained, sharding, state
 from segjax import train as train_lib
 from segjax.config import ConfigError
+from segjax.config import rules as config_rules
 from segjax.input_pipeline import DataError
 from segjax.pretrained import torchvision
+from segjax.run import warm_start
+from segjax.tools import prepare, submission
 from tests import archives
 
 

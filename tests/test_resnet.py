@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from segjax import flops, models, pretrained
+from segjax import models, pretrained
 from segjax.models import backbones
+from segjax.tools import flops
 from tests.test_deeplab import lively_model, lively_state, noise
 
 

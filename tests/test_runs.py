@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax import checkpoint as checkpoint_lib
-from segjax import distributed, evaluate, report, steps
+from segjax import evaluate, steps
 from segjax import train as train_lib
-from segjax.checkpoint import Checkpoints
 from segjax.input_pipeline import DataError
-from segjax.workdir import WorkdirError
+from segjax.run import checkpoint as checkpoint_lib
+from segjax.run import distributed, report
+from segjax.run.checkpoint import Checkpoints
+from segjax.run.workdir import WorkdirError
 from tests.test_train import assert_identical, checkpoint, read_metrics
 
 

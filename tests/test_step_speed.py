@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from segjax import flops, models, sharding, step_speed
+from segjax import models, sharding
 from segjax.config import ConfigError, default_config
+from segjax.tools import flops, step_speed
 
 ROOT = pathlib.Path(__file__).parents[1]
 

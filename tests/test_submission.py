@@ -3,8 +3,9 @@
 import pytest
 
 from segjax import config as config_lib
-from segjax import evaluate, submission
+from segjax import evaluate
 from segjax.config import ConfigError, default_config
+from segjax.tools import submission
 from segjax.train import train
 
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from segjax import config as config_lib
 from segjax import evaluate as evaluate_lib
-from segjax import task
 from segjax import train as train_lib
-from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
+from segjax.run import task
+from segjax.run.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 

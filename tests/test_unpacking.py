@@ -9,8 +9,8 @@ import zipfile
 
 import pytest
 
-from segjax import prepare, unpacking
 from segjax.input_pipeline import DataError
+from segjax.tools import prepare, unpacking
 
 
 def tar(path, name, size, sparse=False, content=b""):

@@ -5,9 +5,10 @@ import os
 import jax
 import pytest
 
-from segjax import commandline, user_cache
 from segjax import config as config_lib
 from segjax.config import ConfigError
+from segjax.files import user_cache
+from segjax.run import commandline
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax import metrics, prepare
+from segjax import metrics
 from segjax.input_pipeline import DataError, VocSource, datasets, voc
+from segjax.tools import prepare
 from tests import archives
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import PIL
 
-from segjax import atomic, user_cache
 from segjax.config import ConfigError
+from segjax.files import atomic, user_cache
 from segjax.input_pipeline.images import DataError
 
 _sound = {}  # {path: state of the file} whose check sum this process has compared.

@@ -13,7 +13,7 @@ import urllib.parse
 import numpy as np
 import tqdm
 
-from segjax import atomic
+from segjax.files import atomic
 from segjax.input_pipeline import cache, images
 from segjax.input_pipeline.images import DataError
 

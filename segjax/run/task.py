@@ -9,9 +9,10 @@ import pathlib
 
 import numpy as np
 
-from segjax import atomic, input_pipeline
 from segjax import config as config_lib
+from segjax import input_pipeline
 from segjax.config import ConfigError
+from segjax.files import atomic
 from segjax.input_pipeline import datasets, images
 
 TASK_FILE = "task.json"  # In the workdir, beside the config.

@@ -6,8 +6,9 @@ import time
 import jax
 import numpy as np
 
-from segjax import evaluate, flops, hlo, sharding, state, train
+from segjax import evaluate, sharding, state, train
 from segjax.steps import abstract_batch
+from segjax.tools import flops, hlo
 
 
 @dataclasses.dataclass

@@ -5,9 +5,11 @@ import os
 
 import jax
 
-from segjax import input_pipeline, programs, report, sharding, steps, train
-from segjax.programs import Program
+from segjax import input_pipeline, sharding, steps, train
+from segjax.run import report
 from segjax.state import build, with_sharding
+from segjax.tools import programs
+from segjax.tools.programs import Program
 
 
 def bytes_per_device(tree) -> int:
@@ -120,6 +122,6 @@ def mib(size: int) -> str:
 
 
 if __name__ == "__main__":
-  from segjax import commandline
+  from segjax.run import commandline
 
   commandline.refuse("main --mode=dry_run --config=FILE")

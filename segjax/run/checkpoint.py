@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from segjax import atomic, distributed
 from segjax.config import ConfigError
+from segjax.files import atomic
+from segjax.run import distributed
 from segjax.state import TrainState
 
 CHECKSUMS = "SHA256SUMS"  # In each checkpoint; `sha256sum -c SHA256SUMS` reads it as well.

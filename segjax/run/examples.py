@@ -15,8 +15,8 @@ import pathlib
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 
-from segjax import atomic
 from segjax.config import ConfigError
+from segjax.files import atomic
 from segjax.input_pipeline import DataError, images
 from segjax.input_pipeline.bad_examples import BadExamples
 

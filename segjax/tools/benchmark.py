@@ -15,8 +15,9 @@ import time
 
 from absl import flags
 
-from segjax import commandline, config_rules
 from segjax.config import ConfigError
+from segjax.config import rules as config_rules
+from segjax.run import commandline
 
 _WHAT = flags.DEFINE_list("what", ["train", "eval"], "What to measure, of train, eval, compile, input.")
 _COMPARE = flags.DEFINE_enum("compare", None, ("torch",), "What to measure beside it, in turn.")
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
       f"{time.strftime('%Y-%m-%d')}, {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True
     )
     if "input" in _WHAT.value:
-      from segjax import input_speed
+      from segjax.tools import input_speed
 
       print(input_speed.report(config, _GENERATE.value, _SECONDS.value))
     kinds = [kind for kind in WHAT if kind in _WHAT.value and kind != "input"]
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
 def _steps(config, kinds: list[str], dtypes: list[str]) -> str:
   import jax
 
-  from segjax import step_speed
+  from segjax.tools import step_speed
 
   commandline.keep_freed_memory()
   jax.config.update("jax_enable_compilation_cache", False)  # Compilation is measured too.

@@ -11,8 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from segjax import distributed, evaluate, input_pipeline, outputs, report, sharding
+from segjax import evaluate, input_pipeline, sharding
 from segjax.config import ConfigError
+from segjax.run import distributed, outputs, report
 from segjax.state import build
 
 
@@ -124,6 +125,6 @@ def pack(folder: pathlib.Path, archive: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  from segjax import commandline
+  from segjax.run import commandline
 
   commandline.refuse("main --mode=predict --workdir=RUN")

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import tqdm
 
-from segjax import atomic
+from segjax.files import atomic
 from segjax.input_pipeline.images import DataError
 
 # What damaged archives raise, and those packed as Python cannot unpack.

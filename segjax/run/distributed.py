@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from segjax import liveness
-from segjax.cluster import Processes
 from segjax.config import ConfigError
+from segjax.run import liveness
+from segjax.run.cluster import Processes
 
 # What a run that saved on SIGTERM ends with, for schedulers to start it again: EX_TEMPFAIL of sysexits.h. 143 would be
 # a process that SIGTERM killed before it could save.

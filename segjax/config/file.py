@@ -23,7 +23,7 @@ def load(argument: str) -> config_dict.ConfigDict:
   the same, and `from folder import base` the folder's own name. The working directory does not matter.
 
   Args:
-    argument: "FILE.py", or "FILE.py:TEXT" for `get_config(TEXT)`; `~` is the home folder. "segjax/config.py:WORKDIR" is
+    argument: "FILE.py", or "FILE.py:TEXT" for `get_config(TEXT)`; `~` is the home folder. "segjax/config/__init__.py:WORKDIR" is
       the config that a run saved.
 
   Raises:

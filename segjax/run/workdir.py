@@ -8,11 +8,12 @@ import contextlib
 import errno
 import pathlib
 
-from segjax import checkpoint, config_rules, distributed
 from segjax import config as config_lib
-from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
-from segjax.lock import LOCK_FILE, Lock
+from segjax.config import rules as config_rules
+from segjax.run import checkpoint, distributed
+from segjax.run.checkpoint import Checkpoints
+from segjax.run.lock import LOCK_FILE, Lock
 
 
 class WorkdirError(RuntimeError):

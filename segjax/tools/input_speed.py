@@ -14,9 +14,10 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from segjax import input_pipeline, prepare
+from segjax import input_pipeline
 from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.input_pipeline import cityscapes, datasets, voc
+from segjax.tools import prepare
 
 LOADERS = ("tf_data", "grain")
 
@@ -166,6 +167,6 @@ def report(config, generate: int, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-  from segjax import commandline
+  from segjax.run import commandline
 
   commandline.refuse("benchmark --what=input --config=FILE")

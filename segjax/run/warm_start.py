@@ -4,9 +4,9 @@ import pathlib
 
 from segjax import config as config_lib
 from segjax import pretrained
-from segjax.checkpoint import Checkpoints
 from segjax.config import ConfigError
 from segjax.pretrained import files
+from segjax.run.checkpoint import Checkpoints
 
 
 def load(init) -> tuple[dict, str]:

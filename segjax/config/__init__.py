@@ -16,7 +16,7 @@ from collections.abc import Collection
 
 from ml_collections import config_dict
 
-from segjax import atomic
+from segjax.files import atomic
 
 IGNORE_LABEL = 255  # Void, everywhere inside segjax: no loss, no gradient, no score.
 CONFIG_FILE = "config.json"  # In the workdir.

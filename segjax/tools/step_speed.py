@@ -17,12 +17,13 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from segjax import config as config_lib
-from segjax import evaluate, flops, inference, input_pipeline, programs, sharding, state, steps, train
+from segjax import evaluate, inference, input_pipeline, sharding, state, steps, train
 from segjax.config import ConfigError
+from segjax.tools import flops, programs
 
 TRAINING = 3  # A backward pass costs about two forward passes, so a step of training counts as three.
 ROUNDS = 4  # Of measurements in turn.
-TORCH_PROGRAM = pathlib.Path(__file__).parents[1] / "benchmarks" / "torch_speed.py"
+TORCH_PROGRAM = pathlib.Path(__file__).parents[2] / "benchmarks" / "torch_speed.py"
 # As FORMS of benchmarks/torch_speed.py, and the options of config.model that its networks follow.
 TORCH_FORMS = ("nchw", "channels_last", "compiled", "compiled_channels_last")
 TORCH_OPTIONS = {
@@ -398,6 +399,6 @@ def table(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-  from segjax import commandline
+  from segjax.run import commandline
 
   commandline.refuse("benchmark --config=FILE")

@@ -14,8 +14,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from segjax import config as config_lib
-from segjax import config_file, config_rules, user_cache
 from segjax.config import ConfigError
+from segjax.config import file as config_file
+from segjax.config import rules as config_rules
+from segjax.files import user_cache
 from segjax.input_pipeline import images
 
 flags.disclaim_key_flags()  # --help shows what `define_path` defines as a flag of its caller.

@@ -23,10 +23,12 @@ import tqdm
 from absl import flags
 from PIL import Image
 
-from segjax import atomic, commandline, unpacking
 from segjax.config import ConfigError
+from segjax.files import atomic
 from segjax.input_pipeline import DataError, cityscapes, datasets, images, voc
 from segjax.input_pipeline.folder import held_out
+from segjax.run import commandline
+from segjax.tools import unpacking
 
 _ARCHIVES = commandline.define_path("archives", None, "Folder of the archives as downloaded.")
 _OUT = commandline.define_path("out", None, "Folder to unpack to; default: that of the archives.")

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from segjax import atomic, metrics, outputs
+from segjax import metrics
 from segjax.config import IGNORE_LABEL
+from segjax.files import atomic
 from segjax.input_pipeline import datasets
+from segjax.run import outputs
 
 FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes, whatever their palette: the ground's is often black.
 

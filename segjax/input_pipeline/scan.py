@@ -1,24 +1,15 @@
-"""Looking at a data set before training on it: python -m segjax.check_data --config=configs/x.py
+"""What the labels of a split hold, found by reading its examples."""
 
-Reads every image and mask of the training and evaluation splits, prints class names with their share of the pixels,
-and every problem with its file and remedy. Images that are twice in a split, or in both, are problems too, and so is
-what lies in the folders and is not used; hidden entries, notes and what no split names are only named. Exits with 1
-where there is a problem.
-"""
-
-import collections
 import concurrent.futures
 import hashlib
 import os
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tqdm
 
-from segjax import commandline, input_pipeline
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import DataError, images, inventory
+from segjax.input_pipeline.images import DataError
 
 
 def scan(source, indices, progress: str | None = None, border: bool = False) -> tuple[np.ndarray, list[str]]:
@@ -31,11 +22,13 @@ def scan(source, indices, progress: str | None = None, border: bool = False) -> 
   Raises:
     DataError: the source has no instances.
   """
-  counts, _, problems = _scan(source, indices, progress, border)
+  counts, _, problems = scan_with_checksums(source, indices, progress, border)
   return counts, problems
 
 
-def _scan(source, indices, progress, border) -> tuple[np.ndarray, list[bytes | None], list[str]]:
+def scan_with_checksums(
+  source, indices, progress: str | None = None, border: bool = False
+) -> tuple[np.ndarray, list[bytes | None], list[str]]:
   """`scan`, and each image's checksum between its results: None where it cannot be read."""
   if border:
     source.border_files  # noqa: B018 - once, not for every example.
@@ -127,48 +120,3 @@ def repeated(places: Mapping[bytes, Sequence[tuple[str, str]]]) -> list[str]:
       names = ", ".join(dict.fromkeys(name for _, name in examples))
       found.append(f"the same image {where}: {names}. {why}Remove all but one of them.")
   return found
-
-
-def check(config) -> int:
-  """Scans both splits and prints what it finds; returns the number of problems."""
-  total, sources, places = 0, {}, collections.defaultdict(list)
-  for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
-    try:
-      source = input_pipeline.make_source(config.data, split)
-      border = config.loss.border_weight > 0 and split == config.data.train_split
-      counts, checksums, found = _scan(source, range(len(source)), split, border)
-      sources[split] = source
-      for index, checksum in enumerate(checksums):
-        if checksum:
-          places[checksum].append((split, source.describe(index)))
-      found += warnings(source, counts)
-      print(f"{split}: {len(source)} examples\n{share_table(source, counts)}")
-      for note in source.notes:
-        print(f"  note: {note}")
-      if not found:  # Otherwise it would tell the same again.
-        print("  canvas {} x {} (height x width)".format(*input_pipeline.canvas_of(source, config.data)))
-    except DataError as error:
-      found = [str(error)]
-    for problem in found:
-      print(f"  PROBLEM in {split}: {problem}")
-    total += len(found)
-  beside = inventory.unused(sources)
-  for path, why in beside.items():
-    print(f"{'PROBLEM: ' if why.remedy else 'note: '}{images.printable(str(path))} is not used: {why}")
-  twice = repeated(places)
-  for problem in twice:
-    print(f"PROBLEM: {problem}")
-  total += len(twice) + sum(bool(why.remedy) for why in beside.values())
-  print("no problems found" if not total else f"{total} problem(s) found")
-  return total
-
-
-def main(argv: list[str]) -> None:
-  """The command line."""
-  del argv
-  with commandline.readable_errors():
-    sys.exit(1 if check(commandline.config()) else 0)
-
-
-if __name__ == "__main__":
-  commandline.run(main)
