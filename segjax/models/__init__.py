@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from segjax.models.base import Network
 from segjax.models.deeplab import DeepLabV3Plus
 from segjax.models.dilated_fcn import DilatedFCN
 from segjax.models.fcn import FCN
@@ -11,16 +12,8 @@ from segjax.models.unet import UNet
 MODELS = {"unet": UNet, "deeplab_v3plus": DeepLabV3Plus, "dilated_fcn": DilatedFCN, "fcn": FCN}
 
 
-def build(
-  name: str, *, num_classes: int, dtype="float32", remat: bool = False, rngs: nnx.Rngs, **options
-) -> nnx.Module:
+def build(name: str, *, num_classes: int, dtype="float32", remat: bool = False, rngs: nnx.Rngs, **options) -> Network:
   """Builds a model; call under `jax.jit` or `jax.eval_shape`, as eager initialisation takes seconds.
-
-  A model has `mean` (raw RGB of the padding), `stride` (of its coarsest features), `border` (pixels that it needs
-  around a training crop; 0 but for an unpadded U-Net), `preprocess(image)` for raw RGB in [0, 255], and
-  `model(image, train=False, key=None, upsample=True, endpoints=None)` -> float32 logits of the image's size. With
-  `upsample=False` they are those before a last interpolation, where the network ends with one; whoever interpolates them
-  does so by the model's `align_corners`. `endpoints` is filled with named intermediate results.
 
   Args:
     name: a key of `MODELS`.

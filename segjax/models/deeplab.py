@@ -72,8 +72,7 @@ class DeepLabV3Plus(base.Network):
     details: fields of `details.Details` that differ from the official code, for weights that were trained so.
     dtype: of the computation.
 
-  `mean` is the raw pixel that pads crops; `preprocess` maps it to 0. `stride` is that of the encoder, `align_corners`
-  the convention of all resizing.
+  `stride` is that of the encoder, `align_corners` the convention of all resizing.
 
   Differs from the paper: every detail that the paper leaves open is the official code's.
 

@@ -47,8 +47,6 @@ class DilatedFCN(base.Network):
     align_corners: convention of the resizing (`models/resize.py`).
     dtype: of the computation.
 
-  `mean`, `stride` and `align_corners` as of DeepLabV3Plus.
-
   Raises:
     ValueError: an option out of range, with the values that are in it.
   """
