@@ -235,7 +235,7 @@ def test_rematerialisation_changes_neither_gradients_nor_statistics(config, mode
 
 
 def residual_bytes(name, remat, size, **options):
-  """What the forward pass keeps for the backward pass of one image, parameters included; nothing is compiled."""
+  """What the forward pass keeps for the backward pass of two images, parameters included; nothing is compiled."""
   build = lambda: models.build(name, num_classes=19, remat=remat, rngs=nnx.Rngs(0), **options)  # noqa: E731
   graphdef, params, batch_stats = state.split(nnx.eval_shape(build))
   loss = losses.make_loss(ignore_label=255)
@@ -248,8 +248,8 @@ def residual_bytes(name, remat, size, **options):
 
     return jax.vjp(forward, params, has_aux=True)[1]
 
-  image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-  label = jax.ShapeDtypeStruct((1, *size), jnp.int32)
+  image = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+  label = jax.ShapeDtypeStruct((2, *size), jnp.int32)
   kept = jax.eval_shape(backward, params, batch_stats, image, label)
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
@@ -266,7 +266,7 @@ def residual_bytes(name, remat, size, **options):
 )
 def test_rematerialised_blocks_keep_less_for_the_backward_pass(name, options, share):
   plain, remat = (residual_bytes(name, flag, (257, 257), **options) for flag in (False, True))
-  print(f"{name} {options}: {plain / 2**20:.0f} -> {remat / 2**20:.0f} MiB per image of 257x257")
+  print(f"{name} {options}: {plain / 2**20:.0f} -> {remat / 2**20:.0f} MiB for two images of 257x257")
   assert remat < share * plain
 
 
