@@ -18,7 +18,7 @@ from segjax.config import CONFIG_FILE, ConfigError, schema_problem, suggest
 
 # The shipped configs are beside the package in a checkout, and in it where it is installed.
 _FOLDERS = (pathlib.Path(__file__).parents[1] / "configs", pathlib.Path(__file__).parents[2] / "configs")
-SHIPPED = {path.stem: path for path in sorted(next(filter(pathlib.Path.is_dir, _FOLDERS)).glob("*.py"))}
+SHIPPED = {path.stem: path for path in sorted(next(filter(pathlib.Path.is_dir, _FOLDERS), _FOLDERS[0]).glob("*.py"))}
 _PACKAGE = "segjax_config_files"  # What the files of a config's folder belong to while it is loaded.
 
 

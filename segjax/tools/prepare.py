@@ -270,7 +270,7 @@ def _tfds_module(name: str):
   try:
     return importlib.import_module(name)
   except ImportError as error:
-    raise DataError(f"--tfds needs TFDS ({error}). Install it: pip install 'segjax[tfds]'.") from error
+    raise DataError(f"--tfds needs TFDS ({error}). Install it: pip install tensorflow-datasets.") from error
 
 
 def _download_and_prepare(builder, manual_dir: pathlib.Path) -> None:
