@@ -133,7 +133,7 @@ def test_a_split_without_labels_is_refused_for_training_and_scoring(stores, tmp_
   config = tiny("voc", stores)
   config.data.eval_split = "test"
   with pytest.raises(
-    DataError, match=r"'test' of voc has no public labels.*--mode=predict --config.data.eval_split=test"
+    DataError, match=r"'test' of voc has no public labels.*--mode=submit --config.data.eval_split=test"
   ):
     train_lib.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
