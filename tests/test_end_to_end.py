@@ -21,6 +21,7 @@ from segjax.config import rules as config_rules
 from segjax.input_pipeline import DataError, scan
 from segjax.tools import check_data, submission
 from tests import archives
+from tests.marks import full
 from tests.test_loaders import assert_same
 from tests.test_train import assert_identical, checkpoint
 
@@ -85,7 +86,7 @@ def test_masks_keep_their_numbers_in_the_shards(stores):
     np.testing.assert_array_equal(data[i][1], archives.voc_label(name))
 
 
-@pytest.mark.parametrize("name", ["voc", "cityscapes"])
+@pytest.mark.parametrize("name", ["voc", *full("cityscapes")])
 def test_train_eval_and_submission(stores, name, tmp_path, capsys):
   """Both loaders and both formats: the same network, bit for bit, and files that hold the very argmax that is scored."""
   runs = dict(tree=tmp_path / "tree", tfds=tmp_path / "tfds")
@@ -192,6 +193,7 @@ def test_damaged_shards_are_named(stores, tmp_path):
     input_pipeline.make_source(data, "train")[0]
 
 
+@pytest.mark.full
 def test_real_voc_images_go_through_check_train_eval_and_predict(shared, tmp_path, capsys):
   """Palette masks of two sizes, in VOC's layout, whole images scored on the 513x513 canvas."""
   names = sorted(path.stem for path in (shared / "data/voc_samples/JPEGImages").glob("*.jpg"))

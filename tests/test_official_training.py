@@ -55,12 +55,14 @@ def test_losses_and_their_gradients_equal_the_official_ones(case, shared):
   np.testing.assert_allclose(gradient, z[f"grad/{case}"], atol=1e-7 + 1e-5 * abs(z[f"grad/{case}"]).max())
 
 
+@pytest.mark.full
 def test_hard_pixels_of_a_void_image_are_no_loss():
   logits, label = jnp.ones((1, 2, 3, 4)), jnp.full((1, 2, 3), 255)
   value, gradient = jax.value_and_grad(losses.softmax_cross_entropy)(logits, label, ignore_label=255, hard_fraction=0.5)
   assert value == 0 and (gradient == 0).all()
 
 
+@pytest.mark.full
 def test_resizing_equals_the_official_kernels(shared):
   z = load(shared, "resize.npz")
   sizes = [key.split("/")[1] for key in z.files if key.startswith("bilinear/")]
@@ -120,6 +122,7 @@ def test_batch_norm_equals_slims(epsilon, decay, shared):
     np.testing.assert_allclose(getattr(norm, ours)[...], z[f"{case}/bn/{theirs}_after"], atol=1e-6)
 
 
+@pytest.mark.full
 def test_frozen_batch_norm_trains_scale_and_bias_only():
   norm, x = layers.BatchNorm(3, frozen=True), jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
   graphdef, params, stats = nnx.split(norm, nnx.Param, nnx.BatchStat)
