@@ -80,8 +80,9 @@ def init_policy(regime: int = 0, scale: float = 1.0) -> dict:
   return dict(plateau=plateau, best=best, stale=stale, regime=jnp.full((), regime, jnp.int32))
 
 
-def update_policy(policy: dict, score, *, min_gain: float = 1e-4, plateau_factor: float = 1.0,
-                  plateau_patience: int = 5) -> dict:  # fmt: skip
+def update_policy(
+  policy: dict, score, *, min_gain: float = 1e-4, plateau_factor: float = 1.0, plateau_patience: int = 5
+) -> dict:
   """The policies' memory after an evaluation.
 
   Args:
