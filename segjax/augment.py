@@ -124,22 +124,8 @@ def bicubic_matrix(size: int) -> np.ndarray:
   return np.stack([cubic[i] @ knots[segment[i] : segment[i] + 4] for i in range(size)]).astype(np.float32)
 
 
-def place(
-  key,
-  image,
-  label,
-  border,
-  size,
-  window,
-  *,
-  crop_size,
-  margin,
-  scale=(0.5, 2.0),
-  scale_step=0.0,
-  flip=True,
-  outside="void",
-  **warp,
-):
+def place(key, image, label, border, size, window, *, crop_size, margin, scale=(0.5, 2.0), scale_step=0.0, flip=True,
+          outside="void", **warp):  # fmt: skip
   """One example at random scale, place and side, turned and bent at random.
 
   Args:

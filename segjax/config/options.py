@@ -13,7 +13,6 @@ import re
 from typing import NamedTuple
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
-_INDENT = "  "
 
 
 class Option(NamedTuple):
@@ -165,8 +164,9 @@ def models() -> dict[str, dict[str, Option]]:
   """The options of each model; "details.NAME" are those of its section `details`."""
   found = {name: signature(place) for name, place in _table("models", "MODELS").items()}
   details = signature("models.details.Details")
-  found["deeplab_v3plus"] |= {f"details.{name}": option for name, option in details.items()}
-  return found
+  return found | {
+    "deeplab_v3plus": found["deeplab_v3plus"] | {f"details.{name}": option for name, option in details.items()}
+  }
 
 
 def sources() -> dict[str, dict[str, Option]]:
@@ -236,7 +236,7 @@ def _meanings(docstring: str) -> dict[str, str]:
     if entry:
       names = [name for name in entry[1].split(", ") if name not in found]
       found |= dict.fromkeys(names, entry[2])
-    elif line.startswith(2 * _INDENT):
+    elif line.startswith("    "):
       found |= {name: f"{found[name]} {line.strip()}" for name in names}
     else:
       names = ()
