@@ -8,6 +8,7 @@ import os
 from absl import flags
 
 from segjax import config as config_lib
+from segjax.config import options
 from segjax.run import cluster, commandline
 
 _MODE = flags.DEFINE_enum(
@@ -23,6 +24,10 @@ flags.register_multi_flags_validator(
   lambda f: f["workdir"] is not None or f["mode"] in ("dry_run", "config"),
   "Name the folder of the run; only --mode=dry_run needs none, and --mode=config.",
 )
+_OPTIONS = flags.DEFINE_bool("options", False, "--mode=config: print the table of all options instead.")
+flags.register_multi_flags_validator(
+  ("mode", "options"), lambda f: f["mode"] == "config" or not f["options"], "Only --mode=config has --options."
+)
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, 'host:port of process 0, where several processes run as one; "auto": JAX finds all (TPU pods).'
 )
@@ -34,6 +39,9 @@ _START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for
 def main(argv: list[str]) -> None:
   """Dispatches; known errors end as one readable message, without a traceback."""
   del argv
+  if _OPTIONS.value:
+    print(options.table(), end="")
+    return
   with commandline.readable_errors():
     config = commandline.config(data_dir="(not given)" if _MODE.value in ("dry_run", "config") else "")
     if _MODE.value == "config":

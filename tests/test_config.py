@@ -15,7 +15,7 @@ import pytest
 from segjax import config as config_lib
 from segjax import input_pipeline, losses, models, sharding, state, steps
 from segjax.augment import augment_batch, jitter_color
-from segjax.config import ConfigError, default_config
+from segjax.config import ConfigError, default_config, options
 from segjax.config import rules as config_rules
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -109,23 +109,43 @@ def test_config_of_another_version_is_refused(tmp_path):
 
 
 def test_model_and_source_options_are_their_constructors_arguments():
-  for name, options in config_lib.MODELS.items():
+  for name, values in config_lib.MODELS.items():
     parameters = inspect.signature(models.MODELS[name].__init__).parameters
-    assert set(options) == set(parameters) - {"self", "num_classes", "dtype", "rngs"}, name
-    for option, value in options.items():
+    assert set(values) == set(parameters) - {"self", "num_classes", "dtype", "rngs"}, name
+    for option, value in values.items():
       assert value == parameters[option].default, (name, option)
-  for name, options in config_lib.SOURCES.items():
+  for name, values in config_lib.SOURCES.items():
     parameters = inspect.signature(input_pipeline.SOURCES[name].__init__).parameters
-    assert {"dir", "split", "exif", *options} == set(parameters) - {"self"}, name
+    assert {"dir", "split", "exif", *values} == set(parameters) - {"self"}, name
+    assert all(values[option] == parameters[option].default for option in values), name
   assert config_lib.MODELS.keys() == models.MODELS.keys()
   assert config_lib.SOURCES.keys() == input_pipeline.SOURCES.keys()
+
+
+def test_the_table_has_each_field_with_its_meaning_and_the_documentation_is_the_table():
+  table = options.table()
+  rows = {line.split("|")[1].split()[0]: line.split("|")[4].strip() for line in table.splitlines()[6:]}
+  every = (default_config(model, data) for model in config_lib.MODELS for data in config_lib.SOURCES)
+  assert set(rows) == {field for config in every for field in config_lib.fields(config)}
+  assert all(len(meaning) > 4 for meaning in rows.values())
+  assert (ROOT / "docs/options.md").read_text() == table, "segjax config --options > docs/options.md"
+
+
+@pytest.mark.parametrize(
+  "text", ['def f(*, a=1):\n  "Args:\\n  b: it."', 'def f(*, a=g()):\n  "Args:\\n  a: it."', "def f(*, a=1): pass"]
+)
+def test_an_option_without_meaning_or_with_a_computed_default_is_refused(text, tmp_path, monkeypatch):
+  monkeypatch.setattr(options, "_PACKAGE", tmp_path)
+  (tmp_path / "own.py").write_text(text)
+  with pytest.raises(TypeError, match="own.f: a needs a literal default, and an entry in the docstring"):
+    options.signature("own.f")
 
 
 def test_every_field_is_read_somewhere():
   """A field is read as an attribute named like it; model, source and augmentation options by their constructors."""
   read = set()
   for path in (ROOT / "segjax").rglob("*.py"):
-    if path.name not in ("config.py", "config_rules.py"):
+    if path.parent.name != "config":
       read |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
   augmentation = set(inspect.signature(augment_batch).parameters) | set(inspect.signature(jitter_color).parameters)
   for name in config_lib.SOURCES:

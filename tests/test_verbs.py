@@ -125,6 +125,8 @@ def test_what_is_built_for_a_wheel_prints_a_shipped_config_as_json_from_an_empty
   assert result.returncode == 0, result.stderr
   printed = json.loads(result.stdout)
   assert printed["num_steps"] == 700 and printed["data"]["dir"] == "" and printed["crop_size"] == [177, 241]
+  every = run("-m", "segjax.verbs", "config", "--options", cwd=tmp_path / "empty", path=tmp_path / "built")
+  assert every.stdout == (ROOT / "docs/options.md").read_text()
   assert not any((tmp_path / "empty").iterdir())
 
 

@@ -78,7 +78,7 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False, takes_co
     if workdirs and not configs:
       argv = [argv[0], f"--config={config_lib.__file__}:{config_lib.expand_home(workdirs[-1])}", *argv[1:]]
   if takes_config:
-    text = "Config file; --config.field=value overrides. Without it, the config saved in --workdir."
+    text = "Config file, or the name of a shipped config; --config.field=value overrides. Without it, the config saved in --workdir."
     config_flags.DEFINE_config_file("config", None, text, sys_argv=argv)
     flags.FLAGS["config"].parser = _ConfigFile(argv)
   try:

@@ -17,7 +17,7 @@ VERBS = {
   "prepare": ("segjax.prepare", (), "unpack the archives of VOC, Cityscapes or the nuclei"),
   "dry-run": ("segjax.main", ("--mode=dry_run",), "say what training would need: memory, work, communication"),
   "benchmark": ("segjax.benchmark", (), "measure the speed of the steps and of the input"),
-  "config": ("segjax.main", ("--mode=config",), "print the resolved config as JSON"),
+  "config": ("segjax.main", ("--mode=config",), "print the resolved config as JSON; --options: all options"),
 }
 
 
