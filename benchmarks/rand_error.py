@@ -15,8 +15,8 @@ import numpy as np
 from scipy import ndimage, sparse
 
 from segjax import config as config_lib
-from segjax import evaluate, inference, input_pipeline, sharding, steps
-from segjax.state import build
+from segjax import inference, sharding, steps
+from segjax.experiment import Experiment
 
 
 def rand_error(truth: np.ndarray, segments: np.ndarray) -> float:
@@ -40,15 +40,13 @@ def measure(workdir: pathlib.Path) -> str:
   """One line on the last checkpoint of `workdir`."""
   config = config_lib.load(workdir)
   config.eval.checkpoint = "last"
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  source = input_pipeline.make_source(config.data, config.data.eval_split)
-  graphdef, _, _, init = build(config, len(source.classes))
-  variables, step, _ = evaluate.trained_variables(config, workdir, None, init, mesh)
-  protocol = evaluate.protocol(config)
+  experiment = Experiment(config, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
+  source, protocol = experiment.eval_source, experiment.protocol
+  variables, step, _ = experiment.trained_variables(workdir, None)
 
   @jax.jit
   def probability(variables, image):
-    model = steps.merge(graphdef, variables)
+    model = steps.merge(experiment.graphdef, variables)
     scores = inference.class_scores(model, model.preprocess(image.astype(jnp.float32)), **protocol)
     return inference.foreground_probability(scores, **protocol)[0]
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from segjax import sharding
 from segjax.config import default_config
+from segjax.experiment import Experiment
 from segjax.tools import programs, step_speed
 
 # Small networks of each kind: (model, its options, the crop).
@@ -91,7 +92,7 @@ def of_devices() -> None:
     for devices in DEVICES:
       config = make_config(model, options, batch_size=BATCH * devices, crop=crop, classes=CLASSES)
       mesh = sharding.make_mesh(devices, 1, devices=jax.devices()[:devices])
-      program = programs.compile_train(config, mesh, CLASSES, config.crop_size)
+      program = programs.compile_train(Experiment(config, mesh=mesh), config.crop_size)
       found = [f"{kind} {len(sizes)}, {sum(sizes) / 2**20:.1f}" for kind, sizes in program.collectives.items() if sizes]
       print(f"| {name} | {devices} | {'; '.join(found) or 'none'} |", flush=True)
       reduced[name] = program.collectives["all-reduce"]

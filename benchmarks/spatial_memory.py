@@ -17,6 +17,7 @@ import jax
 
 from segjax import sharding
 from segjax.config import default_config
+from segjax.experiment import Experiment
 from segjax.tools import programs
 
 CASES = {"eval": (1024, 2048), "train": (769, 769)}  # (H, W) of the image, of the crop.
@@ -28,7 +29,7 @@ def compile_program(case: str, space: int) -> programs.Program:
   config = default_config(model="deeplab_v3plus", data="synthetic")
   config.crop_size, config.batch_size, config.eval.batch_size = CASES[case], 1, 1
   mesh = sharding.make_mesh(1, space, devices=jax.devices()[:space])
-  return programs.COMPILE[case](config, mesh, 19, CANVAS)
+  return programs.COMPILE[case](Experiment(config, mesh=mesh, num_classes=19), CANVAS)
 
 
 def main():

@@ -77,28 +77,26 @@ def predict(
   # Not earlier: whoever misspelt a name should not wait for these imports.
   import jax
 
-  from segjax import evaluate, sharding, steps
-  from segjax.run import report
-  from segjax.state import build
+  from segjax import sharding
+  from segjax.experiment import Experiment
+  from segjax.run import evaluation, pictures, warm_start
 
-  loaded = evaluate.load_weights(config, workdir)
+  loaded = warm_start.load_unless_run(config, workdir)
   found = task.find(config, workdir)
   if found.canvas_size is None:
     print("note: no evaluation's canvas is known, so each image gets one of its own; see --config.data.canvas_size")
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
-  graphdef, _, _, init = build(config, len(found.classes))
-  variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
-  step = evaluate.make_step(config, graphdef, mesh, len(found.classes))
-  model = steps.merge(graphdef, jax.eval_shape(lambda: variables))
-  tables = dict(colors=report.color_table(found.palette), probability=report.heat_table())
+  experiment = Experiment(config, num_classes=len(found.classes))
+  mesh, model = experiment.mesh, experiment.network
+  variables, _, origin = experiment.trained_variables(workdir, loaded)
+  tables = dict(colors=pictures.color_table(found.palette), probability=pictures.heat_table())
 
   def write(photo: loose.Photo, image: np.ndarray, result: dict[str, np.ndarray]) -> None:
     ids = result["prediction"]
-    pictures = dict(ids=Image.fromarray(ids), colors=report.indexed_image(ids, tables["colors"]))
-    pictures["overlays"] = Image.fromarray(report.paint(image, ids, found.palette))
+    made = dict(ids=Image.fromarray(ids), colors=pictures.indexed_image(ids, tables["colors"]))
+    made["overlays"] = Image.fromarray(pictures.paint(image, ids, found.palette))
     if "probability" in result:
-      pictures["probability"] = report.indexed_image(result["probability"], tables["probability"])
-    for kind, picture in pictures.items():
+      made["probability"] = pictures.indexed_image(result["probability"], tables["probability"])
+    for kind, picture in made.items():
       path = outputs.output_path(out / kind, f"{photo.name}.png")
       path.parent.mkdir(parents=True, exist_ok=True)
       picture.save(path)
@@ -119,7 +117,7 @@ def predict(
         ahead = min(workers, AHEAD // max(h * w for h, w in (photo.size for photo in group)) + 1)
         tiles = _Tiles(canvas, model.stride, model.border, problems)
         batches = tiles.batches(loose.read_ahead(group, ahead, exif), batch_size)
-        for index, result in evaluate.predictions(step, variables, batches, mesh):
+        for index, result in evaluation.predictions(experiment.eval_step, variables, batches, mesh):
           if whole := tiles.join(index, result):
             writing.append(pool.submit(write, *whole))
             bar.update()

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax import input_pipeline, sharding, state, steps, train
+from segjax import input_pipeline, sharding
 from segjax.config import default_config
+from segjax.experiment import Experiment
 from segjax.run import cluster, distributed
 
 BATCH_SIZE = 16
@@ -53,16 +54,8 @@ def make_step(config, mesh, loss=None):
   Args:
     loss: in place of the config's.
   """
-  graphdef, optimizer, _, init = state.build(config, 6)
-  placed = sharding.of_state(mesh, jax.eval_shape(init), config.shard_state)
-  if loss is None:
-    step = train.make_step(config, graphdef, optimizer, mesh, placed, None)
-  else:
-    step = steps.make_train_step(
-      graphdef, optimizer, mesh, state_sharding=placed, seed=0, crop_size=config.crop_size,
-      augmentation=dict(config.augment), loss=loss, auxiliary_weight=0.4, ema_decay=config.optimizer.ema_decay,
-    )  # fmt: skip
-  return step, state.materialize(init, placed)
+  experiment = Experiment(config, mesh=mesh)
+  return experiment.make_train_step(**({} if loss is None else dict(loss=loss))), experiment.init_state()
 
 
 def mesh_of(data, space=1):

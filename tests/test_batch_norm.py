@@ -2,22 +2,21 @@
 
 import re
 
-import jax
 import pytest
 
-from segjax import state, train
+from segjax import train
 from segjax.config import ConfigError, default_config
+from segjax.experiment import Experiment
 from segjax.tools import dry_run
 
 
 def refusal(model, batch_size, accumulate_steps=1, crop_size=(64, 64), **options):
-  """What `check_batch_norm` says of a config; "" for nothing."""
+  """What `Experiment.check` says of a config; "" for nothing."""
   config = default_config(model=model, data="synthetic")
   config.batch_size, config.accumulate_steps, config.crop_size = batch_size, accumulate_steps, crop_size
   config.model.update(options)
-  graphdef, _, _, init = state.build(config, 3)
   try:
-    train.check_batch_norm(config, graphdef, jax.eval_shape(init))
+    Experiment(config).check()
   except ConfigError as error:
     return str(error)
   return ""

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from segjax import models, sharding, state, train
-from segjax.tools import programs
+from segjax import models
+from segjax.experiment import Experiment
 from tests import experiment
 
 NETWORKS = {
@@ -67,12 +67,9 @@ def test_no_model_reduces_in_bfloat16(network):
 
 @pytest.mark.parametrize("model", ["published_unet", "deeplab"])
 def test_no_train_step_reduces_in_bfloat16(model):
-  config, mesh = experiment.make_config(model, "bfloat16"), experiment.mesh_of(1)
-  graphdef, optimizer, _, init = state.build(config, 6)
-  abstract = jax.eval_shape(init)
-  step = train.make_step(config, graphdef, optimizer, mesh, sharding.of_state(mesh, abstract, False), None)
+  made = Experiment(experiment.make_config(model, "bfloat16"), mesh=experiment.mesh_of(1))
   with reductions_in_16_bits_refused():
-    jax.eval_shape(step, abstract, programs.abstract_batch(mesh, config.batch_size, (22, 32)))
+    jax.eval_shape(made.make_train_step(), *made.abstract_train_arguments((22, 32)))
 
 
 @pytest.mark.parametrize("network, bound", [("published_unet", 0.05), ("bilinear_unet", 0.1), ("fcn", 0.3)])

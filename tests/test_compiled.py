@@ -5,13 +5,14 @@ import re
 
 import pytest
 
+from segjax.experiment import Experiment
 from segjax.tools import programs
 from tests import experiment
 from tests.experiment import mesh_of
 from tests.marks import full
 
 pytestmark = pytest.mark.parametrize("model", ["unet", "fcn", *full("deeplab")])
-CANVAS, CLASSES = (22, 32), 6
+CANVAS = (22, 32)
 SMALL = 1000  # Numbers in a map of a few pixels, of which jax 0.12 transposes one.
 TRANSPOSE = re.compile(r" = \w+\[([\d,]+)\]\S* transpose\(")  # " = f32[16,8,12,4]{3,2,1,0} transpose("
 
@@ -19,7 +20,7 @@ TRANSPOSE = re.compile(r" = \w+\[([\d,]+)\]\S* transpose\(")  # " = f32[16,8,12,
 def compiled(model, devices):
   """(config, train step) of a small network of each kind of layer."""
   config = experiment.make_config(model, "float32")
-  return config, programs.compile_train(config, mesh_of(devices), CLASSES, CANVAS)
+  return config, programs.compile_train(Experiment(config, mesh=mesh_of(devices)), CANVAS)
 
 
 def test_it_gathers_no_activations_or_images(model):

@@ -10,11 +10,11 @@ import jax
 import pytest
 
 from segjax import config as config_lib
-from segjax import input_pipeline, sharding
+from segjax import input_pipeline, sharding, steps
 from segjax.config import ConfigError
 from segjax.tools import flops
 from segjax.tools.dry_run import device_memory, dry_run
-from segjax.tools.programs import abstract_batch, compile_step
+from segjax.tools.programs import compile_step
 from tests.experiment import host_batches, make_step, mesh_of
 from tests.test_config import CONFIGS
 
@@ -84,7 +84,7 @@ def test_multiply_adds_count_every_part_and_what_is_computed_again(config):
     other.update(fields)
     mesh = mesh_of(1)
     step, current = make_step(other, mesh)
-    return flops.multiply_adds(step, current, abstract_batch(mesh, 8, (24, 32)))
+    return flops.multiply_adds(step, current, steps.abstract_batch(mesh, 8, (24, 32)))
 
   whole, parts, remat = count(), count(accumulate_steps=4), count(remat=True)
   assert whole == parts and 1.1 * whole < remat < 1.5 * whole

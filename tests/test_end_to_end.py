@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from segjax import evaluate as evaluate_lib
-from segjax import input_pipeline, sharding, state
+from segjax import input_pipeline, sharding
 from segjax import train as train_lib
 from segjax.config import default_config
 from segjax.config import rules as config_rules
+from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError, scan
 from segjax.tools import check_data, submission
 from tests import archives
@@ -112,12 +113,10 @@ def test_train_eval_and_submission(stores, name, tmp_path, capsys):
       }
     else:
       assert found.keys() == {f"results/{n}_labelIds.png" for n in archives.cityscapes_names(split)}
-    mesh = sharding.make_mesh(1)
-    graphdef, _, _, init = state.build(config, len(source.classes))
-    variables, _, _ = evaluate_lib.trained_variables(config, workdir, None, init, mesh)
-    evaluator = evaluate_lib.make_evaluator(config, source, graphdef, mesh)
+    experiment = Experiment(config, mesh=sharding.make_mesh(1))
+    variables, _, _ = experiment.trained_variables(workdir, None)
     batch = next(input_pipeline.eval_batches(source, config.data, batch_size=8, rows=np.arange(8)))
-    want = np.asarray(evaluator.step(variables, jax.device_put(batch))["prediction"])
+    want = np.asarray(experiment.eval_step(variables, jax.device_put(batch))["prediction"])
     for i in range(len(source)):
       with Image.open(found[submission.result_path(source, i).as_posix()]) as image:
         assert image.mode == ("P" if name == "voc" else "L") and image.size == tuple(batch["size"][i][::-1])

@@ -15,7 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PREAMBLE = """
 import json, pathlib, sys
 import jax
-from segjax import commandline, config as config_lib, evaluate, input_pipeline, sharding, state, train
+from segjax import config as config_lib, sharding, train
+from segjax.experiment import Experiment
+from segjax.run import commandline
 
 commandline.keep_freed_memory()  # As the commands do.
 
@@ -77,7 +79,7 @@ def test_2000_steps_and_10_evaluations_add_less_than_2_percent(tiny_config, tmp_
   tiny_config.eval_every = tiny_config.checkpoint_every = 200
   tiny_config.log_every = 50
   code = """
-from segjax import report
+from segjax.run import report
 sizes, scalars = {}, report.Writer.scalars
 def noted(self, step, values):
   scalars(self, step, values)
@@ -104,10 +106,8 @@ mesh = sharding.make_mesh(1)
 peaks = []
 for count in (100, 100, 1000):
   config.data.num_val = count
-  source = input_pipeline.make_source(config.data, "val")
-  graphdef, _, _, init = state.build(config, len(source.classes))
-  evaluator = evaluate.make_evaluator(config, source, graphdef, mesh)
-  evaluator(state.materialize(init, sharding.replicated(mesh)).eval_variables())
+  experiment = Experiment(config, mesh=mesh)
+  experiment.evaluator(experiment.init_state().eval_variables())
   peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 print(json.dumps(peaks))
 """

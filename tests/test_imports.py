@@ -26,7 +26,8 @@ LAYERS = (
   ("augment", "inference"),
   ("pretrained", "input_pipeline", "state", "steps"),
   ("run",),
-  ("evaluate", "validation", "train", "predict"),
+  ("experiment",),
+  ("evaluate", "train", "predict"),
   ("tools",),
   ("main",),
 )

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from segjax import evaluate, kernels, sharding, state, train
+from segjax import kernels
 from segjax.config import default_config
-from segjax.tools import programs
+from segjax.experiment import Experiment
 from tests import experiment
 
 # At full width, where each of XLA:CPU's forms applies somewhere: nothing is compiled.
@@ -31,15 +31,11 @@ def lowered(network, kind, platform):
   config.model.update(options)
   config.batch_size, config.crop_size, config.kernels = 2, (32, 32), platform
   config.eval.batch_size = 2
-  mesh = experiment.mesh_of(1)
-  graphdef, optimizer, _, init = state.build(config, 3)
-  abstract = jax.eval_shape(init)
-  batch = programs.abstract_batch(mesh, 2, (32, 32))
+  made = Experiment(config, mesh=experiment.mesh_of(1), num_classes=3)
   if kind == "train":
-    step = train.make_step(config, graphdef, optimizer, mesh, sharding.of_state(mesh, abstract, False), None)
-    traced = step.trace(abstract, batch)
+    traced = made.make_train_step().trace(*made.abstract_train_arguments((32, 32)))
   else:
-    traced = evaluate.make_step(config, graphdef, mesh, 3).trace(abstract.variables(), batch)
+    traced = made.eval_step.trace(*made.abstract_eval_arguments((32, 32)))
   return traced.lower(lowering_platforms=(platform,)).as_text()
 
 

@@ -55,8 +55,7 @@ def test_every_writer_stays_in_its_folder_whatever_an_id_says(tmp_path, monkeypa
 def test_predictions_with_impossible_names_are_refused_before_the_work(tmp_path, monkeypatch, names, message):
   config = default_config(data="folder")
   config.data.eval_split = "val"
-  monkeypatch.setattr(submission.evaluate, "load_weights", lambda *_: None)
-  monkeypatch.setattr(submission.sharding, "make_mesh", lambda *_: None)
+  monkeypatch.setattr(submission.warm_start, "load_unless_run", lambda *_: None)
   monkeypatch.setattr(submission.input_pipeline, "make_source", lambda *_, **__: named(*names))
   with pytest.raises(DataError, match=message):
     submission.submit(config, tmp_path)

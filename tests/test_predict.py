@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from segjax import config as config_lib
-from segjax import evaluate, input_pipeline, predict, sharding, state
+from segjax import input_pipeline, predict, sharding, state
 from segjax.config import ConfigError, default_config
+from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError, loose
 from segjax.models import resize
-from segjax.run import report, task
+from segjax.run import pictures, task
 from segjax.run.checkpoint import Checkpoints
 from tests.marks import full
 
@@ -76,10 +77,9 @@ def make_run(config, workdir):
 def evaluated(config, workdir):
   """{image's name: the step's outputs for it in an evaluation}."""
   source = input_pipeline.make_source(config.data, "val")
-  mesh = sharding.make_mesh(1)
-  graphdef, _, _, init = state.build(config, len(source.classes))
-  variables, _, _ = evaluate.trained_variables(config, workdir, None, init, mesh)
-  step = evaluate.make_evaluator(config, source, graphdef, mesh).step
+  experiment = Experiment(config, mesh=sharding.make_mesh(1))
+  variables, _, _ = experiment.trained_variables(workdir, None)
+  step = experiment.eval_step
   found = {}
   for batch in input_pipeline.eval_batches(source, config.data, batch_size=2, rows=np.arange(2)):
     out = jax.device_get(step(variables, jax.device_put(batch)))
@@ -166,7 +166,7 @@ def test_what_is_written_shows_the_same_classes(data, tmp_path):
 
 
 def test_heat_rises_evenly_in_brightness():
-  luma = report.heat_table() @ [0.30, 0.59, 0.11]
+  luma = pictures.heat_table() @ [0.30, 0.59, 0.11]
   np.testing.assert_allclose(luma, np.arange(256), atol=2)
 
 
@@ -213,8 +213,8 @@ def test_images_of_many_sizes_share_few_programs(data, tmp_path, monkeypatch):
   (tmp_path / "images").mkdir()
   for n in range(12):
     Image.fromarray(smooth(n, (20 + 9 * n, 25 + 5 * n))).save(tmp_path / f"images/{n}.png")
-  made, make_step = [], evaluate.make_step
-  monkeypatch.setattr(evaluate, "make_step", lambda *args: made.append(make_step(*args)) or made[-1])
+  made, make_step = [], Experiment.make_eval_step
+  monkeypatch.setattr(Experiment, "make_eval_step", lambda *args: made.append(make_step(*args)) or made[-1])
   assert predict.predict(config, workdir, [str(tmp_path / "images")], tmp_path / "out") == []
   assert len(list((tmp_path / "out/ids").glob("*.png"))) == 12
   assert made[0]._cache_size() == 4  # The evaluation's canvas, 65x65, 129x65 and 129x129.

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from segjax import config as config_lib
-from segjax import evaluate as evaluate_lib
 from segjax import input_pipeline, optimizer, pretrained, sharding, state
 from segjax import train as train_lib
 from segjax.config import ConfigError
 from segjax.config import rules as config_rules
+from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError
 from segjax.pretrained import torchvision
 from segjax.run import warm_start
@@ -120,11 +120,8 @@ def train_and_evaluate(config, workdir):
 
 def make_evaluator(config, workdir):
   """Of val, and the variables of the last checkpoint."""
-  source = input_pipeline.make_source(config.data, "val")
-  mesh = sharding.make_mesh(1)
-  graphdef, _, _, init = state.build(config, len(source.classes))
-  variables, _, _ = evaluate_lib.trained_variables(config, workdir, None, init, mesh)
-  return evaluate_lib.make_evaluator(config, source, graphdef, mesh), variables
+  experiment = Experiment(config, mesh=sharding.make_mesh(1))
+  return experiment.evaluator, experiment.trained_variables(workdir, None)[0]
 
 
 def names(config, split):

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax import evaluate, steps
+from segjax import steps
 from segjax import train as train_lib
+from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError
 from segjax.run import checkpoint as checkpoint_lib
-from segjax.run import distributed, report
+from segjax.run import distributed, evaluation, report
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.workdir import WorkdirError
 from tests.test_train import assert_identical, checkpoint, read_metrics
@@ -47,15 +48,15 @@ class Fake:
       raise score
     split = evaluator.config.data.eval_split
     scalars = {f"{split}/mean_iou": score, f"{split}/iou/disk": score}
-    return evaluate.Evaluation(np.zeros((6, 6), np.int64), scalars, "table", {})
+    return evaluation.Evaluation(np.zeros((6, 6), np.int64), scalars, "table", {})
 
 
 @pytest.fixture
 def fake(monkeypatch):
   made = Fake()
-  monkeypatch.setattr(train_lib, "make_step", lambda *args: made.step)
-  monkeypatch.setattr(evaluate.Evaluator, "compile", lambda self, variables: made.events.append("compile"))
-  monkeypatch.setattr(evaluate.Evaluator, "__call__", lambda self, variables: made.evaluate(self, variables))
+  monkeypatch.setattr(Experiment, "make_train_step", lambda *args: made.step)
+  monkeypatch.setattr(evaluation.Evaluator, "compile", lambda self, variables: made.events.append("compile"))
+  monkeypatch.setattr(evaluation.Evaluator, "__call__", lambda self, variables: made.evaluate(self, variables))
   return made
 
 
@@ -211,7 +212,7 @@ def test_a_run_whose_output_nobody_takes_goes_on_to_its_end(config, fake, tmp_pa
 def test_what_cannot_be_written_leaves_exit_code_0():
   code = """
 import sys
-from segjax import report
+from segjax.run import report
 with report.lasting_output():
   print("lost" * 10_000, flush=True)
   print("shown \\u00fc", file=sys.stderr)
@@ -268,7 +269,7 @@ def test_a_hangup_that_nohup_has_ignored_stays_ignored():
 def test_a_second_interrupt_ends_a_program_at_once_even_outside_of_python_code():
   code = """
 import ctypes, os, signal, threading
-from segjax import distributed
+from segjax.run import distributed
 libc = ctypes.CDLL(None)
 with distributed.StopSignal() as stop:
   for after in (0.2, 0.6):

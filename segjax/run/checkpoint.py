@@ -116,7 +116,7 @@ class Score:
 
   Attributes:
     value: higher is better; NaN where the metric has none.
-    measure: what it depends on beside the weights, see `evaluate.measure`; scores of another one cannot be compared.
+    measure: what it depends on beside the weights, see `validation.measure`; scores of another one cannot be compared.
     regime: of the policies that it counts for, see `optimizer.init_policy`.
   """
 

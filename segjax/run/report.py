@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress lines, tables, curves and pictures."""
+"""What a person sees of a run: lines and tables, and the files of curves and pictures."""
 
 import contextlib
 import importlib.util
@@ -13,18 +13,79 @@ import jax
 import numpy as np
 from PIL import Image
 
-from segjax import metrics
-from segjax.config import IGNORE_LABEL
+from segjax import input_pipeline, metrics
 from segjax.files import atomic
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline import inventory
 from segjax.run import outputs
 
-FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes, whatever their palette: the ground's is often black.
+
+def say(text: str, flush: bool = True) -> None:
+  """Prints, on the first of several processes."""
+  if jax.process_index() == 0:
+    print(text, flush=flush)
 
 
-def has_tensorboard() -> bool:
-  """Whether what TensorBoard's curves need beside TensorFlow is installed."""
-  return all(importlib.util.find_spec(name) for name in ("tensorboard", "clu"))
+def devices(mesh: jax.sharding.Mesh) -> str:
+  """What a program runs on, as text."""
+  return (
+    f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh data={mesh.shape['data']} space={mesh.shape['space']},"
+    f" {jax.process_count()} process(es)"
+  )
+
+
+def data_lines(data, splits: dict) -> str:
+  """What `config.data` holds, of {split: source}, and what is to be noted of it."""
+  train, evaluated, loader = splits[data.train_split], splits[data.eval_split], input_pipeline.loader_of(data)
+  reason = ", because TensorFlow is not installed" if loader != data.loader else ""
+  notes = dict.fromkeys((*train.notes, *evaluated.notes, *inventory.notes(splits)))
+  return "\n".join([
+    f"data: {len(train)} images in {data.train_split!r}, {len(evaluated)} in {data.eval_split!r},"
+    f" {len(train.classes)} classes, loader {loader}{reason}",
+    *(f"note: {note}" for note in notes),
+  ])  # fmt: skip
+
+
+def complete_lines(config, workdir, start: int, best: float | None) -> str:
+  """A run that has nothing left to do, and what may be done with it."""
+  return (
+    f"{workdir}: this run is complete ({start} of {config.num_steps} steps, best {config.policy.metric}"
+    f" {_percent(best)}).\n  to continue:   raise --config.num_steps\n  to start anew: give another --workdir\n"
+    f"  to score it:   python -m segjax.main --mode=eval --workdir={workdir}"
+  )
+
+
+def progress_line(step: int, num_steps: int, scalars: dict[str, float], left: str) -> str:
+  """What a log step tells, of its scalars and the time left."""
+  bad = scalars["train/bad_examples"] if "train/bad_examples" in scalars else 0
+  return (
+    f"step {step:>6}/{num_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/learning_rate']:.2e}"
+    f"  {scalars['train/images_per_s']:.1f} images/s  data wait {100 * scalars['train/data_wait_share']:.0f} %"
+    f"  ETA {left}" + (f"  bad examples {bad}" if bad else "")
+  )
+
+
+def closing_lines(config, workdir: pathlib.Path, mean_iou: float, checkpoints, tensorboard: bool) -> str:
+  """How a run ended, and where everything is."""
+  return (
+    f"done: {config.data.eval_split} mean IoU {_percent(mean_iou)}, best {config.policy.metric}"
+    f" {_percent(checkpoints.best_score())} at step {checkpoints.best_step()}\n"
+    f"  checkpoints  {checkpoints.folder}\n  curves       {workdir / 'metrics.jsonl'}"
+    + (f" (or: tensorboard --logdir {workdir})" if tensorboard else "")
+    + f"\n  pictures     {workdir / 'overlays'}  (image | label | prediction)"
+    f"\nto use it: python -m segjax.predict --workdir={workdir} IMAGES --out=DIR"
+  )
+
+
+def _percent(share: float | None) -> str:
+  return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def no_tensorboard(data) -> str:
+  """Why curves do not go to TensorBoard too; "" where they do."""
+  if input_pipeline.loader_of(data) == "grain":
+    return "it would import TensorFlow, which the grain loader avoids"
+  installed = all(importlib.util.find_spec(name) for name in ("tensorboard", "clu"))
+  return "" if installed else "it needs pip install 'segjax[tensorflow]'"
 
 
 class Writer:
@@ -35,7 +96,7 @@ class Writer:
 
   Args:
     workdir: created if missing.
-    tensorboard: only where `has_tensorboard()`, and False under the grain loader, which must not import TensorFlow.
+    tensorboard: only where `no_tensorboard` has no reason against it.
     start_step: lines of later steps are dropped: a run that resumes from an older checkpoint writes them again.
       None keeps all.
     unscored: drops the scores of that step too: it is to be evaluated again.
@@ -291,53 +352,6 @@ def threshold_line(sweep: np.ndarray, thresholds: tuple[float, ...]) -> str:
     return "  no foreground in labels or predictions: no threshold is best"
   best = int(np.nanargmax(ious))
   return f"  best threshold here: eval.threshold={thresholds[best]:g}, foreground IoU {100 * ious[best]:.2f}"
-
-
-def color_table(palette: np.ndarray) -> np.ndarray:
-  """[256, 3] uint8, the colour of every label value: the classes' [K, 3], cream for void, black between them."""
-  table = np.zeros((256, 3), np.uint8)
-  table[: len(palette)], table[IGNORE_LABEL] = palette, datasets.VOID_COLOR
-  return table
-
-
-def heat_table() -> np.ndarray:
-  """[256, 3] uint8, colours of rising brightness from black over blue, green and red to white, for probabilities.
-
-  Cubehelix with its default numbers (Green 2011, "A colour scheme for the display of astronomical intensity images",
-  section 3): grey prints of it, and eyes that tell no red from green, still see the order.
-  """
-  share = np.linspace(0, 1, 256)[:, None]
-  angle = 2 * np.pi * (0.5 / 3 - 1.5 * share)
-  cos, sin = np.cos(angle), np.sin(angle)
-  turn = np.concatenate([-0.14861 * cos + 1.78277 * sin, -0.29227 * cos - 0.90649 * sin, 1.97294 * cos], axis=1)
-  return np.round(255 * (share + share * (1 - share) / 2 * turn).clip(0, 1)).astype(np.uint8)
-
-
-def indexed_image(values: np.ndarray, table: np.ndarray) -> Image.Image:
-  """[H, W] uint8 as a palette image: it stores the very numbers, and shows them in the colours of `table` [256, 3]."""
-  image = Image.fromarray(values)
-  image.putpalette(table.reshape(-1).tolist())  # Turns grey into indexed, with the same numbers.
-  return image
-
-
-def paint(image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
-  """Class ids [H, W] over their image [H, W, 3] uint8, like it: the classes' colours over the faded image; void in cream.
-
-  Of two classes only the second is painted, in green, and the image left as it is elsewhere, as for KITTI's road.
-  """
-  if len(palette) > 2:
-    return _blend(image, color_table(palette)[classes], 65)
-  table = color_table(np.array([palette[0], FOREGROUND_COLOR]))
-  return np.where((classes == 0)[..., None], image, _blend(image, table[classes], 50))
-
-
-def _blend(image: np.ndarray, color: np.ndarray, percent: int) -> np.ndarray:
-  return (((100 - percent) * image.astype(np.uint16) + percent * color.astype(np.uint16)) // 100).astype(np.uint8)
-
-
-def overlay(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
-  """image | label | prediction, the latter two painted over the image, side by side: [H, 3W, 3] uint8."""
-  return np.concatenate([image, paint(image, label, palette), paint(image, prediction, palette)], axis=1)
 
 
 def parameter_table(params: dict, batch_stats: dict) -> str:

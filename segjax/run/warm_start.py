@@ -6,6 +6,7 @@ from segjax import config as config_lib
 from segjax import pretrained
 from segjax.config import ConfigError
 from segjax.pretrained import files
+from segjax.run import checkpoint
 from segjax.run.checkpoint import Checkpoints
 
 
@@ -40,6 +41,19 @@ def load(init) -> tuple[dict, str]:
     return pretrained.SCHEMES[init.scheme](files.load_arrays(init.path)), str(path)
   except ValueError as error:
     raise ConfigError(f"init.path = {init.path}: {error}") from error
+
+
+def load_unless_run(config, workdir: pathlib.Path | None) -> tuple[dict, str] | None:
+  """The weights of `config.init` where `workdir` holds no run; None where it does. For before anything slow.
+
+  Raises:
+    ConfigError: neither a run with a checkpoint nor weights.
+  """
+  if config.init.path and (workdir is None or not (workdir / config_lib.CONFIG_FILE).exists()):
+    return load(config.init)
+  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  checkpoint.check_any(workdir)
+  return None
 
 
 def merge(variables: dict, loaded: tuple[dict, str], exclude: tuple[str, ...]) -> tuple[dict, str]:

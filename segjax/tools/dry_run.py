@@ -5,9 +5,9 @@ import os
 
 import jax
 
-from segjax import input_pipeline, sharding, steps, train
+from segjax import input_pipeline, sharding, steps
+from segjax.experiment import Experiment
 from segjax.run import report
-from segjax.state import build, with_sharding
 from segjax.tools import programs
 from segjax.tools.programs import Program
 
@@ -42,47 +42,41 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   Raises:
     ConfigError: mesh or model do not fit, or the data set is absent and its classes or canvas unknown.
   """
-  say = print if jax.process_index() == 0 else (lambda *args, **kwargs: None)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
-  device = mesh.local_devices[0]
   data, (batch_size, eval_size) = config.data, (config.batch_size, config.eval.batch_size)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   num_classes, canvas, note = input_pipeline.facts(data, data.train_split)
   _, eval_canvas, _ = input_pipeline.facts(data, data.eval_split)
   sharding.check_batch(mesh, "batch_size", batch_size, config.accumulate_steps)
   sharding.check_batch(mesh, "eval.batch_size", eval_size)
+  say = report.say
   say(
-    f"dry run: {mesh.size} x {device.device_kind}, mesh data={mesh.shape['data']} space={mesh.shape['space']},"
-    f" {jax.process_count()} process(es); nothing is trained or written\n"
+    f"dry run: {report.devices(mesh)}; nothing is trained or written\n"
     f"data: {note}\n  {num_classes} classes, canvas {canvas[0]}x{canvas[1]} in training, {eval_canvas[0]}x{eval_canvas[1]}"
     f" in evaluation\noptions: dtype={config.dtype}, shard_state={config.shard_state}, remat={config.remat},"
     f" accumulate_steps={config.accumulate_steps}"
   )
 
-  graphdef, _, _, init = build(config, num_classes)
-  abstract = jax.eval_shape(init)
-  window, whole = train.crop_window(config, graphdef, abstract), canvas
+  experiment = Experiment(config, mesh=mesh, num_classes=num_classes)
+  window, whole = experiment.crop_window, canvas
   if any(n > m for n, m in zip(whole, window[0])):
     _, canvas, _ = input_pipeline.facts(data, data.train_split, window)
   if canvas != whole:
     say(
       f"larger images are cut to a canvas of {canvas[0]}x{canvas[1]} in training, which {whole[0]}x{whole[1]} would mostly pad"
     )
-  state_sharding = sharding.of_state(mesh, abstract, config.shard_state)
-  state = with_sharding(abstract, state_sharding)
-  variables = with_sharding(abstract.eval_variables(), sharding.replicated(mesh))
-  of_params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
+  state = experiment.abstract_state
+  of_params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
   at_rest = bytes_per_device(state)
   say(
-    f"parameters of {config.model.name}:\n{report.parameter_table(abstract.params, abstract.batch_stats)}\n"
-    f"  {mib(of_params)}; with averages and optimiser state {mib(at_rest)} on each device",
-    flush=True,
+    f"parameters of {config.model.name}:\n{report.parameter_table(state.params, state.batch_stats)}\n"
+    f"  {mib(of_params)}; with averages and optimiser state {mib(at_rest)} on each device"
   )
 
   compiled = {}
   for name, compile_step, *shape in (
     ("train", programs.compile_train, canvas, canvas != whole), ("evaluation", programs.compile_eval, eval_canvas),
   ):  # fmt: skip
-    program = compiled[name] = compile_step(config, mesh, num_classes, *shape)
+    program = compiled[name] = compile_step(experiment, *shape)
     found = {kind: sizes for kind, sizes in program.collectives.items() if sizes}
     communication = ", ".join(f"{len(sizes)} {kind} ({mib(sum(sizes))})" for kind, sizes in found.items())
     say(
@@ -92,27 +86,24 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
       f"  results                {mib(program.outputs):>16}\n"
       f"  temporary              {mib(program.temporary):>16}\n"
       f"  in all, at most        {mib(program.peak):>16}\n"
-      f"  collectives            {communication or 'none'}",
-      flush=True,
+      f"  collectives            {communication or 'none'}"
     )
 
   # Beside what a step itself holds: batches that were transferred ahead, and those of steps that wait for it.
   step, evaluation, waiting = compiled["train"], compiled["evaluation"], sharding.AHEAD + steps.IN_FLIGHT - 1
-  batch = bytes_per_device(
-    steps.abstract_batch(mesh, batch_size, canvas, config.loss.border_weight > 0, canvas != whole)
-  )
-  eval_batch = bytes_per_device(steps.abstract_batch(mesh, eval_size, eval_canvas))
+  batch = bytes_per_device(experiment.abstract_train_arguments(canvas, canvas != whole)[1])
+  variables, eval_batch = map(bytes_per_device, experiment.abstract_eval_arguments(eval_canvas))
   # During an evaluation the rest of the state stays where it is (with shard_state, all of it), with the last batch of
   # training and those to come; and the results of a step are read while the next is computed.
-  beside = at_rest - (0 if config.shard_state else bytes_per_device(variables)) + (1 + sharding.AHEAD) * batch
+  beside = at_rest - (0 if config.shard_state else variables) + (1 + sharding.AHEAD) * batch
   evaluating = evaluation.peak + evaluation.outputs + waiting * eval_batch + beside
   needed = max(step.peak + waiting * batch, evaluating)
-  available, meaning = device_memory(device)
+  available, meaning = device_memory(mesh.local_devices[0])
   verdict = "fits" if needed <= available else (
     "DOES NOT FIT. Set remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"
     " shard_state=True, or mesh.space above 1"
   )  # fmt: skip
-  say(f"training with evaluation needs at most {mib(needed)} of {mib(available)} ({meaning}): {verdict}", flush=True)
+  say(f"training with evaluation needs at most {mib(needed)} of {mib(available)} ({meaning}): {verdict}")
   return compiled
 
 

@@ -1,4 +1,4 @@
-"""The steps of a config, compiled and not run: their memory, work and communication as the compiler tells them."""
+"""The steps of an experiment, compiled and not run: their memory, work and communication as the compiler tells them."""
 
 import dataclasses
 import time
@@ -6,8 +6,7 @@ import time
 import jax
 import numpy as np
 
-from segjax import evaluate, sharding, state, train
-from segjax.steps import abstract_batch
+from segjax.experiment import Experiment
 from segjax.tools import flops, hlo
 
 
@@ -16,7 +15,7 @@ class Program:
   """A compiled step; bytes are those of one device.
 
   Attributes:
-    compiled: to be called with arrays in the shardings of `train` or `eval`'s abstract arguments.
+    compiled: to be called with arrays in the shardings of the abstract arguments.
     arguments, outputs, temporary: bytes, outputs without what is written over arguments.
     multiply_adds: of the whole batch, on all devices; of a train step, backward pass included.
     collectives: {kind: [bytes, ...]}, see `hlo.collectives`.
@@ -58,41 +57,27 @@ def compile_step(step, *arguments, plain=None) -> Program:
   )
 
 
-def compile_train(config, mesh, num_classes: int, canvas: tuple[int, int], cut: bool = False) -> Program:
-  """The train step of a config: compiled(state, batch), on a mesh, for images on a canvas (H, W).
+def compile_train(experiment: Experiment, canvas: tuple[int, int], cut: bool = False) -> Program:
+  """The train step: compiled(state, batch), for images on a canvas (H, W).
 
   Args:
     cut: whether larger images are cut to it.
 
   Raises:
-    ConfigError: what `state.build` and `train.check_batch_norm` raise.
+    ConfigError: what `Experiment.check` and its model raise.
   """
-  graphdef, optimizer, _, init = state.build(config, num_classes)
-  abstract = jax.eval_shape(init)
-  train.check_batch_norm(config, graphdef, abstract)
-  placed = sharding.of_state(mesh, abstract, config.shard_state)
-  weights = np.ones(num_classes, np.float32) if config.loss.class_weights else None  # They only have to be there.
-  step, plain = (
-    train.make_step(c, graphdef, optimizer, mesh, placed, weights) for c in (config, with_plain_kernels(config))
-  )
-  batch = abstract_batch(mesh, config.batch_size, canvas, config.loss.border_weight > 0, cut)
-  return compile_step(step, state.with_sharding(abstract, placed), batch, plain=plain)
+  experiment.check()
+  weights = (
+    np.ones(experiment.num_classes, np.float32) if experiment.config.loss.class_weights else None
+  )  # Any will do.
+  step, plain = (experiment.make_train_step(weights, kernels=k) for k in (experiment.config.kernels, "plain"))
+  return compile_step(step, *experiment.abstract_train_arguments(canvas, cut), plain=plain)
 
 
-def compile_eval(config, mesh, num_classes: int, canvas: tuple[int, int]) -> Program:
-  """The eval step of a config: compiled(variables, batch), all variables on every device; otherwise as `compile_train`."""
-  graphdef, _, _, init = state.build(config, num_classes)
-  variables = state.with_sharding(jax.eval_shape(init).eval_variables(), sharding.replicated(mesh))
-  batch = abstract_batch(mesh, config.eval.batch_size, canvas)
-  step, plain = (evaluate.make_step(c, graphdef, mesh, num_classes) for c in (config, with_plain_kernels(config)))
-  return compile_step(step, variables, batch, plain=plain)
-
-
-def with_plain_kernels(config):
-  """A copy of the config."""
-  config = config.copy_and_resolve_references()
-  config.kernels = "plain"
-  return config
+def compile_eval(experiment: Experiment, canvas: tuple[int, int]) -> Program:
+  """The eval step: compiled(variables, batch), all variables on every device; otherwise as `compile_train`."""
+  plain = experiment.make_eval_step(kernels="plain")
+  return compile_step(experiment.eval_step, *experiment.abstract_eval_arguments(canvas), plain=plain)
 
 
 COMPILE = {"train": compile_train, "eval": compile_eval}

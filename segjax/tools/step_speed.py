@@ -17,8 +17,9 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from segjax import config as config_lib
-from segjax import evaluate, inference, input_pipeline, sharding, state, steps, train
+from segjax import inference, input_pipeline, sharding, steps
 from segjax.config import ConfigError
+from segjax.experiment import Experiment
 from segjax.tools import flops, programs
 
 TRAINING = 3  # A backward pass costs about two forward passes, so a step of training counts as three.
@@ -59,40 +60,31 @@ def of_train(config, mesh) -> Measured:
   Raises:
     ConfigError, DataError: what training raises.
   """
-  source, classes = _source(config, config.data.train_split)
-  border = config.loss.border_weight > 0
-  rows = sharding.local_rows(mesh, config.batch_size)
-  graphdef, _, _, init = state.build(config, classes)
-  window = train.crop_window(config, graphdef, jax.eval_shape(init))
+  experiment, at_hand = Experiment(config, mesh=mesh), _at_hand(config.data)
 
   def batches():
-    data = input_pipeline.train_batches(
-      source, config.data, seed=config.seed, batch_size=config.batch_size, rows=rows, start_step=0, num_steps=1 << 30,
-      border=border, window=window,
-    )  # fmt: skip
-    return sharding.to_device(data, mesh)
+    return sharding.to_device(experiment.train_batches(0, 1 << 30), mesh)
 
-  batch = next(batches()) if source else _noise(config.batch_size, config.crop_size, classes, mesh, border)
-  program = programs.compile_train(config, mesh, classes, batch["image"].shape[1:3], "origin" in batch)
-  # The state is donated, so each call takes the last one's.
-  holder = [state.materialize(init, sharding.of_state(mesh, jax.eval_shape(init), config.shard_state))]
+  batch = next(batches()) if at_hand else _noise(experiment, config.batch_size, experiment.weighs_borders)
+  program = programs.compile_train(experiment, batch["image"].shape[1:3], "origin" in batch)
+  holder = [experiment.init_state()]  # The state is donated, so each call takes the last one's.
 
   def run(batch=batch):
     holder[0], metrics = program.compiled(holder[0], batch)
     jax.block_until_ready(metrics)
 
-  model = steps.merge(graphdef, jax.eval_shape(init).variables())
-  size = tuple(n + 2 * model.border for n in config.crop_size)
+  border = experiment.network.border
+  size, context = tuple(n + 2 * border for n in config.crop_size), dict(context=True) if border else {}
   image = jax.ShapeDtypeStruct((config.batch_size, *size, 3), jnp.float32)
-  context = dict(context=True) if model.border else {}
-  forward = _count(graphdef, init, lambda model, image: model(model.preprocess(image), **context), image)
-  wait_share = (lambda seconds: _wait_share(batches(), run, seconds)) if source else None
+  forward = _count(experiment, lambda model, image: model(model.preprocess(image), **context), image)
+  wait_share = (lambda seconds: _wait_share(batches(), run, seconds)) if at_hand else None
   return Measured(tuple(config.crop_size), config.batch_size, program, forward, run, wait_share)
 
 
 def of_eval(config, mesh) -> Measured:
   """The eval step of a config, with its scales, mirror images and windows; otherwise as `of_train`."""
-  source, classes = _source(config, config.data.eval_split)
+  experiment, at_hand = Experiment(config, mesh=mesh), _at_hand(config.data)
+  source = experiment.eval_source if at_hand else None
   batch_size = config.eval.batch_size
   rows = sharding.local_rows(mesh, batch_size)
 
@@ -102,48 +94,45 @@ def of_eval(config, mesh) -> Measured:
       data = input_pipeline.eval_batches(source, config.data, batch_size=batch_size, rows=rows)
       yield from sharding.to_device(itertools.takewhile(lambda batch: batch["image"].shape[1:3] == first, data), mesh)
 
-  batch = next(batches()) if source else _noise(batch_size, config.crop_size, classes, mesh)
+  batch = next(batches()) if at_hand else _noise(experiment, batch_size)
   size = batch["image"].shape[1:3]
-  program = programs.compile_eval(config, mesh, classes, size)
-  graphdef, _, _, init = state.build(config, classes)
-  variables = sharding.gather(state.materialize(init, sharding.replicated(mesh)).eval_variables(), mesh)
+  program = programs.compile_eval(experiment, size)
+  variables = sharding.gather(experiment.init_state().eval_variables(), mesh)
 
   def run(batch=batch):
     jax.block_until_ready(program.compiled(variables, batch))
 
-  image, protocol = jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32), evaluate.protocol(config)
-  forward = _count(graphdef, init, lambda model, image: inference.class_scores(model, image, **protocol), image)
-  wait_share = (lambda seconds: _wait_share(batches(), run, seconds)) if source else None
+  image, protocol = jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32), experiment.protocol
+  forward = _count(experiment, lambda model, image: inference.class_scores(model, image, **protocol), image)
+  wait_share = (lambda seconds: _wait_share(batches(), run, seconds)) if at_hand else None
   return Measured(size, batch_size, program, forward, run, wait_share)
 
 
 STEPS = {"train": of_train, "eval": of_eval}
 
 
-def _source(config, split: str):
-  """The source of a split and its number of classes; None and the number, where the data is not at hand."""
-  if config.data.name == "synthetic" or pathlib.Path(config.data.dir).expanduser().is_dir():
-    source = input_pipeline.make_source(config.data, split)
-    return source, len(source.classes)
-  return None, len(input_pipeline.named_classes(config.data)[0])
+def _at_hand(data) -> bool:
+  """Whether the data set of `config.data` is."""
+  return data.name == "synthetic" or pathlib.Path(data.dir).expanduser().is_dir()
 
 
-def _noise(batch_size: int, size: tuple[int, int], classes: int, mesh, border: bool = False) -> dict:
-  rng = np.random.default_rng(0)
+def _noise(experiment: Experiment, batch_size: int, border: bool = False) -> dict:
+  rng, size = np.random.default_rng(0), experiment.config.crop_size
   batch = dict(
     image=rng.integers(0, 256, (batch_size, *size, 3), np.uint8),
-    label=rng.integers(0, classes, (batch_size, *size), np.uint8),
+    label=rng.integers(0, experiment.num_classes, (batch_size, *size), np.uint8),
     size=np.full((batch_size, 2), size, np.int32), id=np.arange(batch_size, dtype=np.int32),
   )  # fmt: skip
   if border:
     batch["border"] = np.zeros((batch_size, *size), np.float16)
-  return next(sharding.to_device(iter([batch]), mesh))
+  return next(sharding.to_device(iter([batch]), experiment.mesh))
 
 
-def _count(graphdef, init, forward, image) -> int:
-  variables = jax.eval_shape(init).variables()
+def _count(experiment: Experiment, forward, image) -> int:
   return flops.multiply_adds(
-    lambda variables, image: forward(steps.merge(graphdef, variables), image), variables, image
+    lambda variables, image: forward(steps.merge(experiment.graphdef, variables), image),
+    experiment.abstract_state.variables(),
+    image,
   )
 
 
@@ -281,7 +270,7 @@ def measure(
   count = max(int(seconds / ROUNDS / first), 2)
   times, rival = [], {}
   if torch_forms:
-    torch = Torch(config, kind, ours, _source(config, config.data.train_split)[1], torch_python)
+    torch = Torch(config, kind, ours, Experiment(config, mesh=mesh).num_classes, torch_python)
     try:
       trials = {form: float(np.median(torch.steps(form, 3))) for form in torch_forms}
       best = min(trials, key=trials.get)
@@ -325,24 +314,21 @@ def measure_compilation(config, kind: str) -> dict:
   Raises:
     ConfigError, DataError: what the config's run would raise.
   """
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
-  source, classes = _source(config, config.data.train_split if kind == "train" else config.data.eval_split)
+  experiment, data = Experiment(config), config.data
   shape = [tuple(config.crop_size)]
-  if source and kind == "train":
-    graphdef, _, _, init = state.build(config, classes)
-    window = train.crop_window(config, graphdef, jax.eval_shape(init))
-    canvas = input_pipeline.train_canvas(source, config.data, window)
-    shape = [canvas, canvas != input_pipeline.canvas_of(source, config.data)]
-  elif source:
-    shape = [input_pipeline.eval_canvases(source, config.data)[0]]
-  compile_step = programs.COMPILE[kind]
+  if _at_hand(data) and kind == "train":
+    source = experiment.train_source
+    canvas = input_pipeline.train_canvas(source, data, experiment.crop_window)
+    shape = [canvas, canvas != input_pipeline.canvas_of(source, data)]
+  elif _at_hand(data):
+    shape = [input_pipeline.eval_canvases(experiment.eval_source, data)[0]]
   with tempfile.TemporaryDirectory() as folder, _cache_in(folder):
-    program = compile_step(config, mesh, classes, *shape)
+    program = programs.COMPILE[kind](experiment, *shape)
     jax.clear_caches()
-    again = compile_step(config, mesh, classes, *shape)
+    again = programs.COMPILE[kind](Experiment(config), *shape)
   return dict(
-    what="compile", step=kind, model=config.model.name, dtype=config.dtype, device=mesh.devices.flat[0].device_kind,
-    devices=mesh.size, compile_s=program.seconds, from_cache_s=again.seconds, arguments_bytes=program.arguments,
+    what="compile", step=kind, model=config.model.name, dtype=config.dtype, device=experiment.mesh.devices.flat[0].device_kind,
+    devices=experiment.mesh.size, compile_s=program.seconds, from_cache_s=again.seconds, arguments_bytes=program.arguments,
     temporary_bytes=program.temporary, multiply_adds=program.multiply_adds,
     collective_bytes=sum(map(sum, program.collectives.values())),
   )  # fmt: skip

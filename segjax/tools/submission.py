@@ -11,10 +11,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from segjax import evaluate, input_pipeline, sharding
+from segjax import input_pipeline
 from segjax.config import ConfigError
-from segjax.run import distributed, outputs, report
-from segjax.state import build
+from segjax.experiment import Experiment
+from segjax.run import distributed, evaluation, outputs, pictures, warm_start
 
 
 def submit(config, workdir) -> pathlib.Path:
@@ -32,25 +32,24 @@ def submit(config, workdir) -> pathlib.Path:
     DataError: the split cannot be used, or names of examples cannot be those of files.
   """
   workdir = pathlib.Path(workdir)
-  loaded = evaluate.load_weights(config, workdir)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
-  split = config.data.eval_split
-  source = input_pipeline.make_source(config.data, split, labels=False)
+  loaded = warm_start.load_unless_run(config, workdir)
+  experiment = Experiment(config, labels=False)
+  split, source, mesh = config.data.eval_split, experiment.eval_source, experiment.mesh
   final, archive = outputs.output_path(workdir, f"predict_{split}"), f"results.{source.submission.archive}"
   paths = [result_path(source, index).as_posix() for index in range(len(source))]
   outputs.check_outputs(final, paths)
   input_pipeline.cache.check_room(config.data.cache, (source,))
   results = {archive, *paths}
   distributed.on_first(lambda: _check_replaceable(final, results))
-  graphdef, _, _, init = build(config, len(source.classes))
-  variables, _, origin = evaluate.trained_variables(config, workdir, loaded, init, mesh)
-  step = evaluate.make_evaluator(config, source, graphdef, mesh).step
+  variables, _, origin = experiment.trained_variables(workdir, loaded)
+  step = experiment.evaluator.step
 
   try:
     folder = workdir / distributed.on_first(lambda: f"{final.name}.{uuid.uuid4().hex}.tmp")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-      for index, out in evaluate.predictions(step, variables, evaluate.make_batches(config, source, mesh), mesh):
+      batches = evaluation.make_batches(config, source, mesh)
+      for index, out in evaluation.predictions(step, variables, batches, mesh):
         write_png(folder / result_path(source, index), out["prediction"], source)
       _wait_for_all("predict: files")
       if jax.process_index() == 0:
@@ -107,7 +106,7 @@ def write_png(path: pathlib.Path, prediction: np.ndarray, source) -> None:
   form = source.submission
   ids = np.array(form.ids, np.uint8)[prediction] if form.ids else prediction
   path.parent.mkdir(parents=True, exist_ok=True)
-  image = report.indexed_image(ids, report.color_table(source.palette)) if form.indexed else Image.fromarray(ids)
+  image = pictures.indexed_image(ids, pictures.color_table(source.palette)) if form.indexed else Image.fromarray(ids)
   image.save(path)
 
 

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from segjax import evaluate, sharding
+from segjax import config as config_lib
 from segjax import optimizer as optimizer_lib
+from segjax import sharding
 from segjax.config import ConfigError, suggest
 from segjax.input_pipeline import DataError
 from segjax.run import report
 from segjax.run.checkpoint import Checkpoints, Score
+from segjax.run.evaluation import Evaluator
 from segjax.state import TrainState
 
 
@@ -27,14 +29,14 @@ class Validation:
   """Evaluates the saved states of a run.
 
   Args:
-    evaluator: of `evaluate.make_evaluator`.
+    evaluator: of the run.
     say: prints a line for people.
 
   Raises:
     ConfigError: no evaluation gives `policy.metric`; lists those that there are.
   """
 
-  def __init__(self, config, evaluator: evaluate.Evaluator, say):
+  def __init__(self, config, evaluator: Evaluator, say):
     p = config.policy
     known = report.score_scalars("", evaluator.source.classes, np.zeros((len(evaluator.source.classes),) * 2, np.int64))
     known = [name.removeprefix("/") for name in known]
@@ -44,7 +46,7 @@ class Validation:
       )
     self._config, self._evaluator, self._say, self._mesh = config, evaluator, say, evaluator.mesh
     self._metric = f"{config.data.eval_split}/{p.metric}"
-    self._measure = evaluate.measure(config)
+    self._measure = measure(config)
     # Patience counts evaluations, so how often they are belongs to it. An int32, as arrays hold it.
     self._regime = zlib.crc32(json.dumps([self._measure, config.eval_every]).encode()) >> 1
     remember = functools.partial(
@@ -134,6 +136,13 @@ class Validation:
         raise DataError(f"{error}\n{advice}") from error
       error.add_note(advice)
       raise
+
+
+def measure(config) -> dict:
+  """What a score depends on beside the weights, as JSON has it: only scores of one measure can be compared."""
+  none = ("eval.batch_size", "eval.checkpoint", "eval.num_overlays")
+  fields = {name: value for name, value in config_lib.fields(config.eval, "eval.").items() if name not in none}
+  return json.loads(json.dumps({"data.eval_split": config.data.eval_split} | fields))
 
 
 def _changes(score: Score, measure: dict) -> str:

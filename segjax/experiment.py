@@ -1,0 +1,297 @@
+"""What a config means: its mesh, data, model, steps and variables, each made when first asked for, and once."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from segjax import augment, input_pipeline, losses, sharding, state, steps
+from segjax.config import IGNORE_LABEL, ConfigError
+from segjax.files import atomic
+from segjax.input_pipeline import scan
+from segjax.input_pipeline.bad_examples import BadExamples
+from segjax.models import layers
+from segjax.models.base import Network
+from segjax.run import distributed, warm_start
+from segjax.run.checkpoint import Checkpoints
+from segjax.run.evaluation import Evaluator
+from segjax.state import TrainState
+
+
+class Experiment:
+  """The parts of one config. But for the mesh, nothing is opened or built before it is asked for.
+
+  Each raises ConfigError where the config cannot be used for it, and DataError where the data set cannot.
+
+  Args:
+    mesh: in place of the config's.
+    num_classes: in place of the data set's.
+    labels: whether the evaluation's split must have labels.
+  """
+
+  def __init__(self, config, *, mesh: Mesh | None = None, num_classes: int | None = None, labels: bool = True):
+    self.config, self._num_classes, self._labels = config, num_classes, labels
+    self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.space) if mesh is None else mesh
+
+  # The data.
+
+  @functools.cached_property
+  def train_source(self):
+    return input_pipeline.make_source(self.config.data, self.config.data.train_split)
+
+  @functools.cached_property
+  def eval_source(self):
+    return input_pipeline.make_source(self.config.data, self.config.data.eval_split, self._labels)
+
+  @functools.cached_property
+  def num_classes(self) -> int:
+    given = self._num_classes
+    return len(input_pipeline.named_classes(self.config.data)[0]) if given is None else given
+
+  @property
+  def weighs_borders(self) -> bool:
+    """Whether training batches have `border`."""
+    return self.config.loss.border_weight > 0
+
+  @functools.cached_property
+  def crop_window(self):
+    """See `augment.crop_window`."""
+    return augment.crop_window(self.config.crop_size, self.network.border, **self.config.augment)
+
+  def train_batches(self, start: int, stop: int, *, rows=None, bad: BadExamples | None = None) -> Iterator[dict]:
+    """Host batches of the steps [start, stop), see `input_pipeline.train_batches`.
+
+    Args:
+      rows: of the global batch; None: those of this process's devices.
+    """
+    config = self.config
+    rows = sharding.local_rows(self.mesh, config.batch_size) if rows is None else rows
+    return input_pipeline.train_batches(
+      self.train_source, config.data, seed=config.seed, batch_size=config.batch_size, rows=rows, start_step=start,
+      num_steps=stop, border=self.weighs_borders, bad=bad, window=self.crop_window,
+    )  # fmt: skip
+
+  # Model, optimiser and state.
+
+  @functools.cached_property
+  def _built(self) -> tuple:
+    return state.build(self.config, self.num_classes)
+
+  @property
+  def graphdef(self) -> nnx.GraphDef:
+    return self._built[0]
+
+  @property
+  def optimizer(self) -> optax.GradientTransformation:
+    return self._built[1]
+
+  @property
+  def schedule(self) -> optax.Schedule:
+    """step -> learning rate."""
+    return self._built[2]
+
+  @functools.cached_property
+  def _shapes(self) -> TrainState:
+    return jax.eval_shape(self._built[3])
+
+  @functools.cached_property
+  def network(self) -> Network:
+    """The model, with shapes in the place of arrays: for what it says of itself, as stride and border."""
+    return steps.merge(self.graphdef, self._shapes.variables())
+
+  @functools.cached_property
+  def state_sharding(self) -> TrainState:
+    """Of the state at rest, see `sharding.of_state`."""
+    return sharding.of_state(self.mesh, self._shapes, self.config.shard_state)
+
+  @functools.cached_property
+  def abstract_state(self) -> TrainState:
+    """Shapes in their sharding, to compile for or to restore a checkpoint into."""
+    return state.with_sharding(self._shapes, self.state_sharding)
+
+  @functools.cached_property
+  def abstract_variables(self) -> dict:
+    """What is evaluated, on every device."""
+    return state.with_sharding(self._shapes.eval_variables(), sharding.replicated(self.mesh))
+
+  def init_state(self) -> TrainState:
+    """A new state, from scratch."""
+    return state.materialize(self._built[3], self.state_sharding)
+
+  def first_state(self) -> tuple[TrainState, str]:
+    """What training begins with: a new state, with the weights that `config.init` names; and the line to report.
+
+    Raises:
+      ConfigError: weights that cannot be read, or do not fit and are not in `init.exclude`.
+    """
+    init = self.config.init
+    if not init.path:
+      return self.init_state(), "init: scratch"
+    loaded = warm_start.load(init)
+    new = self.init_state()
+    own = new.variables()
+    variables, report_line = warm_start.merge(jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude)
+    variables = jax.device_put(variables, jax.tree.map(lambda x: x.sharding, own))
+    new.params, new.batch_stats = variables["params"], variables["batch_stats"]
+    if new.ema is not None:
+      new.ema = jax.tree.map(jnp.copy, variables)
+    return new, report_line
+
+  def trained_variables(self, workdir: pathlib.Path | None, loaded: tuple[dict, str] | None) -> tuple[dict, int, str]:
+    """What to evaluate or predict with: the variables on the mesh, their step, and what to call them.
+
+    Args:
+      loaded: of `warm_start.load_unless_run`; None takes the checkpoint of `workdir` that `config.eval.checkpoint` names.
+
+    Raises:
+      ConfigError: weights of another model, or damaged ones.
+    """
+    if loaded is not None:
+      # Strictly all: what init.exclude leaves random would only be scored as noise.
+      variables, origin = warm_start.merge(self._shapes.variables(), loaded, ())
+      return sharding.gather(variables, self.mesh), 0, origin
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+      best, last = checkpoints.best_step(), checkpoints.latest_step()
+      step = best if self.config.eval.checkpoint == "best" and best is not None else last
+      restored = checkpoints.restore(self.abstract_state, step)
+    variables = sharding.gather(restored.eval_variables(), self.mesh)
+    return variables, step, f"checkpoint of step {step} ({'best' if step == best else 'last'})"
+
+  # The steps.
+
+  def make_train_step(self, class_weights: np.ndarray | None = None, **replaced) -> Callable:
+    """See `steps.make_train_step`; `replaced` are keywords of it in place of the config's.
+
+    Args:
+      class_weights: of `class_weights`, [K].
+    """
+    config = self.config
+    options = dict(
+      state_sharding=self.state_sharding, seed=config.seed, crop_size=config.crop_size,
+      augmentation=dict(config.augment), auxiliary_weight=config.loss.auxiliary_weight,
+      ema_decay=config.optimizer.ema_decay, accumulate_steps=config.accumulate_steps, kernels=config.kernels,
+      loss=losses.make_loss(
+        ignore_label=IGNORE_LABEL, terms=config.loss.terms, class_weights=class_weights,
+        hard_fraction=config.loss.hard_fraction, hard_fraction_steps=config.loss.hard_fraction_steps,
+        focal_gamma=config.loss.focal_gamma, border_weight=config.loss.border_weight,
+      ),
+    )  # fmt: skip
+    return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **options | replaced)
+
+  @property
+  def protocol(self) -> dict:
+    """The keywords of `inference.class_scores` that `config.eval` gives."""
+    e = self.config.eval
+    return dict(scales=e.scales, flip=e.flip, window=e.window, window_stride=e.window_stride)
+
+  def make_eval_step(self, **replaced) -> Callable:
+    """See `steps.make_eval_step`; `replaced` are keywords of it in place of the config's."""
+    config = self.config
+    options = dict(
+      num_classes=self.num_classes, protocol=self.protocol, outside=config.eval.outside,
+      sigmoid=config.head == "sigmoid", threshold=config.eval.threshold, kernels=config.kernels,
+    )  # fmt: skip
+    return steps.make_eval_step(self.graphdef, self.mesh, **options | replaced)
+
+  @functools.cached_property
+  def eval_step(self) -> Callable:
+    """The step by which everything is scored and predicted."""
+    return self.make_eval_step()
+
+  @functools.cached_property
+  def evaluator(self) -> Evaluator:
+    """Of the evaluation's split.
+
+    Raises:
+      ConfigError: a batch that the mesh does not divide.
+    """
+    sharding.check_batch(self.mesh, "eval.batch_size", self.config.eval.batch_size)
+    return Evaluator(self.eval_source, self.eval_step, self.config, self.mesh)
+
+  def abstract_train_arguments(self, canvas: tuple[int, int], cut: bool = False) -> tuple[TrainState, dict]:
+    """The shapes and shardings that a train step is compiled for.
+
+    Args:
+      canvas: (H, W) of the images. cut: whether larger ones are cut to it.
+    """
+    batch = steps.abstract_batch(self.mesh, self.config.batch_size, canvas, self.weighs_borders, cut)
+    return self.abstract_state, batch
+
+  def abstract_eval_arguments(self, canvas: tuple[int, int]) -> tuple[dict, dict]:
+    """The same of the eval step."""
+    return self.abstract_variables, steps.abstract_batch(self.mesh, self.config.eval.batch_size, canvas)
+
+  # What has to fit.
+
+  def check(self) -> None:
+    """Raises ConfigError where loss and head, or batch norm and batch, do not fit."""
+    config = self.config
+    try:
+      losses.check_terms(config.loss.terms, config.head == "sigmoid")
+    except ValueError as error:
+      raise ConfigError(f"config.loss.terms = {tuple(config.loss.terms)}: {error}") from error
+    self._check_batch_norm()
+
+  def _check_batch_norm(self) -> None:
+    """Raises ConfigError where a batch norm would see one value of each channel of a batch, or of each of its parts.
+
+    That is what the ASPP's image pooling leaves of one image, or a network of one smaller than its crop's stride. It sees
+    the whole part whatever the mesh, so the forward pass is traced for parts of one image alone.
+    """
+    config = self.config
+    if config.batch_size > config.accumulate_steps:
+      return
+
+    def forward(variables, image):
+      model = steps.merge(self.graphdef, variables)
+      return model(model.preprocess(image), train=True)
+
+    try:
+      image = jax.ShapeDtypeStruct((1, *config.crop_size, 3), jnp.float32)
+      jax.eval_shape(forward, self._shapes.variables(), image)
+    except layers.NoVariance as error:
+      options = dict(frozen_bn=True, image_pooling=False, batch_norm=False)  # Of some of the models each.
+      remedies = [f"model.{k} = {v}" for k, v in options.items() if k in config.model and config.model[k] != v]
+      raise ConfigError(
+        f"config.batch_size = {config.batch_size} with accumulate_steps = {config.accumulate_steps} is one image at a time:"
+        f" {error} Make batch_size at least {2 * config.accumulate_steps}, or set {' or '.join(remedies)}."
+      ) from error
+
+  def class_weights(self, workdir: pathlib.Path) -> np.ndarray | None:
+    """[K] float32 or None, from `config.loss.class_weights`; statistics of the labels are cached in the workdir.
+
+    Raises:
+      ConfigError: another number of weights than classes, or a class that never occurs.
+    """
+    weights, source = self.config.loss.class_weights, self.train_source
+    if not weights:
+      return None
+    if not isinstance(weights[0], str):
+      if len(weights) != len(source.classes):
+        raise ConfigError(f"loss.class_weights has {len(weights)} numbers for {len(source.classes)} classes.")
+      return np.asarray(weights, np.float32)
+    pixels, images_with_class = map(np.asarray, distributed.on_first(lambda: _label_statistics(source, workdir)))
+    try:
+      return losses.class_weights(weights[0], pixels, images_with_class)
+    except ValueError as error:
+      raise ConfigError(str(error)) from error
+
+
+def _label_statistics(source, workdir: pathlib.Path) -> tuple[list[int], list[int]]:
+  cache = workdir / "label_statistics.json"
+  if cache.exists():
+    try:
+      saved = json.loads(cache.read_text())
+      return list(saved["pixels"]), list(saved["images_with_class"])
+    except (ValueError, KeyError, TypeError) as error:
+      raise ConfigError(f"{cache}: damaged ({error}). Remove it: it is made again from the labels.") from error
+  pixels, images_with_class = (counts.tolist() for counts in scan.label_statistics(source))
+  atomic.write_text(cache, json.dumps(dict(pixels=pixels, images_with_class=images_with_class)))
+  return pixels, images_with_class

@@ -1,0 +1,120 @@
+"""Scores and predictions of whole images: one confusion matrix over a split, or each image's own result."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from segjax import input_pipeline, metrics, sharding, steps
+from segjax.run import pictures as pictures_lib
+from segjax.run import report
+from segjax.state import with_sharding
+
+
+@dataclasses.dataclass
+class Evaluation:
+  """What an evaluation found.
+
+  Attributes:
+    confusion: [K, K] int64 of the whole split.
+    scalars: {"val/mean_iou": ...}.
+    table: for people.
+    pictures: {name: [H, W, 3] uint8}.
+  """
+
+  confusion: np.ndarray
+  scalars: dict[str, float]
+  table: str
+  pictures: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Evaluator:
+  """Scores variables on one split; compiled by `compile`, or else at its first call, and not again.
+
+  Attributes:
+    source: the split.
+    step: from `steps.make_eval_step`.
+    config, mesh: of the run.
+    programs: {canvas: the step compiled for it}, of `compile`.
+  """
+
+  source: object
+  step: object
+  config: object
+  mesh: jax.sharding.Mesh
+  programs: dict = dataclasses.field(default_factory=dict)
+
+  def compile(self, variables: dict) -> None:
+    """Compiles the step that all calls use, for abstract variables, so that what does not fit says so at once."""
+    abstract = with_sharding(variables, sharding.replicated(self.mesh))
+    for number, canvas in enumerate(input_pipeline.eval_canvases(self.source, self.config.data)):
+      batch_size = self.mesh.shape["data"] if number else self.config.eval.batch_size  # As of `make_batches`.
+      batch = steps.abstract_batch(self.mesh, batch_size, canvas)
+      self.programs[canvas] = self.step.lower(abstract, batch).compile()
+
+  def __call__(self, variables: dict) -> "Evaluation":
+    """Scores of the whole split, and pictures of its first `eval.num_overlays` examples."""
+    data = self.config.data
+    totals, pictures, pending = {}, {}, None
+    for batch in sharding.to_device(make_batches(self.config, self.source, self.mesh), self.mesh):
+      canvas = batch["image"].shape[1:3]
+      step = self.programs[canvas] if canvas in self.programs else self.step
+      out = step(variables, batch)
+      if len(pictures) < self.config.eval.num_overlays:
+        self._draw(batch, out["prediction"], pictures)
+      counts = {name: out[name] for name in ("confusion", "sweep") if name in out}
+      if pending is not None:  # One batch late, so that the device already has its next one.
+        totals = {name: metrics.add(totals[name] if totals else None, pending[name]) for name in pending}
+      pending = counts
+    totals = {name: metrics.add(totals[name] if totals else None, pending[name]) for name in pending}
+    table = report.class_table(self.source.classes, totals["confusion"])
+    if "sweep" in totals:
+      table += "\n" + report.threshold_line(totals["sweep"], steps.THRESHOLDS)
+    scalars = report.score_scalars(data.eval_split, self.source.classes, totals["confusion"])
+    return Evaluation(totals["confusion"], scalars, table, pictures)
+
+  def _draw(self, batch, prediction, pictures):
+    """Adds pictures of the examples that this host holds."""
+    host = {name: local(value) for name, value in (*batch.items(), ("prediction", prediction))}
+    for image, label, size, index, classes in zip(
+      host["image"], host["label"], host["size"], host["id"], host["prediction"]
+    ):
+      if index >= 0 and len(pictures) < self.config.eval.num_overlays:
+        crop = np.s_[: size[0], : size[1]]
+        picture = pictures_lib.overlay(image[crop], label[crop], classes[crop], self.source.palette)
+        pictures[self.source.describe(int(index))] = picture
+
+
+def local(array: jax.Array) -> np.ndarray:
+  """This host's rows of a batch-sharded array; the devices of `space` hold the same."""
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  parts = {shard.index[0].start: np.asarray(shard.data) for shard in array.addressable_shards}
+  return np.concatenate([parts[start] for start in sorted(parts)])
+
+
+def make_batches(config, source, mesh) -> Iterator[dict]:
+  """This host's part of the batches of one split, see `input_pipeline.eval_batches`."""
+  rows = {size: sharding.local_rows(mesh, size) for size in (config.eval.batch_size, mesh.shape["data"])}
+  (batch_size, per_host), *_ = rows.items()
+  return input_pipeline.eval_batches(
+    source, config.data, batch_size=batch_size, rows=per_host, single=(mesh.shape["data"], rows[mesh.shape["data"]])
+  )
+
+
+def predictions(step, variables: dict, batches: Iterator[dict], mesh) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+  """(id, {"prediction": [h, w] uint8 class ids, and for two classes "probability": [h, w] uint8}) of this host's
+  examples, each at its own size.
+
+  Args:
+    step: of `steps.make_eval_step`. variables: to predict with.
+    batches: host batches as of `input_pipeline`; their `order.PADDING` is left out.
+  """
+  for batch in sharding.to_device(batches, mesh):
+    out = step(variables, batch)
+    out = {name: local(out[name]) for name in ("prediction", "probability") if name in out}
+    for row, (index, (h, w)) in enumerate(zip(local(batch["id"]), local(batch["size"]))):
+      if index != input_pipeline.order.PADDING:
+        yield int(index), {name: value[row, :h, :w] for name, value in out.items()}

@@ -1,0 +1,56 @@
+"""Class ids and probabilities in colours, alone or over their images."""
+
+import numpy as np
+from PIL import Image
+
+from segjax.config import IGNORE_LABEL
+from segjax.input_pipeline import datasets
+
+FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes, whatever their palette: the ground's is often black.
+
+
+def color_table(palette: np.ndarray) -> np.ndarray:
+  """[256, 3] uint8, the colour of every label value: the classes' [K, 3], cream for void, black between them."""
+  table = np.zeros((256, 3), np.uint8)
+  table[: len(palette)], table[IGNORE_LABEL] = palette, datasets.VOID_COLOR
+  return table
+
+
+def heat_table() -> np.ndarray:
+  """[256, 3] uint8, colours of rising brightness from black over blue, green and red to white, for probabilities.
+
+  Cubehelix with its default numbers (Green 2011, "A colour scheme for the display of astronomical intensity images",
+  section 3): grey prints of it, and eyes that tell no red from green, still see the order.
+  """
+  share = np.linspace(0, 1, 256)[:, None]
+  angle = 2 * np.pi * (0.5 / 3 - 1.5 * share)
+  cos, sin = np.cos(angle), np.sin(angle)
+  turn = np.concatenate([-0.14861 * cos + 1.78277 * sin, -0.29227 * cos - 0.90649 * sin, 1.97294 * cos], axis=1)
+  return np.round(255 * (share + share * (1 - share) / 2 * turn).clip(0, 1)).astype(np.uint8)
+
+
+def indexed_image(values: np.ndarray, table: np.ndarray) -> Image.Image:
+  """[H, W] uint8 as a palette image: it stores the very numbers, and shows them in the colours of `table` [256, 3]."""
+  image = Image.fromarray(values)
+  image.putpalette(table.reshape(-1).tolist())  # Turns grey into indexed, with the same numbers.
+  return image
+
+
+def paint(image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """Class ids [H, W] over their image [H, W, 3] uint8, like it: the classes' colours over the faded image; void in cream.
+
+  Of two classes only the second is painted, in green, and the image left as it is elsewhere, as for KITTI's road.
+  """
+  if len(palette) > 2:
+    return _blend(image, color_table(palette)[classes], 65)
+  table = color_table(np.array([palette[0], FOREGROUND_COLOR]))
+  return np.where((classes == 0)[..., None], image, _blend(image, table[classes], 50))
+
+
+def _blend(image: np.ndarray, color: np.ndarray, percent: int) -> np.ndarray:
+  return (((100 - percent) * image.astype(np.uint16) + percent * color.astype(np.uint16)) // 100).astype(np.uint8)
+
+
+def overlay(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """image | label | prediction, the latter two painted over the image, side by side: [H, 3W, 3] uint8."""
+  return np.concatenate([image, paint(image, label, palette), paint(image, prediction, palette)], axis=1)
