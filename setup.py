@@ -6,8 +6,6 @@ import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = (ROOT / "segjax" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
-# importlib-resources: TFDS imports it when it builds a data set of one's own, and names it for old Python versions only.
-TFDS = ["tensorflow-datasets>=4.9.9", "importlib-resources"]
 TENSORFLOW = [
   # tensorflow-cpu has wheels for these machines only; it spares the others' CUDA download, as JAX does the computing.
   "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux' and python_version < '3.14'",
@@ -23,12 +21,15 @@ setuptools.setup(
   long_description=(ROOT / "README.md").read_text(),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
-  packages=setuptools.find_packages(include=["segjax", "segjax.*"]),
+  packages=[*setuptools.find_packages(include=["segjax", "segjax.*"]), "segjax.configs"],
+  package_dir={"segjax.configs": "configs"},  # At the top of the repository, and known by name (segjax/config/file.py).
+  entry_points={"console_scripts": ["segjax = segjax.tools.verbs:main"]},
   python_requires=">=3.11",
   install_requires=[
     "absl-py",
     "flax>=0.12.8,<0.13",  # The NNX state API changed in 0.10, 0.11 and 0.12.
     "grain>=0.2.18,<0.3",  # Still 0.x: names move between minor releases.
+    "importlib-resources",  # TFDS imports it when it builds a data set of one's own, and names it for old Python only.
     "jax>=0.10",  # The first release this was measured on; also tested on 0.12.
     "ml-collections>=1.1",
     "numpy>=2.0",
@@ -38,6 +39,7 @@ setuptools.setup(
     "safetensors",
     "simplejpeg>=1.9",  # Decodes JPEGs a sixth faster than Pillow, to the same bits, and tells damage that Pillow hides.
     "scipy",  # SBD's .mat files; distance transforms and connected components of instances. JAX needs it anyway.
+    "tensorflow-datasets>=4.9.9",  # Brings no TensorFlow, which only building a data set needs. Imported when asked for.
     "tqdm",
   ],
   extras_require={
@@ -45,7 +47,6 @@ setuptools.setup(
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "tensorflow": TENSORFLOW,  # Else grain loads the data, and curves are JSON only. No wheels for Python 3.14 yet.
-    "tfds": TFDS,
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
     "test": [
       "imagecodecs",
@@ -54,7 +55,6 @@ setuptools.setup(
       "pytest-xdist",  # Tests on all cores.
       "ruff==0.17.5",  # Pinned: another ruff formats differently and would fail CI by itself.
       *TENSORFLOW,
-      *TFDS,
     ],
   },
 )

@@ -8,7 +8,7 @@ Data:      data_road.zip as unzipped: training/image_2/um_000000.png (um, umm, u
            getGroundTruth); the tutorial takes all for road that is not red. Road is painted green.
 Split:     none is official: a fifth of the training images is held out (--config.data.fold=1 to 4 for others). Frames of
            one drive fall on both sides, which flatters the score. The test images have no public labels;
-           --mode=predict --config.data.eval_split=test writes predictions.
+           --mode=submit --config.data.eval_split=test writes predictions.
 Size:      the tutorial squeezes whole images to 160x576; here crops of that size come from images at 0.475 to 0.6, and
            evaluation shows whole images at half size, scored at their own.
 Weights:   torchvision's ImageNet VGG-16, vgg16-397923af.pth, as vgg16.pth above.

@@ -74,16 +74,17 @@ def crop_axis(key, length, crop: int, scale, share=None):
   return look
 
 
-def warp_field(key, size: tuple[int, int], *, rotation, shift, shear, zoom, elastic):
+def warp_field(key, size: tuple[int, int], *, rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0):
   """Where each pixel of a crop looks within the crop's frame: a random affine map about its centre, and a random bulge.
 
   Args:
     size: (h, w) of the crop.
-    rotation, shear: degrees; both are uniform in [-s, s]. Shear slants the columns.
-    shift: share of the crop; uniform in [-s, s] for height and width.
-    zoom: factors of height and width are uniform in [1 - s, 1 + s], each its own.
+    rotation: strength s, degrees; uniform in [-s, s] about the crop's centre. 0: off.
+    shear: strength s, degrees; uniform in [-s, s]; slants the columns. 0: off.
+    shift: strength s, share of the crop; uniform in [-s, s] for height and width. 0: off.
+    zoom: strength s; factors of height and width are uniform in [1 - s, 1 + s], each its own, beside `scale`. 0: off.
     elastic: deviation in pixels of the normal displacements of a 3x3 grid over the crop, interpolated bicubically to
-      all pixels (U-Net, arXiv 1505.04597, section 3.1).
+      all pixels (U-Net, arXiv 1505.04597, section 3.1: 10). 0: off.
 
   Returns:
     rows, cols [h, w] float32, pixels of the crop before the warp.
@@ -123,7 +124,8 @@ def bicubic_matrix(size: int) -> np.ndarray:
   return np.stack([cubic[i] @ knots[segment[i] : segment[i] + 4] for i in range(size)]).astype(np.float32)
 
 
-def place(key, image, label, border, size, window, *, crop_size, margin, scale, scale_step, flip, outside, **warp):
+def place(key, image, label, border, size, window, *, crop_size, margin, scale=(0.5, 2.0), scale_step=0.0, flip=True,
+          outside="void", **warp):  # fmt: skip
   """One example at random scale, place and side, turned and bent at random.
 
   Args:
@@ -133,10 +135,10 @@ def place(key, image, label, border, size, window, *, crop_size, margin, scale, 
       share [2] float32, see `crop_axis`), of `canvas.cut_window`.
     crop_size: (h, w) of the label.
     margin: pixels of image around the label's crop.
-    scale: (smallest, largest), relative to the image.
-    scale_step: 0 for continuous, else the spacing of the values drawn, from the smallest on.
-    flip: whether to mirror left-right with probability 1/2.
-    outside: "mirror": the image and its label go on beyond the image's border, mirrored. "void": what lies there is not
+    scale: (smallest, largest) of the random resize, relative to the stored image.
+    scale_step: 0: continuous uniform, else the spacing of the values drawn, from the smallest on (official DeepLab: 0.25).
+    flip: mirrors left-right with probability 1/2.
+    outside: what crops show beyond the image. "mirror": image and label go on, mirrored. "void": what lies there is not
       `inside`; but the image is mirrored for a model with a margin, as in its predictions.
     warp: strengths as of `warp_field`; all 0 takes a faster way.
 
@@ -203,15 +205,15 @@ def _neighbours(position, length, origin, folds: bool):
   return low - origin, jnp.minimum(low + 1, length - 1) - origin, position - low, nearest - origin
 
 
-def jitter_color(key, image, inside, *, brightness, contrast, saturation, hue, hsv):
+def jitter_color(key, image, inside, *, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, hsv=(0.0, 0.0, 0.0)):
   """Random brightness, contrast, saturation and hue, in this order, with torchvision's definitions, then HSV shifts.
 
   Args:
     image: [H, W, 3] float in [0, 255].
     inside: [H, W] bool, the pixels whose mean grey contrast refers to.
-    brightness, contrast, saturation: strength s; the factor is uniform in [1 - s, 1 + s].
-    hue: strength s; the shift is uniform in [-s, s] of the colour circle.
-    hsv: strengths of what is added to hue, saturation and value, as shares of their range.
+    brightness, contrast, saturation: strength s; the factor is uniform in [1 - s, 1 + s]. 0: off.
+    hue: strength s; the shift is uniform in [-s, s] of the colour circle. 0: off.
+    hsv: strengths s of what is added to hue, saturation and value, uniform in [-s, s] of their range. 0: off.
 
   Returns:
     [H, W, 3] in [0, 255]; a strength of 0 leaves its property untouched.

@@ -55,12 +55,14 @@ def make_loss(
   """loss(logits, label, step, border=None) -> scalar, a weighted sum.
 
   Args:
-    terms: names and weights, see `parse_terms`.
+    terms: what is summed, with weights: ("bce", "dice:0.5"). cross_entropy (softmax head), bce (sigmoid head), dice,
+      jaccard, focal, lovasz.
     class_weights: [K], of cross_entropy, bce and focal per pixel, of dice, jaccard and lovasz per class.
-    hard_fraction, hard_fraction_steps: of cross_entropy, see `hard_fraction_at`.
-    focal_gamma: of focal.
-    border_weight: w0 of the U-Net's weight map (arXiv 1505.04597, equation 2), which cross_entropy and bce add to a
-      pixel's weight: w0 * border, where `border` [B, H, W] in [0, 1] comes with the batch.
+    hard_fraction: of cross_entropy: share of all pixels that counts, those of the largest loss. 1: all.
+    hard_fraction_steps: steps over which the share falls from 1 to that. 0: at once.
+    focal_gamma: how much focal neglects easy pixels (arXiv 1708.02002: 2).
+    border_weight: w0 of the U-Net's weight map (arXiv 1505.04597, equation 2: 10), which cross_entropy and bce add to a
+      pixel's weight: w0 * border, where `border` [B, H, W] in [0, 1] comes with the batch (data.instances). 0: off.
 
   Raises:
     ValueError: terms that `parse_terms` refuses.

@@ -1,25 +1,32 @@
-"""The door: python -m segjax.main --config=configs/x.py --workdir=runs/x [--mode=train|eval|predict|dry_run] [--config.a=b ...]
+"""The door: python -m segjax.main --config=NAME or FILE.py --workdir=runs/x [--mode=MODE] [--config.a=b ...]
 
-Only flags, process start and dispatch; the work is in functions of (config, workdir) that can be imported.
+MODE: train, eval, submit, dry_run, config; or, for short, segjax train, segjax eval, ... without --mode. Only flags, process start and dispatch; the work is in functions of (config, workdir) that can be imported.
 """
 
 import os
 
 from absl import flags
 
+from segjax import config as config_lib
+from segjax.config import options
 from segjax.run import cluster, commandline
 
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  ("train", "eval", "predict", "dry_run"),
-  "train, or score a checkpoint of the workdir, or write its predictions for a server, or say what training would need.",
+  ("train", "eval", "submit", "dry_run", "config", "predict"),
+  "train, or score a checkpoint of the workdir, or write its predictions for a server, or say what training would need,"
+  " or print the config. predict: submit's former name.",
 )
 _WORKDIR = commandline.define_path("workdir", None, "Folder of the run: checkpoints, curves, pictures.")
 flags.register_multi_flags_validator(
   ("mode", "workdir"),
-  lambda f: f["workdir"] is not None or f["mode"] == "dry_run",
-  "Name the folder of the run; only --mode=dry_run needs none.",
+  lambda f: f["workdir"] is not None or f["mode"] in ("dry_run", "config"),
+  "Name the folder of the run; only --mode=dry_run needs none, and --mode=config.",
+)
+_OPTIONS = flags.DEFINE_bool("options", False, "--mode=config: print the table of all options instead.")
+flags.register_multi_flags_validator(
+  ("mode", "options"), lambda f: f["mode"] == "config" or not f["options"], "Only --mode=config has --options."
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, 'host:port of process 0, where several processes run as one; "auto": JAX finds all (TPU pods).'
@@ -32,8 +39,16 @@ _START_TIMEOUT = flags.DEFINE_integer("start_timeout", 300, "Seconds to wait for
 def main(argv: list[str]) -> None:
   """Dispatches; known errors end as one readable message, without a traceback."""
   del argv
+  if _OPTIONS.value:
+    print(options.table(), end="")
+    return
   with commandline.readable_errors():
-    config = commandline.config(data_dir="(not given)" if _MODE.value == "dry_run" else "")
+    config = commandline.config(data_dir="(not given)" if _MODE.value in ("dry_run", "config") else "")
+    if _MODE.value == "config":
+      print(config_lib.to_json(config_lib.finalize(flags.FLAGS.config)), end="")  # Not given is not given.
+      return
+    if _MODE.value == "predict":
+      print("note: --mode=predict is --mode=submit now (segjax submit); segjax predict is for any images")
     processes = cluster.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
 
   # Not earlier: --help and config errors should not wait for these imports.
@@ -56,7 +71,7 @@ def main(argv: list[str]) -> None:
     # Before `connected` ends a process that fails among several.
     commandline.readable_errors(NonFiniteLoss, WorkdirError),
   ):
-    run = {"train": train, "eval": evaluate, "predict": submit, "dry_run": dry_run}[_MODE.value]
+    run = {"train": train, "eval": evaluate, "submit": submit, "predict": submit, "dry_run": dry_run}[_MODE.value]
     run(config, _WORKDIR.value)
 
 

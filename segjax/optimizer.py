@@ -10,12 +10,12 @@ import optax
 def make_schedule(
   name: str,
   *,
-  base_lr: float,
   num_steps: int,
+  base_lr: float = 0.01,
   poly_power: float = 0.9,
   end_lr: float = 0.0,
-  decay_every: int = 1,
-  decay_factor: float = 1.0,
+  decay_every: int = 2000,
+  decay_factor: float = 0.1,
   warmup_steps: int = 0,
   warmup_lr: float = 0.0,
   warmup: str = "linear",
@@ -26,6 +26,16 @@ def make_schedule(
   remaining steps, "poly": end_lr + (base_lr - end_lr) * (1 - t)^poly_power (DeepLab, arXiv 1606.00915, section 4.1);
   "cosine": half a cosine (SGDR, arXiv 1608.03983, equation 5); "step": base_lr * decay_factor^(steps so far //
   decay_every), never below end_lr; "constant": base_lr. After num_steps the last value stays, but for "step", which goes on.
+
+  Args:
+    base_lr: the learning rate that the schedule begins at, after the warm-up.
+    poly_power: of poly.
+    end_lr: what poly and cosine fall to; the least of step.
+    decay_every: steps between the drops of the step schedule.
+    decay_factor: what each of them multiplies the rate by.
+    warmup_steps: the schedule spans the steps after them.
+    warmup_lr: rate of the first step of a warm-up.
+    warmup: "linear" from warmup_lr to base_lr, or "constant" at warmup_lr (DeepLab's slow start).
 
   Raises:
     ValueError: an unknown name.
@@ -70,13 +80,16 @@ def init_policy(regime: int = 0, scale: float = 1.0) -> dict:
   return dict(plateau=plateau, best=best, stale=stale, regime=jnp.full((), regime, jnp.int32))
 
 
-def update_policy(policy: dict, score, *, min_gain: float, plateau_factor: float, plateau_patience: int) -> dict:
+def update_policy(
+  policy: dict, score, *, min_gain: float = 1e-4, plateau_factor: float = 1.0, plateau_patience: int = 5
+) -> dict:
   """The policies' memory after an evaluation.
 
   Args:
     score: in [0, 1], higher is better; NaN counts as no gain.
-    min_gain: by which a score must exceed the best one.
+    min_gain: by which a score must exceed the best one to count as better.
     plateau_factor: what the learning rate is multiplied by after `plateau_patience` evaluations in a row without gain.
+    plateau_patience: see plateau_factor.
   """
   score = jnp.asarray(score, jnp.float32)
   better = score > policy["best"] + min_gain
@@ -127,10 +140,10 @@ def make_optimizer(
   name: str,
   schedule: optax.Schedule,
   *,
-  momentum: float,
-  nesterov: bool,
-  weight_decay: float,
-  clip_norm: float,
+  momentum: float = 0.9,
+  nesterov: bool = False,
+  weight_decay: float = 1e-4,
+  clip_norm: float = 0.0,
   head_multiplier: float = 1.0,
   bias_multiplier: float = 1.0,
 ) -> optax.GradientTransformation:
@@ -143,8 +156,12 @@ def make_optimizer(
 
   Args:
     schedule: step -> learning rate.
-    clip_norm: largest global norm of the raw gradient; 0 for no clipping.
-    head_multiplier, bias_multiplier: see `gradient_multipliers`.
+    momentum: of SGD, or AdamW's b1.
+    nesterov: SGD only.
+    weight_decay: on dense kernels only: no bias, no batch norm, no depthwise kernel.
+    clip_norm: largest global norm of the raw gradient. 0: no clipping.
+    head_multiplier: of the gradients of all that is not backbone (official DeepLab, last_layer_gradient_multiplier).
+    bias_multiplier: of the gradients of convolutions' biases, which official DeepLab doubles.
 
   Raises:
     ValueError: an unknown name.

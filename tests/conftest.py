@@ -5,9 +5,17 @@ import os
 import pathlib
 import tempfile
 
-# Before JAX is imported; processes that tests start inherit it. Many tests train the same tiny network, so a compilation
-# cache saves most of the time: of this session, or, where the environment names one, of all.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Before JAX is imported; processes that tests start inherit it. Nearly all time is XLA's, compiling programs that run for a
+# moment, and half of that is LLVM's optimisation: tests do without, unless the environment's XLA_FLAGS say otherwise. Many
+# tests train the same tiny network, so a compilation cache saves more: of this session, or, where the environment names
+# one, of all.
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    "--xla_backend_optimization_level=0",
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+  )
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 _CACHE = tempfile.TemporaryDirectory()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
@@ -19,8 +27,17 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from segjax.config import default_config  # noqa: E402
+from tests.marks import SUITES  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+  """A test is of one suite at most, so that the commands of pyproject.toml and .ci/run have each once."""
+  for item in items:
+    if len(suites := [mark for mark in SUITES if item.get_closest_marker(mark)]) > 1:
+      raise pytest.UsageError(f"{item.nodeid} is marked {' and '.join(suites)}: choose one")
+
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

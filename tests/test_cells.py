@@ -157,6 +157,7 @@ def test_what_is_wrong_in_the_bowls_folders_is_named(nuclei, tmp_path, spoil, me
     prepare.prepare_nuclei(nuclei / "stage1_train", tmp_path / "again", allow_partial=True)
 
 
+@pytest.mark.full
 def test_nuclei_of_several_sizes_train_and_score(nuclei, tmp_path, capsys):
   config = nuclei_config(nuclei)
   assert check_data.check(config) == 0
@@ -208,6 +209,7 @@ def isbi_config(root, monkeypatch):
   return config_lib.finalize(config)
 
 
+@pytest.mark.full
 def test_membranes_train_and_score_in_tiles_as_they_do_whole(isbi, tmp_path, monkeypatch, capsys):
   config = isbi_config(isbi, monkeypatch)
   assert check_data.check(config) == 0

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from segjax import config as config_lib
-from segjax import input_pipeline, losses, models, sharding, state, steps
+from segjax import evaluate, input_pipeline, models, sharding, state, steps, train
 from segjax.augment import augment_batch, jitter_color
-from segjax.config import ConfigError, default_config
+from segjax.config import ConfigError, default_config, options
 from segjax.config import rules as config_rules
+from tests.marks import full
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -109,23 +110,43 @@ def test_config_of_another_version_is_refused(tmp_path):
 
 
 def test_model_and_source_options_are_their_constructors_arguments():
-  for name, options in config_lib.MODELS.items():
+  for name, values in config_lib.MODELS.items():
     parameters = inspect.signature(models.MODELS[name].__init__).parameters
-    assert set(options) == set(parameters) - {"self", "num_classes", "dtype", "rngs"}, name
-    for option, value in options.items():
+    assert set(values) == set(parameters) - {"self", "num_classes", "dtype", "rngs"}, name
+    for option, value in values.items():
       assert value == parameters[option].default, (name, option)
-  for name, options in config_lib.SOURCES.items():
+  for name, values in config_lib.SOURCES.items():
     parameters = inspect.signature(input_pipeline.SOURCES[name].__init__).parameters
-    assert {"dir", "split", "exif", *options} == set(parameters) - {"self"}, name
+    assert {"dir", "split", "exif", *values} == set(parameters) - {"self"}, name
+    assert all(values[option] == parameters[option].default for option in values), name
   assert config_lib.MODELS.keys() == models.MODELS.keys()
   assert config_lib.SOURCES.keys() == input_pipeline.SOURCES.keys()
+
+
+def test_the_table_has_each_field_with_its_meaning_and_the_documentation_is_the_table():
+  table = options.table()
+  rows = {line.split("|")[1].split()[0]: line.split("|")[4].strip() for line in table.splitlines()[6:]}
+  every = (default_config(model, data) for model in config_lib.MODELS for data in config_lib.SOURCES)
+  assert set(rows) == {field for config in every for field in config_lib.fields(config)}
+  assert all(len(meaning) > 4 for meaning in rows.values())
+  assert (ROOT / "docs/options.md").read_text() == table, "segjax config --options > docs/options.md"
+
+
+@pytest.mark.parametrize(
+  "text", ['def f(*, a=1):\n  "Args:\\n  b: it."', 'def f(*, a=g()):\n  "Args:\\n  a: it."', "def f(*, a=1): pass"]
+)
+def test_an_option_without_meaning_or_with_a_computed_default_is_refused(text, tmp_path, monkeypatch):
+  monkeypatch.setattr(options, "_PACKAGE", tmp_path)
+  (tmp_path / "own.py").write_text(text)
+  with pytest.raises(TypeError, match="own.f: a needs a literal default, and an entry in the docstring"):
+    options.signature("own.f")
 
 
 def test_every_field_is_read_somewhere():
   """A field is read as an attribute named like it; model, source and augmentation options by their constructors."""
   read = set()
   for path in (ROOT / "segjax").rglob("*.py"):
-    if path.name not in ("config.py", "config_rules.py"):
+    if path.parent.name != "config":
       read |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
   augmentation = set(inspect.signature(augment_batch).parameters) | set(inspect.signature(jitter_color).parameters)
   for name in config_lib.SOURCES:
@@ -135,32 +156,33 @@ def test_every_field_is_read_somewhere():
       assert constructed or leaf in (augmentation if section == "augment" else read), f"nobody reads config.{field}"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_shipped_config_builds_and_traces_a_step(name):
+# Of one model the others differ in the head, the loss, the augmentation and the protocol; a DeepLab takes longest to trace.
+SLOW_TO_TRACE = ("deeplab_camvid", "deeplab_camvid_half", "deeplab_cityscapes")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in SLOW_TO_TRACE] + full(*SLOW_TO_TRACE))
+def test_every_shipped_config_builds_and_traces_the_steps_of_its_run(name):
   config = config_lib.finalize(importlib.import_module(f"configs.{name}").get_config())
   config.data.dir = "" if config.data.name == "synthetic" else "/data"
   config_rules.validate(config)
+  train.check_loss(config)
   known = dict(synthetic=6, voc=21, cityscapes=19, kitti_road=2)
   num_classes = known[config.data.name] if config.data.name in known else len(config.data.classes) or 2
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   graphdef, optimizer, _, init = state.build(config, num_classes)
   abstract = jax.eval_shape(init)
-  step = steps.make_train_step(
-    graphdef, optimizer, mesh, state_sharding=sharding.of_state(mesh, abstract, False), seed=config.seed, crop_size=config.crop_size, augmentation=dict(config.augment),
-    loss=losses.make_loss(ignore_label=255), auxiliary_weight=0.4, ema_decay=config.optimizer.ema_decay,
-  )  # fmt: skip
-  b, h, w = config.batch_size, 60, 80
-  batch = dict(
-    image=jax.ShapeDtypeStruct((b, h, w, 3), np.uint8),
-    label=jax.ShapeDtypeStruct((b, h, w), np.uint8),
-    size=jax.ShapeDtypeStruct((b, 2), np.int32),
-  )
-  after, _ = jax.eval_shape(step, abstract, batch)
+  placed = sharding.of_state(mesh, abstract, config.shard_state)
+  weights = np.ones(num_classes, np.float32) if config.loss.class_weights else None
+  step = train.make_step(config, graphdef, optimizer, mesh, placed, weights)
+  canvas = (60, 80)
+  batch = steps.abstract_batch(mesh, config.batch_size, canvas, config.loss.border_weight > 0)
+  after, _ = jax.eval_shape(step, state.with_sharding(abstract, placed), batch)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
-  protocol = dict(scales=config.eval.scales, flip=config.eval.flip)
-  evaluation = steps.make_eval_step(graphdef, mesh, num_classes=num_classes, protocol=protocol)
+  evaluation = evaluate.make_step(config, graphdef, mesh, num_classes)
+  batch = steps.abstract_batch(mesh, config.eval.batch_size, canvas)
   out = jax.eval_shape(evaluation, abstract.eval_variables(), batch)
-  assert out["confusion"].shape == (num_classes, num_classes) and out["prediction"].shape == (b, h, w)
+  assert out["confusion"].shape == (num_classes, num_classes)
+  assert out["prediction"].shape == (config.eval.batch_size, *canvas)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

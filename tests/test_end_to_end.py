@@ -22,6 +22,7 @@ from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError, scan
 from segjax.tools import check_data, submission
 from tests import archives
+from tests.marks import full
 from tests.test_loaders import assert_same
 from tests.test_train import assert_identical, checkpoint
 
@@ -86,7 +87,7 @@ def test_masks_keep_their_numbers_in_the_shards(stores):
     np.testing.assert_array_equal(data[i][1], archives.voc_label(name))
 
 
-@pytest.mark.parametrize("name", ["voc", "cityscapes"])
+@pytest.mark.parametrize("name", ["voc", *full("cityscapes")])
 def test_train_eval_and_submission(stores, name, tmp_path, capsys):
   """Both loaders and both formats: the same network, bit for bit, and files that hold the very argmax that is scored."""
   runs = dict(tree=tmp_path / "tree", tfds=tmp_path / "tfds")
@@ -132,7 +133,7 @@ def test_a_split_without_labels_is_refused_for_training_and_scoring(stores, tmp_
   config = tiny("voc", stores)
   config.data.eval_split = "test"
   with pytest.raises(
-    DataError, match=r"'test' of voc has no public labels.*--mode=predict --config.data.eval_split=test"
+    DataError, match=r"'test' of voc has no public labels.*--mode=submit --config.data.eval_split=test"
   ):
     train_lib.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
@@ -191,6 +192,7 @@ def test_damaged_shards_are_named(stores, tmp_path):
     input_pipeline.make_source(data, "train")[0]
 
 
+@pytest.mark.full
 def test_real_voc_images_go_through_check_train_eval_and_predict(shared, tmp_path, capsys):
   """Palette masks of two sizes, in VOC's layout, whole images scored on the 513x513 canvas."""
   names = sorted(path.stem for path in (shared / "data/voc_samples/JPEGImages").glob("*.jpg"))

@@ -11,6 +11,7 @@ from flax import nnx
 
 from segjax import models, pretrained, state, steps, train
 from segjax.config import default_config
+from tests.marks import full
 from tests.seeded import torch_weights
 
 PARTS = ("score_fc7", "score_pool4", "score_pool3")
@@ -86,7 +87,9 @@ def test_every_score_equals_pytorch_fcn_with_the_caffe_geometry(shared):
     np.testing.assert_allclose(probe, z[f"64x96/{name}__probe"], atol=20 * noise, err_msg=name)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(geometry="caffe", upsampling="fixed", at_once=True), dict(stride=16)])
+@pytest.mark.parametrize(
+  "options", [dict(), *full(dict(geometry="caffe", upsampling="fixed", at_once=True), dict(stride=16))]
+)
 def test_the_fused_score_is_the_sum_of_its_upsampled_parts_in_float64(options):
   with jax.enable_x64(True):
     graphdef, params = initial(dtype="float64", **options)
@@ -103,8 +106,9 @@ def test_the_fused_score_is_the_sum_of_its_upsampled_parts_in_float64(options):
 
 
 @pytest.mark.parametrize("options", [
-  dict(), dict(geometry="caffe"), dict(stride=16, geometry="caffe"), dict(stride=32), dict(stride=32, geometry="caffe"),
-  dict(fuse="features"), dict(upsampling="last_fixed"),
+  dict(), dict(geometry="caffe"),
+  *full(dict(stride=16, geometry="caffe"), dict(stride=32), dict(stride=32, geometry="caffe"), dict(fuse="features"),
+        dict(upsampling="last_fixed")),
 ])  # fmt: skip
 def test_logits_cover_images_of_any_size(options):
   for size in ((33, 47), (1, 5)):
@@ -113,7 +117,7 @@ def test_logits_cover_images_of_any_size(options):
     assert (jnp.abs(logits).max((1, 2)) > 0).all()
 
 
-@pytest.mark.parametrize("geometry", ["same", "caffe"])
+@pytest.mark.parametrize("geometry", [*full("same"), "caffe"])
 def test_scores_of_all_strides_lie_above_the_pixels_they_see(geometry):
   """Each skip's share of a logit changes most with the pixels around that logit: within half its stride of them."""
   x = image(160, 160)
@@ -156,7 +160,7 @@ def test_fused_features_have_the_pools_channels_and_nothing_is_scored_twice():
   np.testing.assert_array_equal(endpoints["fuse_pool3"], want)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(fuse="features"), dict(upsampling="fixed", geometry="caffe")])
+@pytest.mark.parametrize("options", [dict(), *full(dict(fuse="features"), dict(upsampling="fixed", geometry="caffe"))])
 def test_every_parameter_has_a_gradient(options):
   graphdef, params = initial(width=4, **options)
   x, weight = image(64, 64), image(64, 64)
@@ -169,6 +173,7 @@ def test_every_parameter_has_a_gradient(options):
   assert ("upscore" in params) == ("upsampling" not in options)
 
 
+@pytest.mark.full
 def test_a_new_network_scores_every_class_alike_and_learns_from_there():
   """Score layers begin with zeros (Shelhamer et al. 2017, section 4.3)."""
   x, (graphdef, _) = image(32, 32), initial()
@@ -187,6 +192,7 @@ def test_a_new_network_scores_every_class_alike_and_learns_from_there():
   assert (logits == 0).all() and jnp.abs(gradient["score_pool3"]["kernel"]).max() > 0
 
 
+@pytest.mark.full
 def test_bfloat16_stays_near_float32_and_gives_float32_logits():
   x = image(64, 64)
   want, got = run(build(), x)[0], run(build(dtype="bfloat16"), x)[0]

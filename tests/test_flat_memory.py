@@ -39,6 +39,7 @@ def measure(config, tmp_path, code):
   return run.stdout.splitlines()[-1]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other rules")
 def test_a_step_has_the_memory_of_the_last_one():
   """Page faults of a program with 64 MiB or more of temporaries, by pages of 4 KiB; in a process of its own."""

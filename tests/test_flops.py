@@ -9,6 +9,7 @@ from segjax import models
 from segjax.kernels import convolution, depthwise
 from segjax.models import resize
 from segjax.tools import flops
+from tests.marks import full
 
 # TensorFlow ran a dense convolution of rate 6, 12 or 18 on a 33x33 map padded to a multiple of the rate, 36x36, and the
 # paper's two rows of dense convolutions count that: three branches of 3x3x2048x256.
@@ -26,10 +27,12 @@ def count(size, **options):
   "billions, size, options",
   [
     (54.17, (513, 513), {}),
-    (177.10, (513, 513), dict(output_stride=8)),
-    (68.00 - PADDED, (513, 513), dict(separable=False, decoder=False)),
-    (89.76 - PADDED, (513, 513), dict(separable=False)),
-    (418.64, (1025, 2049), {}),
+    *full(
+      (177.10, (513, 513), dict(output_stride=8)),
+      (68.00 - PADDED, (513, 513), dict(separable=False, decoder=False)),
+      (89.76 - PADDED, (513, 513), dict(separable=False)),
+      (418.64, (1025, 2049), {}),
+    ),
     (2.75, (513, 513), dict(backbone="mobilenet_v2", atrous_rates=(), decoder=False)),
   ],
 )
@@ -57,9 +60,11 @@ def test_counts_by_hand():
   "parameters, options",
   [
     (41_055_413, {}),
-    (28_108_661, dict(backbone="xception_41")),
-    (43_477_837, dict(backbone="xception_71")),
-    (54_711_461, dict(separable=False)),
+    *full(
+      (28_108_661, dict(backbone="xception_41")),
+      (43_477_837, dict(backbone="xception_71")),
+      (54_711_461, dict(separable=False)),
+    ),
     (2_113_557, dict(backbone="mobilenet_v2", atrous_rates=(), decoder=False)),
   ],
 )

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import safetensors.numpy
 from segjax import input_pipeline
 from segjax.config import ConfigError, default_config
 from segjax.train import train
+from tests.marks import SUITES
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "segjax"
 
@@ -58,6 +60,38 @@ def test_every_file_has_a_layer_and_imports_only_downwards():
 
 def test_the_story_is_at_the_top_and_nothing_else():
   assert len(list(PACKAGE.glob("*.py"))) <= 15
+
+
+def has_default_tests(path):
+  """Whether a test of the file is of no other suite; one of whose cases are is."""
+  of_suite = re.compile(rf"pytest\.mark\.({'|'.join(SUITES)})$")
+  body = ast.parse(path.read_text()).body
+  if any(isinstance(node, ast.Assign) and of_suite.match(ast.unparse(node.value)) for node in body):
+    return False
+  tests = [node for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+  return any(not any(of_suite.match(ast.unparse(mark)) for mark in test.decorator_list) for test in tests)
+
+
+def names_in(path):
+  """Modules of segjax that a file imports or names, to import it later or to run it; commands as people call them."""
+  strings = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
+  named = {text.removeprefix("segjax.") for text in strings if re.fullmatch(r"segjax\.[\w.]+", str(text))}
+  found = imports_of(path) | named | {f"tools.{name}" for name in named}
+  return found | {name.rpartition(".")[0] for name in found}
+
+
+def test_every_module_is_imported_by_the_default_tests():
+  """By their files, or by what these import."""
+  files = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")
+  }
+  files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+  tests = [path for path in pathlib.Path(__file__).parent.glob("test_*.py") if has_default_tests(path)]
+  reached, new = {"__init__"}, set().union(*map(names_in, tests))
+  while new := {name for name in new if name in files} - reached:
+    reached |= new
+    new = set().union(*(names_in(files[name]) for name in new))
+  assert sorted(files.keys() - reached) == []
 
 
 def run(code):

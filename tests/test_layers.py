@@ -15,7 +15,7 @@ from tests.seeded import torch_weights
 DATA = pathlib.Path(__file__).parent / "data"
 
 
-@pytest.fixture(autouse=True, params=["plain", "cpu"])
+@pytest.fixture(autouse=True, params=["plain", "cpu", "gpu"])
 def on_platform(request):
   with kernels.on(request.param):
     yield

@@ -19,6 +19,7 @@ from segjax.config import ConfigError
 from segjax.run.checkpoint import Checkpoints
 from segjax.tools import hlo
 from tests.experiment import host_batches, make_step, mesh_of
+from tests.marks import full
 from tests.test_train import assert_identical, checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -88,7 +89,7 @@ def bytes_on_first_device(tree):
 
 @pytest.mark.parametrize(
   "model, data, space",
-  [("unet", 8, 1), pytest.param("unet", 4, 2, marks=SLOW), pytest.param("deeplab", 8, 1, marks=SLOW),
+  [*full(("unet", 8, 1)), pytest.param("unet", 4, 2, marks=SLOW), pytest.param("deeplab", 8, 1, marks=SLOW),
    pytest.param("deeplab", 2, 4, marks=SLOW), pytest.param("fcn", 8, 1, marks=SLOW)],
 )  # fmt: skip
 def test_sharded_state_trains_as_the_replicated_one_in_float64(config, model, data, space):
@@ -97,6 +98,7 @@ def test_sharded_state_trains_as_the_replicated_one_in_float64(config, model, da
   assert_close(run_in_float64(changed(config, shard_state=True), data, space, num_steps=2), want)
 
 
+@pytest.mark.full
 def test_sharded_state_splits_large_arrays_and_gathers_only_parameters(config):
   config = changed(config, shard_state=True)
   mesh = mesh_of(8)
@@ -136,7 +138,7 @@ LAYOUTS = [  # (devices, sharded) that save and that restore
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("saved, restored", LAYOUTS)
+@pytest.mark.parametrize("saved, restored", [*LAYOUTS[:2], *full(*LAYOUTS[2:])])
 def test_a_checkpoint_restores_under_any_number_of_devices_sharded_or_not_bit_for_bit(
   config, tmp_path, saved, restored
 ):
@@ -194,7 +196,7 @@ def test_accumulated_parts_update_as_the_whole_batch_where_nothing_mixes_example
   assert_close(run_in_float64(changed(config, accumulate_steps=parts), data, 1, num_steps=2), want)
 
 
-@pytest.mark.parametrize("data, space", [(2, 1), pytest.param(2, 2, marks=SLOW)])
+@pytest.mark.parametrize("data, space", [*full((2, 1)), pytest.param(2, 2, marks=SLOW)])
 def test_parts_of_the_batch_are_the_same_on_any_mesh_so_batch_norm_sees_the_same(config, data, space):
   config = changed(config, accumulate_steps=4)
   want = run_in_float64(changed(config), 1, 1, num_steps=1)
@@ -209,6 +211,7 @@ def test_split_batch_takes_every_nth_row():
   np.testing.assert_array_equal(split, [np.arange(0, 16, 2), np.arange(1, 16, 2)])
 
 
+@pytest.mark.full
 def test_accumulation_moves_no_images_between_devices(config):
   config = changed(config, accumulate_steps=2)
   mesh = mesh_of(4)
@@ -226,7 +229,7 @@ def test_a_batch_that_parts_and_devices_do_not_divide_says_so():
 
 
 @pytest.mark.parametrize(
-  "model", ["unet", pytest.param("deeplab", marks=SLOW), pytest.param("fcn", marks=SLOW)],
+  "model", [*full("unet"), pytest.param("deeplab", marks=SLOW), pytest.param("fcn", marks=SLOW)],
 )  # fmt: skip
 def test_rematerialisation_changes_neither_gradients_nor_statistics(config, model):
   config = dict(unet=lambda c: c, deeplab=deeplab, fcn=fcn)[model](config)
@@ -235,7 +238,7 @@ def test_rematerialisation_changes_neither_gradients_nor_statistics(config, mode
 
 
 def residual_bytes(name, remat, size, **options):
-  """What the forward pass keeps for the backward pass of one image, parameters included; nothing is compiled."""
+  """What the forward pass keeps for the backward pass of two images, parameters included; nothing is compiled."""
   build = lambda: models.build(name, num_classes=19, remat=remat, rngs=nnx.Rngs(0), **options)  # noqa: E731
   graphdef, params, batch_stats = state.split(nnx.eval_shape(build))
   loss = losses.make_loss(ignore_label=255)
@@ -248,8 +251,8 @@ def residual_bytes(name, remat, size, **options):
 
     return jax.vjp(forward, params, has_aux=True)[1]
 
-  image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-  label = jax.ShapeDtypeStruct((1, *size), jnp.int32)
+  image = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+  label = jax.ShapeDtypeStruct((2, *size), jnp.int32)
   kept = jax.eval_shape(backward, params, batch_stats, image, label)
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
@@ -259,17 +262,18 @@ def residual_bytes(name, remat, size, **options):
   [
     ("unet", {}, 0.5),
     ("fcn", dict(width=8), 0.6),
-    ("deeplab_v3plus", dict(backbone="mobilenet_v2"), 0.5),
+    *full(("deeplab_v3plus", dict(backbone="mobilenet_v2"), 0.5)),
     pytest.param("dilated_fcn", dict(backbone="resnet_50"), 0.5, marks=SLOW),
     pytest.param("deeplab_v3plus", dict(backbone="xception_65"), 0.5, marks=SLOW),
   ],
 )
 def test_rematerialised_blocks_keep_less_for_the_backward_pass(name, options, share):
   plain, remat = (residual_bytes(name, flag, (257, 257), **options) for flag in (False, True))
-  print(f"{name} {options}: {plain / 2**20:.0f} -> {remat / 2**20:.0f} MiB per image of 257x257")
+  print(f"{name} {options}: {plain / 2**20:.0f} -> {remat / 2**20:.0f} MiB for two images of 257x257")
   assert remat < share * plain
 
 
+@pytest.mark.full
 def test_all_options_together_in_bfloat16_train_and_resume_bit_for_bit(config, tmp_path):
   config = changed(config, dtype="bfloat16", shard_state=True, accumulate_steps=2, remat=True)
   config.mesh.data = 4

@@ -78,6 +78,7 @@ def test_weight_decay_touches_kernels_and_nothing_else():
       assert path[-1] in ("kernel", "depthwise_kernel", "bias", "scale"), path
 
 
+@pytest.mark.full
 def test_the_head_is_all_that_is_not_backbone_in_every_model():
   """So also the score and upscore layers of an FCN, which no ImageNet weights begin."""
   for name in models.MODELS:

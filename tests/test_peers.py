@@ -11,6 +11,7 @@ from flax import nnx
 from segjax import models, pretrained
 from segjax.models import resize
 from tests import seeded
+from tests.marks import full
 
 # Fixture, which is also its list of names: network and the options in which it differs.
 CASES = {
@@ -167,7 +168,7 @@ def test_every_name_has_one_place_in_the_model(case):
   assert learnt == sum(a.size for key, a in arrays.items() if "running" not in key) + (2049000 if "only" in case else 0)
 
 
-@pytest.mark.parametrize("case", ["vainf_deeplabv3plus_mobilenet", "smp_deeplabv3plus_resnet50"])
+@pytest.mark.parametrize("case", ["vainf_deeplabv3plus_mobilenet", *full("smp_deeplabv3plus_resnet50")])
 def test_logits_and_end_points_equal_the_peers(case):
   check(case, np.load(seeded.DATA / f"torch_{case}.npz"))
 

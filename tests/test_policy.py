@@ -31,6 +31,7 @@ def policy_config(config, tmp_path):
   return config
 
 
+@pytest.mark.full
 def test_plateaus_survive_a_resume_bit_for_bit(tiny_config, tmp_path):
   config = policy_config(tiny_config, tmp_path)
   train_lib.train(config, tmp_path / "whole")
@@ -43,6 +44,7 @@ def test_plateaus_survive_a_resume_bit_for_bit(tiny_config, tmp_path):
   np.testing.assert_allclose(rates, [0.01, 0.01, 0.01, 0.005, 0.005, 0.0025], rtol=1e-6)
 
 
+@pytest.mark.full
 def test_early_stopping_ends_the_run_and_stays_ended(tiny_config, tmp_path, capsys):
   config = policy_config(tiny_config, tmp_path)
   config.policy.plateau_factor, config.policy.early_stop = 1.0, 2
@@ -107,6 +109,7 @@ def binary(tmp_path, monkeypatch):
   return config
 
 
+@pytest.mark.full
 def test_a_one_logit_network_learns_discs_and_its_threshold_can_be_moved(binary, tmp_path, capsys):
   scores = train_lib.train(binary, tmp_path / "run")
   output = capsys.readouterr().out

@@ -19,6 +19,7 @@ from segjax.input_pipeline import DataError, loose
 from segjax.models import resize
 from segjax.run import pictures, task
 from segjax.run.checkpoint import Checkpoints
+from tests.marks import full
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = ((40, 56), (48, 64), (33, 31), (48, 50), (20, 64))
@@ -104,7 +105,7 @@ FAMILIES = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["unet", *full(*(name for name in FAMILIES if name != "unet"))])
 def test_predictions_are_those_of_evaluation_bit_for_bit(data, family, tmp_path):
   """All images or other batches, without the data set: classes, probabilities, whatever the protocol."""
   options, protocol = FAMILIES[family]
@@ -143,6 +144,7 @@ def test_a_threshold_cuts_the_probability(data, tmp_path):
     np.testing.assert_array_equal(ids[sure], (probability > 255 * threshold)[sure])
 
 
+@pytest.mark.full
 def test_what_is_written_shows_the_same_classes(data, tmp_path):
   """Palette image, overlay, classes.txt; of two classes the ground is left as it is and the other one green."""
   image = read(data / "images/val/1.png")
@@ -189,6 +191,7 @@ def test_tiles_keep_each_pixel_once_with_its_surroundings(canvas, stride, border
       assert after.keep_start - after.start >= margin and part.stop - part.keep_stop >= margin
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_a_large_image_in_tiles_is_as_if_it_were_whole(data, padding, tmp_path):
   """For a U-Net, whose tiles show all that a logit sees."""
@@ -203,6 +206,7 @@ def test_a_large_image_in_tiles_is_as_if_it_were_whole(data, padding, tmp_path):
   assert (read(whole / "ids/large.png") != read(tiled / "ids/large.png")).mean() < 1e-3
 
 
+@pytest.mark.full
 def test_images_of_many_sizes_share_few_programs(data, tmp_path, monkeypatch):
   workdir = make_run(make_config(data, classes=2), tmp_path / "run")
   config = config_lib.load(workdir)

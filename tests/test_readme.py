@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from segjax import config as config_lib
+from segjax.config import file as config_file
 from segjax.run import commandline
+from segjax.tools import verbs
 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -37,6 +39,13 @@ def test_command_of_the_readme_is_understood(command, monkeypatch):
     argv = [argv[0], next(word for word in origin.split() if word.startswith("--config=")), *argv[1:]]
   # Exits on an unknown file or field.
   commandline._ConfigFile(argv).parse(next(word for word in argv if word.startswith("--config=")).partition("=")[2])
+
+
+def test_verbs_and_shipped_configs_that_the_readme_names_exist():
+  text = (ROOT / "README.md").read_text()
+  named = re.findall(r"`segjax ([\w-]+)", text)
+  assert len(named) > 3 and set(named) <= set(verbs.VERBS)
+  assert set(re.findall(r"--config=(\w+)(?![\w/.])", text)) <= set(config_file.SHIPPED)
 
 
 def test_options_that_the_readme_names_exist():

@@ -19,6 +19,7 @@ from segjax.pretrained import torchvision
 from segjax.run import warm_start
 from segjax.tools import prepare, submission
 from tests import archives
+from tests.marks import full
 
 
 def scene(name, size, object_size=0.5):
@@ -149,6 +150,7 @@ def test_kitti_road_reads_road_masks_and_leaves_lanes_and_other_road_alone(tmp_p
   assert not (lane[0][1][5:, :124] == 1).any() and (lane[0][1] == 1).any()
 
 
+@pytest.mark.full
 def test_kitti_road_trains_scores_at_full_size_and_predicts_images_without_labels(tmp_path):
   config = recipe("fcn8_kitti_road", make_kitti_road(tmp_path / "data_road"), crop_size=(32, 112))
   evaluation = train_and_evaluate(config, tmp_path / "run")
@@ -201,6 +203,7 @@ def test_choices_of_labels_depend_on_the_data_set():
 # Binary recipes of the folder source.
 
 
+@pytest.mark.full
 def test_carvana_holds_out_whole_cars_and_learns_from_gifs(tmp_path):
   root = make_carvana(tmp_path / "carvana")
   config = recipe("unet_carvana", root, num_steps=30, crop_size=(16, 16), **{"model.depth": 2, "model.width": 8})
@@ -214,6 +217,7 @@ def test_carvana_holds_out_whole_cars_and_learns_from_gifs(tmp_path):
   assert evaluation.scalars["val/foreground_iou"] > 0.5 and evaluation.confusion.sum() == 6 * 80 * 120
 
 
+@pytest.mark.full
 def test_salt_stands_mirrored_in_its_frame_and_is_scored_without_it(tmp_path):
   config = recipe("unet_salt", make_salt(tmp_path / "salt"), num_steps=20, **{"model.depth": 2})
   config.eval_every = config.checkpoint_every = 20
@@ -238,6 +242,7 @@ def test_salt_stands_mirrored_in_its_frame_and_is_scored_without_it(tmp_path):
   assert seen.shape == (2, 128, 128) and (seen != blank).any()
 
 
+@pytest.mark.full
 def test_chairs_are_split_77_to_20_and_train(tmp_path):
   config = recipe("unet_chairs", make_chairs(tmp_path / "chairs"), num_steps=30, crop_size=(24, 24),
                   **{"model.depth": 2, "model.width": 8})  # fmt: skip
@@ -286,7 +291,7 @@ def voc(tmp_path_factory):
   return root
 
 
-@pytest.mark.parametrize("stages", [("32s",), pytest.param(("32s", "16s", "8s"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stages", [*full((("32s",),)), pytest.param(("32s", "16s", "8s"), marks=pytest.mark.slow)])
 def test_fcn_on_voc_goes_from_32s_to_16s_to_8s(voc, tmp_path, capsys, stages):
   before = ""
   for stage in stages:
@@ -315,6 +320,7 @@ def test_rates_for_a_mean_move_weights_as_the_papers_do_for_a_sum():
   assert float(updates["conv"]["kernel"]) == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.full
 def test_fcn_on_cityscapes_trains_on_label_ids(tmp_path):
   archives.make_cityscapes(tmp_path)
   root = tmp_path / "data"

@@ -9,6 +9,7 @@ from flax import nnx
 from segjax import models, pretrained
 from segjax.models import backbones
 from segjax.tools import flops
+from tests.marks import full
 from tests.test_deeplab import lively_model, lively_state, noise
 
 
@@ -17,7 +18,7 @@ def abstract(name, **options):
   return nnx.eval_shape(lambda: backbones.build(name, rngs=nnx.Rngs(0), **options))
 
 
-@pytest.mark.parametrize("depth, parameters, billions", [(50, 25_557_032, 4.09), (101, 44_549_160, 7.80)])
+@pytest.mark.parametrize("depth, parameters, billions", [(50, 25_557_032, 4.09), *full((101, 44_549_160, 7.80))])
 def test_classifier_has_the_published_parameters_and_multiply_adds(depth, parameters, billions):
   """torchvision's documentation, for a 224x224 image."""
   model = nnx.eval_shape(lambda: pretrained.build(f"torchvision/resnet{depth}", num_classes=1000, rngs=nnx.Rngs(0)))

@@ -18,6 +18,7 @@ from segjax import input_pipeline, sharding, state, steps
 from segjax.config import ConfigError
 from tests import experiment
 from tests.experiment import mesh_of
+from tests.marks import full
 
 SLOW = pytest.mark.slow
 # Of five steps in float32: unet and fcn agree to 1e-3. Batch norm in 50 layers amplifies rounding: after one step of deeplab
@@ -41,7 +42,7 @@ def assert_same_experiment(result, want, **tolerance):
 
 @pytest.mark.parametrize(
   "data, space",
-  [(8, 1), (4, 2), *(pytest.param(*shape, marks=SLOW) for shape in MESHES if shape not in ((8, 1), (4, 2)))],
+  [(8, 1), *full((4, 2)), *(pytest.param(*shape, marks=SLOW) for shape in MESHES if shape not in ((8, 1), (4, 2)))],
 )
 def test_any_mesh_is_the_same_experiment_in_float64(data, space):
   result = experiment.run(experiment.make_config("unet"), mesh_of(data, space))
@@ -104,7 +105,7 @@ def batch_of(config, mesh):
   return next(sharding.to_device(batches, mesh))
 
 
-@pytest.mark.parametrize("data, space", [(8, 1), (2, 4)])
+@pytest.mark.parametrize("data, space", [(8, 1), *full((2, 4))])
 def test_evaluation_gives_the_same_matrix_on_any_mesh(data, space):
   """The canvas has 22 rows, which 4 does not divide."""
   config = experiment.make_config("unet", "float32")

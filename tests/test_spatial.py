@@ -8,6 +8,7 @@ from flax import nnx
 
 from segjax import kernels, models, sharding
 from segjax.models import layers, resize
+from tests.marks import full
 
 SLOW = pytest.mark.slow
 
@@ -82,7 +83,8 @@ QUICK = ["conv 3x3", "conv stride 2", "depthwise", "depthwise stride 2", "max po
 @pytest.mark.parametrize(
   "data, space, heights, names",
   [
-    (2, 4, (3, 4, 10), QUICK),
+    (2, 4, (10,), QUICK[2:4]),
+    *full((2, 4, (3, 4, 10), QUICK)),
     *(
       pytest.param(data, space, (1, 2, 3, 5, 8, 10), None, marks=SLOW)
       for data, space in ((2, 1), (8, 1), (4, 2), (2, 4), (1, 8))
@@ -125,7 +127,7 @@ SHALLOW = ("unet", "published_unet", "fcn")
 @pytest.mark.parametrize(
   "name, rows, space, dtype, bound",
   [
-    ("unet", 33, 4, "float32", 1e-5),
+    *full(("unet", 33, 4, "float32", 1e-5)),
     *(pytest.param(name, *size, "float32", 1e-5, marks=SLOW) for name in SHALLOW for size in SIZES),
     *(pytest.param(name, *size, "float64", 1e-9, marks=SLOW) for name in NETWORKS for size in SIZES),
   ],

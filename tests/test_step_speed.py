@@ -16,6 +16,7 @@ from flax import nnx
 from segjax import models, sharding
 from segjax.config import ConfigError, default_config
 from segjax.tools import flops, step_speed
+from tests.marks import full
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -26,7 +27,7 @@ def config(tiny_config):
   return tiny_config
 
 
-@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize("kind", [*full("train"), "eval"])
 def test_a_row_says_what_the_step_is_and_agrees_with_itself(config, kind):
   row = step_speed.measure(config, kind, seconds=0.2)
   size = (16, 24) if kind == "train" else (24, 32)  # The crop; the canvas of the data.
@@ -42,6 +43,7 @@ def test_a_row_says_what_the_step_is_and_agrees_with_itself(config, kind):
   assert header.count("|") == rule.count("|") == line.count("|") and f"unet {kind} float32 | 8x{size[0]}" in line
 
 
+@pytest.mark.full
 def test_without_its_data_a_config_is_measured_on_noise():
   config = default_config(model="unet", data="voc")
   config.data.dir, config.mesh.data, config.crop_size, config.batch_size = "absent", 1, (16, 16), 2
@@ -51,6 +53,7 @@ def test_without_its_data_a_config_is_measured_on_noise():
   assert program.wait_share is None and program.size == (16, 16)
 
 
+@pytest.mark.full
 def test_a_train_step_that_is_measured_learns(config):
   """It is the run's own step, on a state that goes on."""
   program = step_speed.of_train(config, sharding.make_mesh(1, 1))
@@ -59,6 +62,7 @@ def test_a_train_step_that_is_measured_learns(config):
   assert program.forward > 0
 
 
+@pytest.mark.full
 def test_compilation_is_measured_anew_and_from_the_cache_and_nothing_is_run(config):
   rows = [step_speed.measure_compilation(config, kind) for kind in ("train", "eval")]
   assert all(0 < row["from_cache_s"] < row["compile_s"] for row in rows), rows

@@ -1,4 +1,4 @@
-"""--mode=predict and --mode=eval in folders that hold something else, or cannot be written."""
+"""--mode=submit and --mode=eval in folders that hold something else, or cannot be written."""
 
 import pytest
 

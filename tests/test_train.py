@@ -20,6 +20,7 @@ from segjax import train as train_lib
 from segjax.config import ConfigError
 from segjax.run import task
 from segjax.run.checkpoint import Checkpoints
+from tests.marks import full
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -58,7 +59,7 @@ def finish(process):
   return output
 
 
-@pytest.mark.parametrize("loader", ["tf_data", "grain"])
+@pytest.mark.parametrize("loader", [*full("tf_data"), "grain"])
 def test_six_steps_equal_three_a_kill_and_three_more_bit_for_bit(tiny_config, tmp_path, loader):
   """Parameters, statistics, optimiser state and averages, with augmentation and dropout on; loss and data as well."""
   tiny_config.data.loader = loader

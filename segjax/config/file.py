@@ -1,4 +1,7 @@
-"""Config files: Python files with a function `get_config`, in any folder, that may import their neighbours."""
+"""Config files: Python files with a function `get_config`, in any folder, that may import their neighbours.
+
+Those that are shipped are also known by their names, from any working directory.
+"""
 
 import contextlib
 import importlib.util
@@ -11,8 +14,11 @@ import types
 from ml_collections import config_dict
 
 from segjax import config as config_lib
-from segjax.config import CONFIG_FILE, ConfigError, schema_problem
+from segjax.config import CONFIG_FILE, ConfigError, schema_problem, suggest
 
+# The shipped configs are beside the package in a checkout, and in it where it is installed.
+_FOLDERS = (pathlib.Path(__file__).parents[1] / "configs", pathlib.Path(__file__).parents[2] / "configs")
+SHIPPED = {path.stem: path for path in sorted(next(filter(pathlib.Path.is_dir, _FOLDERS), _FOLDERS[0]).glob("*.py"))}
 _PACKAGE = "segjax_config_files"  # What the files of a config's folder belong to while it is loaded.
 
 
@@ -23,11 +29,12 @@ def load(argument: str) -> config_dict.ConfigDict:
   the same, and `from folder import base` the folder's own name. The working directory does not matter.
 
   Args:
-    argument: "FILE.py", or "FILE.py:TEXT" for `get_config(TEXT)`; `~` is the home folder. "segjax/config/__init__.py:WORKDIR" is
-      the config that a run saved.
+    argument: "FILE.py", or "FILE.py:TEXT" for `get_config(TEXT)`; `~` is the home folder. "NAME" and "NAME:TEXT" are
+      shipped configs, and so is "configs/NAME.py" where there is no such file. "segjax/config/__init__.py:WORKDIR" is the
+      config that a run saved.
 
   Raises:
-    ConfigError: no such file, no config in it, or whatever its code raises, with file and line.
+    ConfigError: no such file or name, no config in it, or whatever its code raises, with file and line.
   """
   path, text = _split(argument)
   if text is not None and path.samefile(config_lib.__file__):
@@ -51,15 +58,22 @@ def load(argument: str) -> config_dict.ConfigDict:
 
 
 def _split(argument: str) -> tuple[pathlib.Path, str | None]:
-  """The file, and the text for `get_config` behind ".py:"."""
+  """The file, and the text for `get_config` behind ".py:" or a shipped config's name and ":"."""
   name, colon, text = argument.partition(".py:")
   path = pathlib.Path(f"{name}.py" if colon else name).expanduser()
   if path.is_file() and path.suffix == ".py":
     return path, text if colon else None
-  remedy = "Name a Python file, e.g. --config=configs/quickstart.py."
+  # As the README and the configs' headers write it, so that their commands hold outside of a checkout.
+  name, colon, text = argument.removeprefix("configs/").replace(".py:", ":").partition(":")
+  name = name.removesuffix(".py")
+  if name in SHIPPED:
+    return SHIPPED[name], text if colon else None
   saved = path if path.is_dir() else path.parent
   if path.exists() and (saved / CONFIG_FILE).is_file():
     remedy = f"It belongs to a run, whose config --workdir={saved} takes without --config."
+  else:
+    remedy = f"Name a Python file, e.g. --config=configs/quickstart.py, or a shipped config: {', '.join(SHIPPED)}."
+    remedy += suggest(pathlib.Path(name).name, SHIPPED)
   raise ConfigError(f"{argument}: {'no config file' if path.exists() else 'no such file'}. {remedy}")
 
 

@@ -50,7 +50,7 @@ def make_source(data, split: str, labels: bool = True):
   if labels and not source.labelled:
     raise DataError(
       f"Split {split!r} of {data.name} has no public labels, so it can neither train nor be scored here. Write its"
-      f" predictions for the benchmark's server: --mode=predict --config.data.eval_split={split}"
+      f" predictions for the benchmark's server: --mode=submit --config.data.eval_split={split}"
     )
   return source
 

@@ -132,15 +132,15 @@ class CityscapesSource(Source):
   Args:
     dir: the folder of leftImg8bit/ and gtFine/; with `format` "tfds", TFDS's data directory.
     split: "train", "val", "test" (no public labels), or "train_extra" (with labels="gtCoarse" only).
-    format: "tree" for Cityscapes' own folders, "tfds" for TFDS's `cityscapes`.
-    labels: "gtFine" or "gtCoarse".
+    format: "tree": Cityscapes' own folders; "tfds": TFDS's `cityscapes` under `dir`. Batches are the same, bit for bit.
+    labels: "gtFine", or "gtCoarse", which train_extra needs.
     exif: see `images.Reading`.
 
   Raises:
     DataError: another split, a wrong root, or a missing zip, city or file, named.
   """
 
-  def __init__(self, *, dir: str, split: str, format: str, labels: str, exif: str = "refuse"):
+  def __init__(self, *, dir: str, split: str, format: str = "tree", labels: str = "gtFine", exif: str = "refuse"):
     if split not in datasets.CITYSCAPES_COUNTS:
       raise DataError(f"Cityscapes has no split {split!r}: choose one of {', '.join(datasets.CITYSCAPES_COUNTS)}.")
     if split == "train_extra" and labels != "gtCoarse":

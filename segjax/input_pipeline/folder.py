@@ -94,16 +94,25 @@ class FolderSource(Source):
     dir: root folder.
     split: fills in "{split}" in the patterns below. Where none of them has it, "train" and "val" share all images:
       what `held_out` chooses is "val".
-    images, masks: folders under `dir`, searched with their subfolders. A mask has its image's name and `mask_suffix`.
-    holdout, folds, fold, split_seed, group: see `held_out`.
-    list: list file under `dir`; a line is a name, or the paths of an image and its mask (SegNet's CamVid lists).
-    classes: names in the order of ids; empty: the lines of `dir`/classes.txt.
-    colors: RRGGBB per class, of RGB and palette masks. Empty: those of VOC for pictures; palette masks are read as numbers,
-      refused if palettes contradict each other, and so are RGB masks.
-    void_colors: RRGGBB that mean void in RGB and palette masks.
-    label_map: "VALUE:CLASS,..."; 255 is void.
-    instances: folder of masks with a number per instance, or "components"; what `border` needs. Empty: none.
-    border_sigma: pixels, of `border`.
+    images: folder of images under `dir`, searched with its subfolders.
+    masks: folder of masks under `dir`, searched likewise; a mask has its image's name, any extension.
+    mask_suffix: what a mask's name has behind its image's name, e.g. "_mask".
+    list: list file under `dir`, e.g. "{split}.txt"; a line is a name, or the paths of an image and its mask (SegNet's CamVid
+      lists). Empty: all.
+    holdout: share of images held out for validation where neither folders nor lists name a split; from 1 on, their number.
+    folds: instead of `holdout`: so many equal parts, of which part `fold` is held out. 0: none.
+    fold: see folds.
+    split_seed: another number holds out other images.
+    group: regular expression: images in whose names it finds the same text are held out together, e.g. "^[^_]+", what is
+      before the first _. Empty: each by itself.
+    classes: names in the order of ids. Empty: the lines of `dir`/classes.txt.
+    colors: one RRGGBB per class: overlays, and the meaning of RGB and palette masks. Empty: those of VOC for pictures; palette
+      masks are read as numbers, refused if palettes contradict each other, and so are RGB masks.
+    void_colors: RRGGBB of RGB and palette masks that mean void.
+    label_map: mask values to ids, "255:1,11:255"; 255 is void. Values not named keep their number.
+    instances: folder of masks of instances (0: none), by the image's name, for loss.border_weight. "components": the
+      connected components of all classes but the first. Empty: none.
+    border_sigma: pixels; how far apart instances may be for the ground between them to weigh more.
     exif: see `images.Reading`.
 
   Raises:
@@ -111,9 +120,10 @@ class FolderSource(Source):
       remedy.
   """
 
-  def __init__(self, *, dir: str, split: str, images: str, masks: str, mask_suffix: str, list: str, holdout: float,
-               folds: int, fold: int, split_seed: int, group: str, classes: tuple, colors: tuple, void_colors: tuple,
-               label_map: str, instances: str, border_sigma: float, exif: str = "refuse"):  # fmt: skip
+  def __init__(self, *, dir: str, split: str, images: str = "images/{split}", masks: str = "masks/{split}",
+               mask_suffix: str = "", list: str = "", holdout: float = 0.1, folds: int = 0, fold: int = 0,
+               split_seed: int = 0, group: str = "", classes: tuple = (), colors: tuple = (), void_colors: tuple = (),
+               label_map: str = "", instances: str = "", border_sigma: float = 5.0, exif: str = "refuse"):  # fmt: skip
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")

@@ -87,16 +87,16 @@ class KittiRoadSource(Source):
     dir: data_road, or the folder above it.
     split: "train" and "val" share the training images, which have no official split: what `held_out` chooses is "val".
       "trainval" is all of them, "test" the testing images (no public labels).
-    labels: "road", or "lane": then only the images um_* count, as the others have no such masks.
-    holdout, folds, fold, split_seed: see `held_out`.
+    labels: "road", or "lane", which the car is on: then only the images um_* count, as the others have no such masks.
+    holdout, folds, fold, split_seed: as of the folder source.
     exif: see `images.Reading`.
 
   Raises:
     DataError: another split, a wrong root, or files that are missing, named.
   """
 
-  def __init__(self, *, dir: str, split: str, labels: str, holdout: float, folds: int, fold: int, split_seed: int,
-               exif: str = "refuse"):  # fmt: skip
+  def __init__(self, *, dir: str, split: str, labels: str = "road", holdout: float = 0.2, folds: int = 0, fold: int = 0,
+               split_seed: int = 0, exif: str = "refuse"):  # fmt: skip
     if split not in SPLITS:
       raise DataError(f"KITTI road has no split {split!r}: choose one of {', '.join(SPLITS)}.")
     root, part = find_root(dir), "testing" if split == "test" else "training"

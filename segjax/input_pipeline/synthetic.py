@@ -48,13 +48,15 @@ class SyntheticSource:
   """Random access to generated examples; example i of a split is a pure function of (split, i).
 
   Args:
-    split: "train" has `num_train` examples, any other split `num_val`, drawn from other seeds.
+    split: "train", or any other, which is drawn from other seeds.
+    num_train: examples in the split "train".
+    num_val: examples in any other split.
     image_size: (H, W), pixels.
     dir, exif: unused, there are no files.
   """
 
-  def __init__(self, *, split: str, dir: str = "", exif: str = "refuse", num_train: int, num_val: int,
-               image_size: tuple[int, int]):  # fmt: skip
+  def __init__(self, *, split: str, dir: str = "", exif: str = "refuse", num_train: int = 512,
+               num_val: int = 64, image_size: tuple[int, int] = (64, 64)):  # fmt: skip
     self.classes, self.palette = self.named_classes()
     self.canvas_size = tuple(image_size)
     self.sizes = [self.canvas_size] * (num_train if split == "train" else num_val)

@@ -14,17 +14,18 @@ class TfdsSource(Source):
   Args:
     dir: TFDS's data directory.
     split: of the data set, also a slice as TFDS writes it, "train[:90%]".
-    dataset: "name" or "name/config", e.g. "oxford_iiit_pet".
+    dataset: any TFDS data set in ArrayRecord files under `dir`: "oxford_iiit_pet", or "name/config".
     image_feature, mask_feature: names of the features.
-    id_feature: feature that names the examples; empty: they are numbered.
+    id_feature: feature that names the examples, e.g. "file_name". Empty: they are numbered.
     classes, colors, void_colors, label_map, exif: as of the folder source.
 
   Raises:
     DataError: no such data set, split or feature, another file format, or options that contradict each other.
   """
 
-  def __init__(self, *, dir: str, split: str, dataset: str, image_feature: str, mask_feature: str, id_feature: str,
-               classes: tuple, colors: tuple, void_colors: tuple, label_map: str, exif: str = "refuse"):  # fmt: skip
+  def __init__(self, *, dir: str, split: str, dataset: str = "", image_feature: str = "image",
+               mask_feature: str = "segmentation_mask", id_feature: str = "", classes: tuple = (), colors: tuple = (),
+               void_colors: tuple = (), label_map: str = "", exif: str = "refuse"):  # fmt: skip
     if not dataset:
       raise DataError("data.dataset: name a TFDS data set, e.g. --config.data.dataset=oxford_iiit_pet.")
     meaning = MaskMeaning(tuple(classes), colors, void_colors, label_map)

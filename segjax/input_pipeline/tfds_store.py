@@ -93,9 +93,9 @@ def _find_version(root: pathlib.Path, dataset: str) -> pathlib.Path:
 
 def _open_builder(folder: pathlib.Path):
   try:
-    import tensorflow_datasets as tfds  # Optional, and not needed by anybody else.
+    import tensorflow_datasets as tfds  # Takes a second, and nobody else needs it.
   except ImportError as error:
-    raise DataError(f"Reading {folder} needs TFDS ({error}). Install it: pip install 'segjax[tfds]'.") from error
+    raise DataError(f"Reading {folder} needs TFDS ({error}). Install it: pip install tensorflow-datasets.") from error
   try:
     return tfds.builder_from_directory(str(folder))
   except (ValueError, OSError, KeyError) as error:

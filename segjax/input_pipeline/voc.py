@@ -123,14 +123,15 @@ class VocSource(Source):
   Args:
     dir: VOC2012, or a folder above it; with `format` "tfds", TFDS's data directory.
     split: "train", "val", "trainval", "trainaug" (with SBD, from segjax.prepare) or "test" (no public labels).
-    format: "tree" for VOC's own folders, "tfds" for the TFDS data set `voc_segmentation`.
+    format: "tree": VOC's own folders; "tfds": the TFDS data set `voc_segmentation` under `dir`. Batches are the same, bit for
+      bit.
     exif: see `images.Reading`.
 
   Raises:
     DataError: another split, a wrong root, or files that are missing, named.
   """
 
-  def __init__(self, *, dir: str, split: str, format: str, exif: str = "refuse"):
+  def __init__(self, *, dir: str, split: str, format: str = "tree", exif: str = "refuse"):
     if split not in datasets.VOC_COUNTS:
       raise DataError(f"VOC has no split {split!r}: choose one of {', '.join(datasets.VOC_COUNTS)}.")
     if format == "tfds":

@@ -2,15 +2,18 @@
 
 | platform | form | gain | measured by |
 |---|---|---|---|
-| cpu | a gradient of its own; sums of several maps in one loop | 1.13 in the step of Xception-65, 1.04 in U-Net-16's | benchmarks/torch.md, "One loop for batch norm" |
+| gpu, tpu | a gradient of its own, which keeps x alone | Xception-65 keeps 602 MiB for the backward pass, not 1285, in bfloat16 | below |
+| cpu | that, and sums of several maps in one loop | 1.13 in the step of Xception-65, 1.04 in U-Net-16's | benchmarks/torch.md, "One loop for batch norm" |
 
-It can go when XLA:CPU fuses sums with what computes their maps. With ReLU, value and gradients, it takes a third to a half of
-the plain form's time (`python benchmarks/kernels.py --only=norm`).
+The loops can go when XLA:CPU fuses sums with what computes their maps. With ReLU, value and gradients, they take a third to a
+half of the plain form's time (`python benchmarks/kernels.py --only=norm`). What is kept is counted by `residual_bytes` of
+tests/test_memory.py, for two images of 257x257; how much of it XLA would compute again unasked was not measured.
 """
 
 import functools
 import operator
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,32 +37,38 @@ def by_batch_statistics(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon
   Returns:
     (activation(normalised), mean, variance), in the type of `scale`; the statistics are [1, 1, 1, C].
   """
-  return kernels.fastest(_plain, cpu=_in_few_loops)(x, scale, bias, epsilon, activation)
+  forms = dict.fromkeys(("gpu", "cuda", "rocm", "tpu", "split_cpu"), functools.partial(_own_gradient, WHOLE))
+  form = kernels.fastest(_plain, cpu=functools.partial(_own_gradient, IN_ONE_LOOP), **forms)
+  return form(x, scale, bias, epsilon, activation)
 
 
 def _plain(x, scale, bias, epsilon, activation):
-  x = x.astype(scale.dtype)
-  mean = x.mean((0, 1, 2), keepdims=True)
-  var = jnp.square(x - mean).mean((0, 1, 2), keepdims=True)
+  mean, var = _moments(x.astype(scale.dtype))
   return activation(normalize(x, mean, var, scale, bias, epsilon)), mean, var
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _in_few_loops(x, scale, bias, epsilon, activation):
+class _Sums(NamedTuple):
+  moments: Callable  # x -> (mean, variance)
+  sums: Callable  # maps -> sum of each
+  apart: Callable  # maps -> the same, which XLA computes anew from here on
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
+def _own_gradient(by: _Sums, x, scale, bias, epsilon, activation):
   """Here the statistics have no gradients of their own.
 
-  Autodiff would take twice as many sums for the gradient, and keep x - mean beside x: with ReLU 2 to 3 times the time.
+  Autodiff would take twice as many sums for the gradient, and keep x - mean beside x.
   """
-  mean, var = _moments_in_one_loop(x.astype(scale.dtype))
+  mean, var = by.moments(x.astype(scale.dtype))
   return activation(normalize(x, mean, var, scale, bias, epsilon)), mean, var
 
 
-def _forward(x, scale, bias, epsilon, activation):
-  results = _in_few_loops(x, scale, bias, epsilon, activation)
+def _forward(by, x, scale, bias, epsilon, activation):
+  results = _own_gradient(by, x, scale, bias, epsilon, activation)
   return results, (x, scale, bias, *results[1:])
 
 
-def _backward(epsilon, activation, saved, gradients):
+def _backward(by, epsilon, activation, saved, gradients):
   x, scale, bias, mean, var = saved
   inverse = jax.lax.rsqrt(var + epsilon)
 
@@ -67,21 +76,32 @@ def _backward(epsilon, activation, saved, gradients):
     _, gradient = jax.vjp(activation, normalize(x, mean, var, scale, bias, epsilon))
     return (x.astype(scale.dtype) - mean) * inverse, *gradient(g)
 
-  # Computed for the sums, and again with them: without the barriers XLA would do it once, and write it all to memory.
-  x, g = jax.lax.optimization_barrier((x, gradients[0]))
+  # Computed for the sums, and again with them: not apart, XLA:CPU would do it once, and write it all to memory.
+  x, g = by.apart((x, gradients[0]))
   normal, gradient = normal_and_gradient(x, g)
-  bias_gradient, scale_gradient = _sums_in_one_loop(gradient, gradient * normal)
+  bias_gradient, scale_gradient = by.sums(gradient, gradient * normal)
   count = x.shape[0] * x.shape[1] * x.shape[2]
-  normal, gradient = normal_and_gradient(*jax.lax.optimization_barrier((x, g)))
+  normal, gradient = normal_and_gradient(*by.apart((x, g)))
   input_gradient = scale * inverse * (gradient - bias_gradient / count - normal * (scale_gradient / count))
   return input_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 
-_in_few_loops.defvjp(_forward, _backward)
+_own_gradient.defvjp(_forward, _backward)
+
+
+def _moments(x):
+  """Mean and variance of [B, H, W, C] over all pixels: [1, 1, 1, C] each."""
+  mean = x.mean((0, 1, 2), keepdims=True)
+  return mean, jnp.square(x - mean).mean((0, 1, 2), keepdims=True)
+
+
+def _sums(*maps):
+  """Of each [B, H, W, C] over all pixels: [1, 1, 1, C]."""
+  return tuple(x.sum((0, 1, 2), keepdims=True) for x in maps)
 
 
 def _moments_in_one_loop(x):
-  """Mean and variance, [1, 1, 1, C] each, reading x once: of each example about the mean of its middle row, and then of all (Chan et al. 1979).
+  """The same, reading x once: of each example about the mean of its middle row, and then of all (Chan et al. 1979).
 
   A row is 1/h of the pixels, so the square of its mean's distance from theirs, which is cancelled, is at most h variances.
   """
@@ -96,7 +116,7 @@ def _moments_in_one_loop(x):
 
 
 def _sums_in_one_loop(*maps):
-  """Of each [B, H, W, C] over all pixels: [1, 1, 1, C]."""
+  """The same by `_sums_of_examples`."""
   return tuple(total.sum(0).reshape(1, 1, 1, -1) for total in _sums_of_examples(*maps))
 
 
@@ -113,3 +133,7 @@ def _sums_of_examples(*maps):
   zeros = tuple(jnp.zeros((), x.dtype) for x in maps)
   sums = jax.lax.reduce(tuple(grouped), zeros, lambda a, b: tuple(map(operator.add, a, b)), (2,))
   return tuple(total.sum(1) + x[:, 16 * groups :].sum(1) for total, x in zip(sums, maps))
+
+
+WHOLE = _Sums(_moments, _sums, lambda maps: maps)
+IN_ONE_LOOP = _Sums(_moments_in_one_loop, _sums_in_one_loop, jax.lax.optimization_barrier)

@@ -78,7 +78,7 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False, takes_co
     if workdirs and not configs:
       argv = [argv[0], f"--config={config_lib.__file__}:{config_lib.expand_home(workdirs[-1])}", *argv[1:]]
   if takes_config:
-    text = "Config file; --config.field=value overrides. Without it, the config saved in --workdir."
+    text = "Config file, or the name of a shipped config; --config.field=value overrides. Without it, the config saved in --workdir."
     config_flags.DEFINE_config_file("config", None, text, sys_argv=argv)
     flags.FLAGS["config"].parser = _ConfigFile(argv)
   try:
@@ -100,11 +100,11 @@ def _parse(argv: list[str], positional: bool = False) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
-    _stop(str(error))
+    stop(str(error))
   except SystemExit as end:
     sys.exit(0 if end.code == 1 else end.code)  # Absl ends with 1 after --help.
   if len(rest) > 1 and not positional:
-    _stop(f"unknown argument {rest[1]!r}. Options look like --config.num_steps=100; --help lists the others.")
+    stop(f"unknown argument {rest[1]!r}. Options look like --config.num_steps=100; --help lists the others.")
   if not flags.FLAGS["verbosity"].present:
     # Orbax warns of what is meant: a checkpoint without a score, one that is only read.
     logging.set_verbosity(logging.ERROR)
@@ -121,7 +121,7 @@ def config(data_dir: str = ""):
     ConfigError: listing every problem.
   """
   if flags.FLAGS.config is None:
-    raise ConfigError("Name a config, e.g. --config=configs/quickstart.py, or the --workdir of a run.")
+    raise ConfigError("Name a config, e.g. --config=quickstart, or the --workdir of a run.")
   resolved = config_lib.finalize(flags.FLAGS.config)
   if resolved.data.name != "synthetic":  # Which has none.
     resolved.data.dir = resolved.data.dir or data_dir
@@ -187,14 +187,15 @@ def readable_errors(*more: type[Exception]):
   try:
     yield
   except (images.DataError, ConfigError, *more) as error:
-    _stop(str(error))
+    stop(str(error))
 
 
 def refuse(command: str) -> None:
   """Ends `python -m` of a module that is none of the commands, which else would do nothing and seem to succeed."""
-  _stop(f"this module is no command. Run: python -m segjax.{command}")
+  stop(f"this module is no command. Run: python -m segjax.{command}")
 
 
-def _stop(message: str):
+def stop(message: str):
+  """Ends the program with a message and exit code 2."""
   print(f"segjax: {message}", file=sys.stderr)
   sys.exit(2)

@@ -270,7 +270,7 @@ def _tfds_module(name: str):
   try:
     return importlib.import_module(name)
   except ImportError as error:
-    raise DataError(f"--tfds needs TFDS ({error}). Install it: pip install 'segjax[tfds]'.") from error
+    raise DataError(f"--tfds needs TFDS ({error}). Install it: pip install tensorflow-datasets.") from error
 
 
 def _download_and_prepare(builder, manual_dir: pathlib.Path) -> None:
@@ -331,7 +331,7 @@ def _main_nuclei() -> None:
   elif not stage1.is_dir():
     raise DataError(f"{archive}: no such file. Download it from kaggle.com/c/data-science-bowl-2018/data")
   prepare_nuclei(stage1, out, _PARTIAL.value)
-  print(f"train on it: --config=configs/unet_nuclei.py --config.data.dir={out}")
+  print(f"train on it: --config=unet_nuclei --config.data.dir={out}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from segjax.run import distributed, evaluation, outputs, pictures, warm_start
 
 
 def submit(config, workdir) -> pathlib.Path:
-  """--mode=predict: writes predictions for `config.data.eval_split`, with labels or without, and packs them.
+  """--mode=submit: writes predictions for `config.data.eval_split`, with labels or without, and packs them.
 
   Where `workdir` holds no run, the weights that `config.init` names predict.
 
@@ -126,4 +126,4 @@ def pack(folder: pathlib.Path, archive: pathlib.Path) -> None:
 if __name__ == "__main__":
   from segjax.run import commandline
 
-  commandline.refuse("main --mode=predict --workdir=RUN")
+  commandline.refuse("main --mode=submit --workdir=RUN")
