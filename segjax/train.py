@@ -87,10 +87,7 @@ def train(config, workdir) -> dict[str, float]:
         scores = validation(state, checkpoints, writer)
         progress.restart(step)
         if validation.stops(state):
-          say(
-            f"stopped early: no gain in {config.data.eval_split}/{config.policy.metric} over {config.policy.early_stop}"
-            " evaluations"
-          )
+          say(report.stopped_early_line(config))
           break
       if step >= config.num_steps:
         break
@@ -100,10 +97,7 @@ def train(config, workdir) -> dict[str, float]:
         check_finite(experiment, state, checkpoints, bad)
         save(state, checkpoints, lock)
         checkpoints.wait()
-        say(
-          f"{stop.name}: stopped after step {step - 1} of {config.num_steps}, checkpoint saved. The same command goes on"
-          f" from there (exit code {distributed.PREEMPTED})"
-        )
+        say(report.preempted_line(stop.name, step - 1, config.num_steps))
         raise distributed.Preempted
       # Else the host, which never waits for a step, has batch after batch queued in the devices' memory.
       jax.block_until_ready(recent[-steps.IN_FLIGHT : 1 - steps.IN_FLIGHT])
@@ -115,15 +109,9 @@ def train(config, workdir) -> dict[str, float]:
       checkpoint_due = validation.due(step) or step % config.checkpoint_every == 0
 
       if step % config.log_every == 0 or checkpoint_due:
-        means = {f"train/{k}": float(np.mean([m[k] for m in jax.device_get(recent)])) for k in step_metrics}
-        recent.clear()
         check_finite(experiment, state, checkpoints, bad)
-        rates, left = progress.lap(step)
-        lr = float(experiment.schedule(step - 1)) * float(optimizer_lib.plateau_scale(state.policy))
-        counted = {"train/bad_examples": bad.count(step)} if bad.most else {}
-        scalars = means | rates | counted | {"train/learning_rate": lr}
-        writer.scalars(step, scalars)
-        say(report.progress_line(step, config.num_steps, scalars, left))
+        log(step, recent, experiment, state, bad, progress, writer)
+        recent.clear()
       elif step == start + 1:
         jax.block_until_ready(step_metrics)
         say(f"compiled after {progress.seconds():.0f} s, loss {float(step_metrics['loss']):.4f}")
@@ -170,6 +158,19 @@ def resume_or_begin(experiment: Experiment, workdir: pathlib.Path, checkpoints: 
   state, line = experiment.first_state()
   say(line)
   return state
+
+
+def log(step: int, recent: list[dict], experiment: Experiment, state: TrainState, bad: BadExamples,
+        progress: report.Progress, writer: report.Writer) -> None:  # fmt: skip
+  """Writes and says what the `recent` steps, up to `step`, brought: the means of their metrics, speed and learning rate."""
+  recent = jax.device_get(recent)
+  means = {f"train/{name}": float(np.mean([metrics[name] for metrics in recent])) for name in recent[0]}
+  rates, left = progress.lap(step)
+  lr = float(experiment.schedule(step - 1)) * float(optimizer_lib.plateau_scale(state.policy))
+  counted = {"train/bad_examples": bad.count(step)} if bad.most else {}
+  scalars = means | rates | counted | {"train/learning_rate": lr}
+  writer.scalars(step, scalars)
+  say(report.progress_line(step, experiment.config.num_steps, scalars, left))
 
 
 def save(state: TrainState, checkpoints: Checkpoints, lock) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from segjax import config as config_lib
-from segjax import evaluate, input_pipeline, models, sharding, state, steps, train
+from segjax import input_pipeline, models, sharding
 from segjax.augment import augment_batch, jitter_color
 from segjax.config import ConfigError, default_config, options
 from segjax.config import rules as config_rules
+from segjax.experiment import Experiment
 from tests.marks import full
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -165,22 +166,15 @@ def test_every_shipped_config_builds_and_traces_the_steps_of_its_run(name):
   config = config_lib.finalize(importlib.import_module(f"configs.{name}").get_config())
   config.data.dir = "" if config.data.name == "synthetic" else "/data"
   config_rules.validate(config)
-  train.check_loss(config)
   known = dict(synthetic=6, voc=21, cityscapes=19, kitti_road=2)
   num_classes = known[config.data.name] if config.data.name in known else len(config.data.classes) or 2
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  graphdef, optimizer, _, init = state.build(config, num_classes)
-  abstract = jax.eval_shape(init)
-  placed = sharding.of_state(mesh, abstract, config.shard_state)
+  experiment = Experiment(config, mesh=sharding.make_mesh(devices=jax.devices()[:1]), num_classes=num_classes)
+  experiment.check()
   weights = np.ones(num_classes, np.float32) if config.loss.class_weights else None
-  step = train.make_step(config, graphdef, optimizer, mesh, placed, weights)
-  canvas = (60, 80)
-  batch = steps.abstract_batch(mesh, config.batch_size, canvas, config.loss.border_weight > 0)
-  after, _ = jax.eval_shape(step, state.with_sharding(abstract, placed), batch)
+  canvas, abstract = (60, 80), experiment.abstract_state
+  after, _ = jax.eval_shape(experiment.make_train_step(weights), *experiment.abstract_train_arguments(canvas))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
-  evaluation = evaluate.make_step(config, graphdef, mesh, num_classes)
-  batch = steps.abstract_batch(mesh, config.eval.batch_size, canvas)
-  out = jax.eval_shape(evaluation, abstract.eval_variables(), batch)
+  out = jax.eval_shape(experiment.eval_step, *experiment.abstract_eval_arguments(canvas))
   assert out["confusion"].shape == (num_classes, num_classes)
   assert out["prediction"].shape == (config.eval.batch_size, *canvas)
 

@@ -94,6 +94,19 @@ def test_every_module_is_imported_by_the_default_tests():
   assert sorted(files.keys() - reached) == []
 
 
+def test_only_the_doors_import_a_story():
+  """Whoever needs a part of one finds it below them."""
+  stories = {"train", "evaluate", "predict"}
+  found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if stories & imports_of(path)}
+  assert found <= {"main.py", "tools/verbs.py"}, found
+
+
+def test_the_story_of_training_has_at_most_100_lines():
+  tree = ast.parse((PACKAGE / "train.py").read_text())
+  (story,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+  assert story.end_lineno - story.lineno < 100
+
+
 def run(code):
   return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from segjax import input_pipeline, metrics
 from segjax.files import atomic
 from segjax.input_pipeline import inventory
-from segjax.run import outputs
+from segjax.run import distributed, outputs
 
 
 def say(text: str, flush: bool = True) -> None:
@@ -61,6 +61,20 @@ def progress_line(step: int, num_steps: int, scalars: dict[str, float], left: st
     f"step {step:>6}/{num_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/learning_rate']:.2e}"
     f"  {scalars['train/images_per_s']:.1f} images/s  data wait {100 * scalars['train/data_wait_share']:.0f} %"
     f"  ETA {left}" + (f"  bad examples {bad}" if bad else "")
+  )
+
+
+def stopped_early_line(config) -> str:
+  """Why a run ends before its last step."""
+  metric = f"{config.data.eval_split}/{config.policy.metric}"
+  return f"stopped early: no gain in {metric} over {config.policy.early_stop} evaluations"
+
+
+def preempted_line(signal: str, step: int, num_steps: int) -> str:
+  """What a signal did to a run, and how it goes on."""
+  return (
+    f"{signal}: stopped after step {step} of {num_steps}, checkpoint saved. The same command goes on from there (exit code"
+    f" {distributed.PREEMPTED})"
   )
 
 
