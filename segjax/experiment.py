@@ -224,9 +224,9 @@ class Experiment:
     batch = steps.abstract_batch(self.mesh, self.config.batch_size, canvas, self.weighs_borders, cut)
     return self.abstract_state, batch
 
-  def abstract_eval_arguments(self, canvas: tuple[int, int]) -> tuple[dict, dict]:
-    """The same of the eval step."""
-    return self.abstract_variables, steps.abstract_batch(self.mesh, self.config.eval.batch_size, canvas)
+  def abstract_eval_arguments(self, canvas: tuple[int, int], batch_size: int | None = None) -> tuple[dict, dict]:
+    """The same of the eval step; with another `batch_size` than the config's."""
+    return self.abstract_variables, steps.abstract_batch(self.mesh, batch_size or self.config.eval.batch_size, canvas)
 
   # What has to fit.
 

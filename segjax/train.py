@@ -10,7 +10,7 @@ from segjax import optimizer as optimizer_lib
 from segjax.experiment import Experiment
 from segjax.input_pipeline import order, scan
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.run import distributed, report, task
+from segjax.run import distributed, report, streams, task
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.examples import check_examples
 from segjax.run.report import say
@@ -23,7 +23,7 @@ class NonFiniteLoss(RuntimeError):
   """The loss or a gradient became infinite or NaN; the message names the step and what to try."""
 
 
-@report.lasting_output()
+@streams.lasting_output()
 def train(config, workdir) -> dict[str, float]:
   """Trains and evaluates as `config` says, resuming whatever `workdir` holds.
 

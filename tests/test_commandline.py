@@ -128,3 +128,9 @@ def test_a_module_that_is_no_command_says_what_is_and_fails(module, capsys):
   with pytest.raises(SystemExit) as end:
     runpy.run_module(f"segjax.{module}", run_name="__main__")
   assert end.value.code == 2 and "Run: python -m segjax.main" in capsys.readouterr().err
+
+
+def test_help_that_nobody_reads_to_its_end_says_nothing():
+  command = f"set -o pipefail; {sys.executable} -m segjax.check_data --help | head -1"
+  result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
+  assert (result.returncode, result.stderr.count("Traceback")) == (0, 0), result.stderr

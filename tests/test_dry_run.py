@@ -112,3 +112,12 @@ def test_every_other_mode_wants_a_workdir():
   command = [sys.executable, "-m", "segjax.main", "--config=configs/quickstart.py", "--mode=eval"]
   result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
   assert result.returncode == 2 and "only --mode=dry_run needs none" in result.stderr, result.stderr
+
+
+def test_an_evaluation_on_several_canvases_needs_what_the_greediest_of_them_does(tiny_config, monkeypatch, capsys):
+  """The largest takes one image to a device; a whole batch on it would be told to need far more."""
+  monkeypatch.setattr(input_pipeline, "eval_canvases", lambda source, data: [(24, 32), (48, 64)])
+  several = dry_run(tiny_config)["evaluation"].peak
+  assert "evaluation has 2 canvases" in capsys.readouterr().out
+  monkeypatch.setattr(input_pipeline, "eval_canvases", lambda source, data: [(48, 64)])
+  assert several < dry_run(tiny_config)["evaluation"].peak

@@ -212,8 +212,8 @@ def test_a_run_whose_output_nobody_takes_goes_on_to_its_end(config, fake, tmp_pa
 def test_what_cannot_be_written_leaves_exit_code_0():
   code = """
 import sys
-from segjax.run import report
-with report.lasting_output():
+from segjax.run import streams
+with streams.lasting_output():
   print("lost" * 10_000, flush=True)
   print("shown \\u00fc", file=sys.stderr)
 """

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import io
 import os
 import platform
 import re
@@ -19,6 +18,7 @@ from segjax.config import file as config_file
 from segjax.config import rules as config_rules
 from segjax.files import user_cache
 from segjax.input_pipeline import images
+from segjax.run import streams
 
 flags.disclaim_key_flags()  # --help shows what `define_path` defines as a flag of its caller.
 
@@ -82,7 +82,8 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False, takes_co
     config_flags.DEFINE_config_file("config", None, text, sys_argv=argv)
     flags.FLAGS["config"].parser = _ConfigFile(argv)
   try:
-    app.run(main, flags_parser=functools.partial(_parse, positional=positional), argv=argv)
+    with streams.lasting_output():
+      app.run(main, flags_parser=functools.partial(_parse, positional=positional), argv=argv)
   except KeyboardInterrupt:
     print("segjax: interrupted", file=sys.stderr)
     sys.exit(130)  # As a shell reports it.
@@ -182,8 +183,6 @@ def keep_freed_memory() -> None:
 @contextlib.contextmanager
 def readable_errors(*more: type[Exception]):
   """Ends the program with the bare message of errors that tell the user what to do: DataError, ConfigError, `more`."""
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors="backslashreplace")  # Names of files need not be UTF-8.
   try:
     yield
   except (images.DataError, ConfigError, *more) as error:

@@ -72,11 +72,12 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
     f"  {mib(of_params)}; with averages and optimiser state {mib(at_rest)} on each device"
   )
 
-  compiled = {}
-  for name, compile_step, *shape in (
-    ("train", programs.compile_train, canvas, canvas != whole), ("evaluation", programs.compile_eval, eval_canvas),
-  ):  # fmt: skip
-    program = compiled[name] = compile_step(experiment, *shape)
+  compiled = {"train": programs.compile_train(experiment, canvas, canvas != whole)}
+  evaluations = [(programs.compile_eval(experiment, *shape), *shape) for shape in eval_shapes(experiment, eval_canvas)]
+  compiled["evaluation"], eval_canvas, eval_size = max(evaluations, key=lambda found: found[0].peak)
+  if len(evaluations) > 1:
+    say(f"evaluation has {len(evaluations)} canvases, of which {eval_canvas[0]}x{eval_canvas[1]} needs most memory")
+  for name, program in compiled.items():
     found = {kind: sizes for kind, sizes in program.collectives.items() if sizes}
     communication = ", ".join(f"{len(sizes)} {kind} ({mib(sum(sizes))})" for kind, sizes in found.items())
     say(
@@ -92,7 +93,7 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   # Beside what a step itself holds: batches that were transferred ahead, and those of steps that wait for it.
   step, evaluation, waiting = compiled["train"], compiled["evaluation"], sharding.AHEAD + steps.IN_FLIGHT - 1
   batch = bytes_per_device(experiment.abstract_train_arguments(canvas, canvas != whole)[1])
-  variables, eval_batch = map(bytes_per_device, experiment.abstract_eval_arguments(eval_canvas))
+  variables, eval_batch = map(bytes_per_device, experiment.abstract_eval_arguments(eval_canvas, eval_size))
   # During an evaluation the rest of the state stays where it is (with shard_state, all of it), with the last batch of
   # training and those to come; and the results of a step are read while the next is computed.
   beside = at_rest - (0 if config.shard_state else variables) + (1 + sharding.AHEAD) * batch
@@ -105,6 +106,16 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   )  # fmt: skip
   say(f"training with evaluation needs at most {mib(needed)} of {mib(available)} ({meaning}): {verdict}")
   return compiled
+
+
+def eval_shapes(experiment: Experiment, whole: tuple[int, int]) -> list[tuple[tuple[int, int], int]]:
+  """(canvas, batch size) of each evaluation step, as of `Evaluator.compile`; where the data set is not at hand, of `whole`."""
+  config = experiment.config
+  try:
+    canvases = input_pipeline.eval_canvases(experiment.eval_source, config.data)
+  except input_pipeline.DataError:
+    canvases = [whole]
+  return [(size, experiment.mesh.shape["data"] if n else config.eval.batch_size) for n, size in enumerate(canvases)]
 
 
 def mib(size: int) -> str:

@@ -67,17 +67,20 @@ def compile_train(experiment: Experiment, canvas: tuple[int, int], cut: bool = F
     ConfigError: what `Experiment.check` and its model raise.
   """
   experiment.check()
-  weights = (
-    np.ones(experiment.num_classes, np.float32) if experiment.config.loss.class_weights else None
-  )  # Any will do.
+  weighted = bool(experiment.config.loss.class_weights)
+  weights = np.ones(experiment.num_classes, np.float32) if weighted else None  # Any will do.
   step, plain = (experiment.make_train_step(weights, kernels=k) for k in (experiment.config.kernels, "plain"))
   return compile_step(step, *experiment.abstract_train_arguments(canvas, cut), plain=plain)
 
 
-def compile_eval(experiment: Experiment, canvas: tuple[int, int]) -> Program:
-  """The eval step: compiled(variables, batch), all variables on every device; otherwise as `compile_train`."""
+def compile_eval(experiment: Experiment, canvas: tuple[int, int], batch_size: int | None = None) -> Program:
+  """The eval step: compiled(variables, batch), all variables on every device; otherwise as `compile_train`.
+
+  Args:
+    batch_size: in place of the config's.
+  """
   plain = experiment.make_eval_step(kernels="plain")
-  return compile_step(experiment.eval_step, *experiment.abstract_eval_arguments(canvas), plain=plain)
+  return compile_step(experiment.eval_step, *experiment.abstract_eval_arguments(canvas, batch_size), plain=plain)
 
 
 COMPILE = {"train": compile_train, "eval": compile_eval}
