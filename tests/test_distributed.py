@@ -127,7 +127,7 @@ def test_a_process_that_stays_alone_stops_after_the_stated_time_naming_the_addre
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   code = f"""
-from segjax import cluster, distributed
+from segjax.run import cluster, distributed
 with distributed.connected(cluster.find_processes({{}}, {address!r}, 2, {process_id}), timeout=3):
   pass
 """

@@ -46,7 +46,7 @@ def test_a_step_has_the_memory_of_the_last_one():
   code = """
 import resource, statistics
 import jax, jax.numpy as jnp
-from segjax import commandline
+from segjax.run import commandline
 
 @jax.jit
 def step(x):

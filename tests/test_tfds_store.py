@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax.input_pipeline import tfds_store
+from segjax.input_pipeline import images, tfds_store
 
 
 def png(size):
@@ -22,9 +22,9 @@ def png(size):
 def test_a_damaged_index_is_made_again(damage, tmp_path):
   records = [dict(image=png(size), mask=png(size), id=name) for size, name in (((4, 6), b"a"), ((5, 3), b"b"))]
   want = dict(names=["a", "b"], sizes=[(4, 6), (5, 3)])
-  assert tfds_store._index(tmp_path, "train", records, "image", "mask", "id") == want
+  assert tfds_store._index(tmp_path, "train", records, "image", "mask", "id", images.Reading()) == want
   (path,) = tmp_path.glob("segjax_index_*.json")
   whole = path.read_text()
   path.write_text(damage)
-  assert tfds_store._index(tmp_path, "train", records, "image", "mask", "id") == want
+  assert tfds_store._index(tmp_path, "train", records, "image", "mask", "id", images.Reading()) == want
   assert path.read_text() == whole
