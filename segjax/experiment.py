@@ -156,25 +156,16 @@ class Experiment:
     """Shapes in their sharding, to compile for or to restore a checkpoint into."""
     return state.with_sharding(self._shapes, self.state_sharding)
 
-  @functools.cached_property
-  def abstract_variables(self) -> dict:
-    """What is evaluated, on every device."""
-    return state.with_sharding(self._shapes.eval_variables(), sharding.replicated(self.mesh))
-
   def init_state(self) -> TrainState:
     """A new state, from scratch."""
     return state.materialize(self.init, self.state_sharding)
 
   def first_state(self) -> tuple[TrainState, str]:
-    """What training begins with: a new state, with the weights that `config.init` names; and the line to report.
-
-    Raises:
-      ConfigError: weights that cannot be read, or do not fit and are not in `init.exclude`.
-    """
+    """What training begins with: a new state, with the weights that `config.init` names; and the line to report."""
     init = self.config.init
     if not init.path:
       return self.init_state(), "init: scratch"
-    loaded = warm_start.load(init)
+    loaded = warm_start.load(init)  # First: it may fail.
     new = self.init_state()
     own = new.variables()
     variables, report_line = warm_start.merge(jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude)
@@ -189,9 +180,6 @@ class Experiment:
 
     Args:
       loaded: of `warm_start.load_unless_run`; None takes the checkpoint of `workdir` that `config.eval.checkpoint` names.
-
-    Raises:
-      ConfigError: weights of another model, or damaged ones.
     """
     if loaded is not None:
       # Strictly all: what init.exclude leaves random would only be scored as noise.
@@ -247,11 +235,7 @@ class Experiment:
 
   @functools.cached_property
   def evaluator(self) -> Evaluator:
-    """Of the evaluation's split.
-
-    Raises:
-      ConfigError: a batch that the mesh does not divide.
-    """
+    """Of the evaluation's split, whose batches the mesh has to divide."""
     sharding.check_batch(self.mesh, "eval.batch_size", self.config.eval.batch_size)
     return Evaluator(self.eval_source, self.eval_step, self.config, self.mesh)
 
@@ -265,8 +249,9 @@ class Experiment:
     return self.abstract_state, batch
 
   def abstract_eval_arguments(self, canvas: tuple[int, int]) -> tuple[dict, dict]:
-    """The same of the eval step."""
-    return self.abstract_variables, steps.abstract_batch(self.mesh, self.config.eval.batch_size, canvas)
+    """The same of the eval step, whose variables are whole on every device."""
+    variables = state.with_sharding(self._shapes.eval_variables(), sharding.replicated(self.mesh))
+    return variables, steps.abstract_batch(self.mesh, self.config.eval.batch_size, canvas)
 
   # What has to fit.
 
