@@ -12,7 +12,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from segjax import augment, input_pipeline, losses, sharding, state, steps
+from segjax import augment, input_pipeline, losses, models, sharding, state, steps
+from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.files import atomic
 from segjax.input_pipeline import scan
@@ -80,31 +81,70 @@ class Experiment:
 
   # Model, optimiser and state.
 
-  @functools.cached_property
-  def _built(self) -> tuple:
-    return state.build(self.config, self.num_classes)
-
-  @property
-  def graphdef(self) -> nnx.GraphDef:
-    return self._built[0]
-
-  @property
-  def optimizer(self) -> optax.GradientTransformation:
-    return self._built[1]
-
-  @property
-  def schedule(self) -> optax.Schedule:
-    """step -> learning rate."""
-    return self._built[2]
-
-  @functools.cached_property
-  def _shapes(self) -> TrainState:
-    return jax.eval_shape(self._built[3])
+  def _build_network(self) -> Network:
+    config = self.config
+    if config.head == "sigmoid" and self.num_classes != 2:
+      raise ConfigError(
+        f"config.head = 'sigmoid' tells foreground from background, but the data set has {self.num_classes} classes. Set"
+        " head = 'softmax', or map the masks to two classes (data.label_map)."
+      )
+    num_classes, rngs = 1 if config.head == "sigmoid" else self.num_classes, nnx.Rngs(config.seed)
+    try:
+      network = models.build(num_classes=num_classes, dtype=config.dtype, remat=config.remat, rngs=rngs, **config.model)
+    except ValueError as error:  # Models know nothing of configs.
+      raise ConfigError(f"The model cannot be built: {error}") from error
+    if min(config.crop_size) < network.stride:
+      raise ConfigError(
+        f"config.crop_size = {tuple(config.crop_size)}: smaller than the network's stride of {network.stride}, so nothing"
+        " of it would be left. Enlarge the crop, or lower the model's stride."
+      )
+    return network
 
   @functools.cached_property
   def network(self) -> Network:
     """The model, with shapes in the place of arrays: for what it says of itself, as stride and border."""
-    return steps.merge(self.graphdef, self._shapes.variables())
+    return nnx.eval_shape(self._build_network)
+
+  @functools.cached_property
+  def graphdef(self) -> nnx.GraphDef:
+    return nnx.graphdef(self.network)
+
+  @functools.cached_property
+  def schedule(self) -> optax.Schedule:
+    """step -> learning rate."""
+    o = self.config.optimizer
+    return optimizer_lib.make_schedule(
+      o.schedule, base_lr=o.base_lr, num_steps=self.config.num_steps, poly_power=o.poly_power, end_lr=o.end_lr,
+      decay_every=o.decay_every, decay_factor=o.decay_factor, warmup_steps=o.warmup_steps, warmup_lr=o.warmup_lr,
+      warmup=o.warmup,
+    )  # fmt: skip
+
+  @functools.cached_property
+  def optimizer(self) -> optax.GradientTransformation:
+    o = self.config.optimizer
+    return optimizer_lib.make_optimizer(
+      o.name, self.schedule, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay,
+      clip_norm=o.clip_norm, head_multiplier=o.head_multiplier, bias_multiplier=o.bias_multiplier,
+    )  # fmt: skip
+
+  def init(self) -> TrainState:
+    """The initial state: call it through `state.materialize`, as `init_state` does, or under `jax.eval_shape`."""
+    _, params, batch_stats = state.split(self._build_network())
+    variables = dict(params=params, batch_stats=batch_stats)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      batch_stats=batch_stats,
+      opt_state=self.optimizer.init(params),
+      # Copies: a donated state must not hold one buffer twice.
+      ema=jax.tree.map(jnp.copy, variables) if self.config.optimizer.ema_decay else None,
+      failed_step=jnp.full((), -1, jnp.int32),
+      policy=optimizer_lib.init_policy(),
+    )
+
+  @functools.cached_property
+  def _shapes(self) -> TrainState:
+    return jax.eval_shape(self.init)
 
   @functools.cached_property
   def state_sharding(self) -> TrainState:
@@ -116,25 +156,16 @@ class Experiment:
     """Shapes in their sharding, to compile for or to restore a checkpoint into."""
     return state.with_sharding(self._shapes, self.state_sharding)
 
-  @functools.cached_property
-  def abstract_variables(self) -> dict:
-    """What is evaluated, on every device."""
-    return state.with_sharding(self._shapes.eval_variables(), sharding.replicated(self.mesh))
-
   def init_state(self) -> TrainState:
     """A new state, from scratch."""
-    return state.materialize(self._built[3], self.state_sharding)
+    return state.materialize(self.init, self.state_sharding)
 
   def first_state(self) -> tuple[TrainState, str]:
-    """What training begins with: a new state, with the weights that `config.init` names; and the line to report.
-
-    Raises:
-      ConfigError: weights that cannot be read, or do not fit and are not in `init.exclude`.
-    """
+    """What training begins with: a new state, with the weights that `config.init` names; and the line to report."""
     init = self.config.init
     if not init.path:
       return self.init_state(), "init: scratch"
-    loaded = warm_start.load(init)
+    loaded = warm_start.load(init)  # First: it may fail.
     new = self.init_state()
     own = new.variables()
     variables, report_line = warm_start.merge(jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude)
@@ -149,9 +180,6 @@ class Experiment:
 
     Args:
       loaded: of `warm_start.load_unless_run`; None takes the checkpoint of `workdir` that `config.eval.checkpoint` names.
-
-    Raises:
-      ConfigError: weights of another model, or damaged ones.
     """
     if loaded is not None:
       # Strictly all: what init.exclude leaves random would only be scored as noise.
@@ -207,11 +235,7 @@ class Experiment:
 
   @functools.cached_property
   def evaluator(self) -> Evaluator:
-    """Of the evaluation's split.
-
-    Raises:
-      ConfigError: a batch that the mesh does not divide.
-    """
+    """Of the evaluation's split, whose batches the mesh has to divide."""
     sharding.check_batch(self.mesh, "eval.batch_size", self.config.eval.batch_size)
     return Evaluator(self.eval_source, self.eval_step, self.config, self.mesh)
 
@@ -225,8 +249,9 @@ class Experiment:
     return self.abstract_state, batch
 
   def abstract_eval_arguments(self, canvas: tuple[int, int], batch_size: int | None = None) -> tuple[dict, dict]:
-    """The same of the eval step; with another `batch_size` than the config's."""
-    return self.abstract_variables, steps.abstract_batch(self.mesh, batch_size or self.config.eval.batch_size, canvas)
+    """The same of the eval step, whose variables are whole on every device; with another `batch_size` than the config's."""
+    variables = state.with_sharding(self._shapes.eval_variables(), sharding.replicated(self.mesh))
+    return variables, steps.abstract_batch(self.mesh, batch_size or self.config.eval.batch_size, canvas)
 
   # What has to fit.
 

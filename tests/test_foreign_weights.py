@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from segjax import evaluate, inference, input_pipeline, metrics, models, pretrained, state
+from segjax import evaluate, inference, input_pipeline, metrics, models, pretrained
 from segjax.config import ConfigError, default_config
+from segjax.experiment import Experiment
 from segjax.run import warm_start
 from tests import seeded
 
@@ -50,7 +51,7 @@ def test_official_weights_are_scored_without_a_run_at_another_stride(config, tmp
 
 
 def test_a_new_head_is_named_before_anything_else_of_the_file_is_taken(config):
-  _, _, _, init = state.build(config, 9)
+  init = Experiment(config, num_classes=9).init
   abstract = jax.eval_shape(init).variables()
   loaded = warm_start.load(config.init)
   with pytest.raises(ConfigError, match=r"params/logits/bias: the model has \(9,\), .*official.npz has \(6,\)"):
@@ -76,4 +77,4 @@ def test_a_file_needs_a_scheme_and_a_workdir_needs_none(config, tmp_path):
 def test_a_crop_smaller_than_the_networks_stride_is_refused(config):
   config.crop_size = (16, 33)
   with pytest.raises(ConfigError, match=r"crop_size = \(16, 33\): smaller than the network's stride of 32"):
-    state.build(config, 6)
+    jax.eval_shape(Experiment(config).init)

@@ -16,6 +16,7 @@ from segjax import config as config_lib
 from segjax import losses, models, sharding, state, steps
 from segjax import train as train_lib
 from segjax.config import ConfigError
+from segjax.experiment import Experiment
 from segjax.run.checkpoint import Checkpoints
 from segjax.tools import hlo
 from tests.experiment import host_batches, make_step, mesh_of
@@ -142,7 +143,7 @@ LAYOUTS = [  # (devices, sharded) that save and that restore
 def test_a_checkpoint_restores_under_any_number_of_devices_sharded_or_not_bit_for_bit(
   config, tmp_path, saved, restored
 ):
-  _, _, _, init = state.build(config, 6)
+  init = Experiment(config, num_classes=6).init
 
   def place(devices, shard):
     mesh = sharding.make_mesh(devices, 1, devices=jax.devices()[:devices])
@@ -174,7 +175,7 @@ def test_a_sharded_run_of_two_processes_goes_on_in_one_and_ends_the_same(config,
   one = tmp_path / "one"
   train_lib.train(changed(config, num_steps=3), one)
   assert_close(checkpoint(workdir, 3)["params"], checkpoint(one, 3)["params"], 1e-3)
-  _, _, _, init = state.build(config, 6)
+  init = Experiment(config, num_classes=6).init
   target = sharding.of_state(sharding.make_mesh(), jax.eval_shape(init), True)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     restored = checkpoints.restore(state.with_sharding(jax.eval_shape(init), target), 3)

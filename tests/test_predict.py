@@ -53,7 +53,7 @@ def make_config(data, model="unet", classes=3, **options):
 def make_run(config, workdir):
   """A workdir as training leaves it, of random weights and statistics."""
   source = input_pipeline.make_source(config.data, "val")
-  _, _, _, init = state.build(config, len(source.classes))
+  init = Experiment(config, num_classes=len(source.classes)).init
   weights = state.materialize(init, sharding.replicated(sharding.make_mesh(1)))
   rng = np.random.default_rng(0)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from segjax import config as config_lib
-from segjax import input_pipeline, optimizer, pretrained, sharding, state
+from segjax import input_pipeline, optimizer, pretrained, sharding
 from segjax import train as train_lib
 from segjax.config import ConfigError
 from segjax.config import rules as config_rules
@@ -343,7 +343,7 @@ def test_an_unknown_stage_lists_the_known_ones(name):
 def test_imagenet_weights_fit_what_the_recipe_excludes(name, argument):
   """torchvision's names, narrow: all of the backbone is taken and nothing else, and no name is left over."""
   config = recipe(name, "/data", argument)
-  _, _, _, init = state.build(config, 5)
+  init = Experiment(config, num_classes=5).init
   variables = jax.eval_shape(init).variables()
   arrays = {}
   modules = {f"features.{n}": f"conv{conv}" for n, conv in torchvision.VGG_CONVS.items()}

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from segjax import input_pipeline, sharding, state, steps
+from segjax import input_pipeline, sharding
 from segjax.config import ConfigError
+from segjax.experiment import Experiment
 from tests import experiment
 from tests.experiment import mesh_of
 from tests.marks import full
@@ -109,12 +110,11 @@ def batch_of(config, mesh):
 def test_evaluation_gives_the_same_matrix_on_any_mesh(data, space):
   """The canvas has 22 rows, which 4 does not divide."""
   config = experiment.make_config("unet", "float32")
-  graphdef, _, _, init = state.build(config, 6)
+  config.eval.scales, config.eval.flip = (0.75, 1.0), True
   results = []
   for mesh in (mesh_of(1, 1), mesh_of(data, space)):
-    evaluate = steps.make_eval_step(graphdef, mesh, num_classes=6, protocol=dict(scales=(0.75, 1.0), flip=True))
-    variables = state.materialize(init, sharding.replicated(mesh)).eval_variables()
-    results.append(jax.device_get(evaluate(variables, batch_of(config, mesh))))
+    made = Experiment(config, mesh=mesh)
+    results.append(jax.device_get(made.eval_step(made.init_state().eval_variables(), batch_of(config, mesh))))
   assert results[0]["confusion"].sum() > 0 and results[1]["prediction"].shape == (16, 22, 32)
   # A near tie may fall the other way in float32.
   assert np.abs(results[0]["confusion"] - results[1]["confusion"]).sum() <= 2

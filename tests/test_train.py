@@ -18,6 +18,7 @@ from segjax import config as config_lib
 from segjax import evaluate as evaluate_lib
 from segjax import train as train_lib
 from segjax.config import ConfigError
+from segjax.experiment import Experiment
 from segjax.run import task
 from segjax.run.checkpoint import Checkpoints
 from tests.marks import full
@@ -239,7 +240,7 @@ def test_class_weights_by_rule_are_cached_and_by_list_checked(tiny_config, tmp_p
 def test_the_last_k_checkpoints_and_the_best_are_kept(tiny_config, tmp_path, keep):
   from segjax import state
 
-  _, _, _, init = state.build(tiny_config, 6)
+  init = Experiment(tiny_config, num_classes=6).init
   current = state.materialize(init, None)
   checkpoints = Checkpoints(tmp_path, keep)
   for step, score in ((1, 0.2), (2, 0.9), (3, None), (4, 0.3), (5, None)):
@@ -259,7 +260,7 @@ def test_a_checkpoint_restores_on_any_number_of_devices(tiny_config, tmp_path, d
   tiny_config.mesh.data = 8
   train_lib.train(tiny_config, tmp_path / "run")
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-  _, _, _, init = state.build(tiny_config, 6)
+  init = Experiment(tiny_config, num_classes=6).init
   abstract = state.with_sharding(jax.eval_shape(init), sharding.replicated(mesh))
   checkpoints = Checkpoints(tmp_path / "run", read_only=True)
   restored = checkpoints.restore(abstract, 6)

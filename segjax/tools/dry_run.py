@@ -8,6 +8,7 @@ import jax
 from segjax import input_pipeline, sharding, steps
 from segjax.experiment import Experiment
 from segjax.run import report
+from segjax.run.report import say
 from segjax.tools import programs
 from segjax.tools.programs import Program
 
@@ -48,7 +49,6 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   _, eval_canvas, _ = input_pipeline.facts(data, data.eval_split)
   sharding.check_batch(mesh, "batch_size", batch_size, config.accumulate_steps)
   sharding.check_batch(mesh, "eval.batch_size", eval_size)
-  say = report.say
   say(
     f"dry run: {report.devices(mesh)}; nothing is trained or written\n"
     f"data: {note}\n  {num_classes} classes, canvas {canvas[0]}x{canvas[1]} in training, {eval_canvas[0]}x{eval_canvas[1]}"
