@@ -12,6 +12,7 @@ from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.input_pipeline import DataError, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from tests.folder_of_images import folder_of_images
+from tests.marks import full
 from tests.test_train import assert_identical, checkpoint, read_metrics
 
 LOADERS = ["tf_data", "grain"]
@@ -88,7 +89,7 @@ def test_one_bad_example_too_many_stops_and_names_all(config, tmp_path, loader):
     BadExamples(tmp_path, most=0)
 
 
-@pytest.mark.parametrize("loader", ["tf_data", pytest.param("grain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loader", [*full("tf_data"), pytest.param("grain", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_examples_void_though_the_file_is_back(
   config, tmp_path, monkeypatch, capsys, loader
 ):

@@ -10,6 +10,7 @@ from flax import nnx
 from segjax import models
 from segjax.experiment import Experiment
 from tests import experiment
+from tests.marks import full
 
 NETWORKS = {
   "unet": dict(name="unet", width=4, depth=2),
@@ -72,7 +73,7 @@ def test_no_train_step_reduces_in_bfloat16(model):
     jax.eval_shape(made.make_train_step(), *made.abstract_train_arguments((22, 32)))
 
 
-@pytest.mark.parametrize("network, bound", [("published_unet", 0.05), ("bilinear_unet", 0.1), ("fcn", 0.3)])
+@pytest.mark.parametrize("network, bound", [("published_unet", 0.05), *full(("bilinear_unet", 0.1), ("fcn", 0.3))])
 def test_gradients_of_all_parameters_are_near_those_of_float32(network, bound):
   """Biases were off by 43 % where their gradients were summed in bfloat16.
 

@@ -179,6 +179,7 @@ def test_an_evaluation_shows_each_image_whole_and_once_large_ones_in_small_batch
       assert (label == IGNORE_LABEL).all()
 
 
+@pytest.mark.full
 def test_a_run_with_one_huge_image_trains_on_its_windows_and_scores_every_pixel(tmp_path, capsys):
   for split in ("train", "val"):
     data = folder_of(tmp_path / "data", ONE_HUGE, split)

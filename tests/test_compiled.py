@@ -11,7 +11,7 @@ from tests import experiment
 from tests.experiment import mesh_of
 from tests.marks import full
 
-pytestmark = pytest.mark.parametrize("model", ["unet", "fcn", *full("deeplab")])
+pytestmark = pytest.mark.parametrize("model", ["unet", *full("fcn", "deeplab")])
 CANVAS = (22, 32)
 SMALL = 1000  # Numbers in a map of a few pixels, of which jax 0.12 transposes one.
 TRANSPOSE = re.compile(r" = \w+\[([\d,]+)\]\S* transpose\(")  # " = f32[16,8,12,4]{3,2,1,0} transpose("

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from segjax import kernels, sharding
 from segjax.kernels import depthwise
 from segjax.models import layers
+from tests.marks import full
 
 
 @pytest.fixture(autouse=True, params=["plain", "cpu"])
@@ -28,7 +29,7 @@ def grouped(x, kernel, stride, rate, padding):
   "stride, rate, padding",
   [*((1, rate, "same") for rate in (1, 2, 4, 6, 18)), (2, 1, "same"), (2, 1, "fixed"), (2, 2, "same"), (2, 2, "fixed")],
 )
-@pytest.mark.parametrize("size", [(9, 12), (5, 40)])
+@pytest.mark.parametrize("size", [(9, 12), *full(((5, 40),))])
 def test_depthwise_equals_grouped_convolution(stride, rate, size, padding):
   with jax.enable_x64(True):
     key = jax.random.split(jax.random.key(0), 3)

@@ -22,7 +22,6 @@ from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError, scan
 from segjax.tools import check_data, submission
 from tests import archives
-from tests.marks import full
 from tests.test_loaders import assert_same
 from tests.test_train import assert_identical, checkpoint
 
@@ -87,7 +86,8 @@ def test_masks_keep_their_numbers_in_the_shards(stores):
     np.testing.assert_array_equal(data[i][1], archives.voc_label(name))
 
 
-@pytest.mark.parametrize("name", ["voc", *full("cityscapes")])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["voc", "cityscapes"])
 def test_train_eval_and_submission(stores, name, tmp_path, capsys):
   """Both loaders and both formats: the same network, bit for bit, and files that hold the very argmax that is scored."""
   runs = dict(tree=tmp_path / "tree", tfds=tmp_path / "tfds")

@@ -143,6 +143,7 @@ evaluate(config, {str(tmp_path / "run")!r})
   assert (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.full
 def test_a_run_of_tf_data_goes_on_with_grain_where_tensorflow_is_not_installed(tmp_path):
   """Begun with it in this process; gone on with, and warm-started from PyTorch-style weights, where nothing finds it."""
   code = f"""

@@ -10,6 +10,7 @@ from segjax import kernels
 from segjax.config import default_config
 from segjax.experiment import Experiment
 from tests import experiment
+from tests.marks import full
 
 # At full width, where each of XLA:CPU's forms applies somewhere: nothing is compiled.
 NETWORKS = {
@@ -50,7 +51,7 @@ def tuned_for_cpu(text: str) -> set[str]:
   return found | {"winograd"} if one_row else found
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [full(name)[0] if name in ("xception", "mobilenet") else name for name in NETWORKS])
 def test_nothing_tuned_for_cpu_is_in_a_step_for_gpu_or_tpu(network):
   for kind in ("train", "eval"):
     for platform in ("cuda", "tpu"):
@@ -61,7 +62,7 @@ def test_what_is_tuned_for_cpu_would_be_found():
   assert tuned_for_cpu(lowered("unet", "train", "cpu")) == {"barrier", "flat product", "winograd"}
 
 
-@pytest.mark.parametrize("model", ["unet", "published_unet", "fcn", "deeplab", "dilated_fcn"])
+@pytest.mark.parametrize("model", ["unet", "published_unet", *full("fcn", "deeplab", "dilated_fcn")])
 def test_a_step_of_training_is_the_same_with_plain_kernels(model):
   """Loss, gradient, parameters after it and statistics, in float64."""
   config = experiment.make_config("deeplab" if model == "dilated_fcn" else model)

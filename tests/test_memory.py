@@ -189,7 +189,7 @@ def test_a_sharded_run_of_two_processes_goes_on_in_one_and_ends_the_same(config,
   assert train_lib.train(changed(config, shard_state=False), workdir)  # On to step 6.
 
 
-@pytest.mark.parametrize("parts, data", [pytest.param(2, 1, marks=SLOW), (4, 2), pytest.param(2, 4, marks=SLOW)])
+@pytest.mark.parametrize("parts, data", [pytest.param(2, 1, marks=SLOW), *full((4, 2)), pytest.param(2, 4, marks=SLOW)])
 def test_accumulated_parts_update_as_the_whole_batch_where_nothing_mixes_examples(config, parts, data):
   """In float64, with void pixels, which the parts have different numbers of, and class weights."""
   config.model.batch_norm, config.model.dropout = False, 0.0

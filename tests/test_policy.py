@@ -58,6 +58,7 @@ def test_early_stopping_ends_the_run_and_stays_ended(tiny_config, tmp_path, caps
   assert Checkpoints(tmp_path / "run", read_only=True).latest_step() == 6
 
 
+@pytest.mark.full
 def test_the_best_checkpoint_is_that_of_the_chosen_score(tiny_config, tmp_path):
   config = policy_config(tiny_config, tmp_path)
   config.policy.metric, config.keep_checkpoints = "iou/disk", 1

@@ -137,6 +137,7 @@ def test_a_python_with_pytorch_and_without_segjax_is_told_so(config, tmp_path):
     step_speed.Torch(config, "train", ours, 2, str(python))
 
 
+@pytest.mark.full
 def test_the_command_appends_json_lines(tmp_path):
   command = [
     sys.executable, "-m", "segjax.benchmark", "--config=configs/quickstart.py", "--what=eval", "--seconds=0.1",

@@ -165,6 +165,7 @@ def test_steps_are_compiled_once_over_epochs_and_evaluations(tiny_config, tmp_pa
     assert sum(f"jit({name})" in message or f"Compiling {name}" in message for message in compiled) == 1, compiled
 
 
+@pytest.mark.full
 def test_a_run_keeps_what_it_compiled_and_traces_the_steps_it_is_told_to(tiny_config, tmp_path, monkeypatch):
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -206,6 +207,7 @@ def test_foreign_or_unwritable_workdirs_are_refused(tiny_config, tmp_path):
     train_lib.train(tiny_config, tmp_path / "file" / "run")
 
 
+@pytest.mark.full
 def test_warm_start_takes_weights_strictly_but_for_what_is_excluded(tiny_config, tmp_path, capsys):
   train_lib.train(tiny_config, tmp_path / "first")
   tiny_config.num_steps, tiny_config.init.path = 1, str(tmp_path / "first")
@@ -253,6 +255,7 @@ def test_the_last_k_checkpoints_and_the_best_are_kept(tiny_config, tmp_path, kee
   checkpoints.close()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_checkpoint_restores_on_any_number_of_devices(tiny_config, tmp_path, devices):
   from segjax import sharding, state
