@@ -1,7 +1,5 @@
 """Learning-rate schedules and optimisers, from optax."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -40,27 +38,20 @@ def make_schedule(
   Raises:
     ValueError: an unknown name.
   """
-
-  def fall(shape):
-    return end_lr + (base_lr - end_lr) * shape
-
-  shapes = {
-    "poly": lambda n, t: fall((1 - t) ** poly_power),
-    "cosine": lambda n, t: fall(0.5 * (1 + jnp.cos(math.pi * t))),
-    "step": lambda n, t: jnp.maximum(base_lr * decay_factor ** jnp.floor(n / decay_every), end_lr),
-    "constant": lambda n, t: jnp.full_like(t, base_lr),
+  span = max(num_steps - warmup_steps, 1)
+  schedules = {
+    "poly": lambda: optax.polynomial_schedule(base_lr, end_lr, poly_power, span),
+    "cosine": lambda: optax.cosine_decay_schedule(base_lr, span, alpha=end_lr / base_lr),
+    "step": lambda: optax.exponential_decay(base_lr, decay_every, decay_factor, staircase=True, end_value=end_lr),
+    "constant": lambda: optax.constant_schedule(base_lr),
   }
-  if name not in shapes:
-    raise ValueError(f"optimizer.schedule = {name!r}: choose one of {', '.join(shapes)}.")
-
-  def schedule(step):
-    step = jnp.asarray(step, jnp.float32)
-    n = jnp.maximum(step - warmup_steps, 0)
-    t = jnp.minimum(n / max(num_steps - warmup_steps, 1), 1)
-    rising = (base_lr - warmup_lr) * step / max(warmup_steps, 1) if warmup == "linear" else 0
-    return jnp.where(step < warmup_steps, warmup_lr + rising, shapes[name](n, t))
-
-  return schedule
+  if name not in schedules:
+    raise ValueError(f"optimizer.schedule = {name!r}: choose one of {', '.join(schedules)}.")
+  # Each of optax's own schedules with a warm-up has one kind of decay, and none begins with a constant rate.
+  first = warmup_lr if warmup == "constant" else base_lr
+  return optax.join_schedules(
+    [optax.linear_schedule(warmup_lr, first, warmup_steps), schedules[name]()], [warmup_steps]
+  )
 
 
 def init_policy(regime: int = 0, scale: float = 1.0) -> dict:

@@ -50,6 +50,24 @@ def test_warm_up_is_linear_from_zero_and_the_last_value_stays():
   assert schedule("poly", end_lr=0.002)(500) == np.float32(0.002)
 
 
+@pytest.mark.parametrize("name", ["poly", "cosine", "step", "constant"])
+@pytest.mark.parametrize("warmup, first", [("linear", [1e-3, 4e-3, 7e-3]), ("constant", [1e-3] * 3), ("linear", [])])
+def test_schedules_start_after_any_warm_up_and_end_at_end_lr(name, warmup, first):
+  """Against the formulas of make_schedule's docstring in double precision, compiled as in the optimiser."""
+  warm = len(first)
+  n = np.minimum(np.arange(60), 40)
+  want = {
+    "poly": 1e-3 + 9e-3 * (1 - n / 40) ** 0.9,
+    "cosine": 1e-3 + 9e-3 * (1 + np.cos(np.pi * n / 40)) / 2,
+    "step": np.maximum(1e-2 * 0.3 ** (np.arange(60) // 7), 1e-3),
+    "constant": np.full(60, 1e-2),
+  }[name]
+  options = dict(warmup_steps=warm, warmup_lr=1e-3, warmup=warmup, decay_every=7, decay_factor=0.3)
+  rate = schedule(name, num_steps=40 + warm, end_lr=1e-3, **options)
+  got = jax.vmap(rate)(jnp.arange(warm + 60))
+  np.testing.assert_allclose(got, [*first, *want], rtol=2e-6)
+
+
 @pytest.mark.parametrize(
   "theirs, name, options",
   [
