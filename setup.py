@@ -10,8 +10,6 @@ TENSORFLOW = [
   # tensorflow-cpu has wheels for these machines only; it spares the others' CUDA download, as JAX does the computing.
   "tensorflow-cpu>=2.20; platform_machine == 'x86_64' and sys_platform == 'linux' and python_version < '3.14'",
   "tensorflow>=2.20; (platform_machine != 'x86_64' or sys_platform != 'linux') and python_version < '3.14'",
-  "clu>=0.0.12",
-  "tensorboard",  # clu's writers need it beside TensorFlow.
 ]
 
 setuptools.setup(
@@ -39,6 +37,7 @@ setuptools.setup(
     "safetensors",
     "simplejpeg>=1.9",  # Decodes JPEGs a sixth faster than Pillow, to the same bits, and tells damage that Pillow hides.
     "scipy",  # SBD's .mat files; distance transforms and connected components of instances. JAX needs it anyway.
+    "tensorboard>=2.20",  # Writes and shows curves, and brings no TensorFlow.
     "tensorflow-datasets>=4.9.9",  # Brings no TensorFlow, which only building a data set needs. Imported when asked for.
     "tqdm",
   ],
@@ -46,7 +45,7 @@ setuptools.setup(
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
-    "tensorflow": TENSORFLOW,  # Else grain loads the data, and curves are JSON only. No wheels for Python 3.14 yet.
+    "tensorflow": TENSORFLOW,  # Else grain loads the data. No wheels for Python 3.14 yet.
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
     "test": [
       "imagecodecs",

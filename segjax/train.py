@@ -71,9 +71,7 @@ def train(config, workdir) -> dict[str, float]:
     # The step, and its batches from `start` on.
     train_step = experiment.make_train_step(class_weights)
     batches = sharding.to_device(experiment.train_batches(start, config.num_steps, bad=bad), experiment.mesh)
-    if without := report.no_tensorboard(config.data):
-      say(f"TensorBoard is off: {without}. Curves are in metrics.jsonl.")
-    writer = report.Writer(workdir, start_step=start, tensorboard=not without, unscored=unscored)
+    writer = report.Writer(workdir, start_step=start, tensorboard=True, unscored=unscored)
     if before := bad.count(start):
       say(f"note: {before} bad examples before (bad_examples_*.jsonl); data.max_bad_examples = {bad.most}")
     say("compiling the evaluation ...")
@@ -122,7 +120,7 @@ def train(config, workdir) -> dict[str, float]:
         progress.restart(step)
 
     mean_iou = scores[f"{config.data.eval_split}/mean_iou"]
-    say(report.closing_lines(config, workdir, mean_iou, checkpoints, tensorboard=not without))
+    say(report.closing_lines(config, workdir, mean_iou, checkpoints))
   return scores
 
 

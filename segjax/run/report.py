@@ -1,6 +1,5 @@
 """What a person sees of a run: lines and tables, and the files of curves and pictures."""
 
-import importlib.util
 import json
 import pathlib
 import time
@@ -74,14 +73,13 @@ def preempted_line(signal: str, step: int, num_steps: int) -> str:
   )
 
 
-def closing_lines(config, workdir: pathlib.Path, mean_iou: float, checkpoints, tensorboard: bool) -> str:
+def closing_lines(config, workdir: pathlib.Path, mean_iou: float, checkpoints) -> str:
   """How a run ended, and where everything is."""
   return (
     f"done: {config.data.eval_split} mean IoU {_percent(mean_iou)}, best {config.policy.metric}"
     f" {_percent(checkpoints.best_score())} at step {checkpoints.best_step()}\n"
     f"  checkpoints  {checkpoints.folder}\n  curves       {workdir / 'metrics.jsonl'}"
-    + (f" (or: tensorboard --logdir {workdir})" if tensorboard else "")
-    + f"\n  pictures     {workdir / 'overlays'}  (image | label | prediction)"
+    f" (or: tensorboard --logdir {workdir})\n  pictures     {workdir / 'overlays'}  (image | label | prediction)"
     f"\nto use it: python -m segjax.predict --workdir={workdir} IMAGES --out=DIR"
   )
 
@@ -90,23 +88,15 @@ def _percent(share: float | None) -> str:
   return "-" if share is None else f"{100 * share:.2f} %"
 
 
-def no_tensorboard(data) -> str:
-  """Why curves do not go to TensorBoard too; "" where they do."""
-  if input_pipeline.loader_of(data) == "grain":
-    return "it would import TensorFlow, which the grain loader avoids"
-  installed = all(importlib.util.find_spec(name) for name in ("tensorboard", "clu"))
-  return "" if installed else "it needs pip install 'segjax[tensorflow]'"
-
-
 class Writer:
   """Scalars and pictures of a run, under its workdir.
 
-  `metrics.jsonl` gets one JSON object a line: "step" and any number of names. The same goes to TensorBoard through clu,
-  where TensorFlow may be imported. Of several processes the first writes, the others nothing.
+  `metrics.jsonl` gets one JSON object a line: "step" and any number of names. The same goes to TensorBoard's events.
+  Of several processes the first writes, the others nothing.
 
   Args:
     workdir: created if missing.
-    tensorboard: only where `no_tensorboard` has no reason against it.
+    tensorboard: whether it writes events too. The scores of one evaluation make no curve.
     start_step: lines of later steps are dropped: a run that resumes from an older checkpoint writes them again.
       None keeps all.
     unscored: drops the scores of that step too: it is to be evaluated again.
@@ -115,7 +105,7 @@ class Writer:
   def __init__(self, workdir, *, tensorboard: bool, start_step: int | None = None, unscored: bool = False):
     self._workdir = pathlib.Path(workdir)
     self._path = self._workdir / "metrics.jsonl"
-    self._tensorboard = None
+    self._events = None
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
@@ -125,9 +115,9 @@ class Writer:
       lines = [line for line in lines if _place(line) <= (start_step, not unscored)]
       atomic.write_text(self._path, "".join(line + "\n" for line in lines))
     if tensorboard:
-      from clu.metric_writers import summary_writer  # Imports TensorFlow.
+      from segjax.run.events import EventFile  # 0.2 s of imports, for training only.
 
-      self._tensorboard = summary_writer.SummaryWriter(str(self._workdir))
+      self._events = EventFile(self._workdir)
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Appends a line; NaN (a class that does not occur) becomes null, as JSON has no NaN."""
@@ -137,9 +127,8 @@ class Writer:
     clean = {name: value if np.isfinite(value) else None for name, value in values.items()}
     with self._path.open("a") as file:
       file.write(json.dumps(dict(step=step, **clean)) + "\n")
-    if self._tensorboard:
-      self._tensorboard.write_scalars(step, {n: v for n, v in values.items() if np.isfinite(v)})
-      self._tensorboard.flush()
+    if self._events:
+      self._events.scalars(step, {n: v for n, v in values.items() if np.isfinite(v)})
 
   def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
     """Writes {name: [H, W, 3] uint8} as overlays/step_N/NAME.png (`outputs.flat_names`); returns the folder.
@@ -154,8 +143,8 @@ class Writer:
       try:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / files[name])
-        if self._tensorboard:
-          self._tensorboard.write_images(step, {f"overlays/{name}": picture[None]})
+        if self._events:
+          self._events.picture(step, f"overlays/{name}", picture)
       except (OSError, ValueError) as error:
         print(f"note: no picture of {name!r}: {error}", flush=True)
     return folder
