@@ -108,7 +108,10 @@ def predict(
   try:
     (out / "ids").mkdir(exist_ok=True)
     (out / "ids/classes.txt").write_text("".join(f"{name}\n" for name in found.classes))
-    with tqdm.tqdm(total=len(photos), unit="image") as bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with (
+      tqdm.tqdm(None, "predicting", len(photos), unit=" images") as bar,
+      concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
       writing = collections.deque()
       for canvas, group in sorted(groups.items()):
         batch_size = config.eval.batch_size if canvas == found.canvas_size else mesh.shape["data"]

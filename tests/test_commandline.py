@@ -1,5 +1,6 @@
 """The commands' own manners: config files from anywhere, mistakes that end in a message, and what --help says."""
 
+import ast
 import os
 import pathlib
 import runpy
@@ -134,3 +135,14 @@ def test_help_that_nobody_reads_to_its_end_says_nothing():
   command = f"set -o pipefail; {sys.executable} -m segjax.check_data --help | head -1"
   result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
   assert (result.returncode, result.stderr.count("Traceback")) == (0, 0), result.stderr
+
+
+def test_every_progress_bar_says_what_it_does_and_what_it_counts():
+  calls = []
+  for path in (ROOT / "segjax").rglob("*.py"):
+    calls += [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+  bars = [node for node in calls if ast.unparse(node.func) == "tqdm.tqdm"]
+  for bar in bars:
+    units = [keyword.value.value for keyword in bar.keywords if keyword.arg == "unit"]
+    assert len(bar.args) >= 2 and units in ([" images"], [" files"]), ast.unparse(bar)
+  assert len(bars) >= 6

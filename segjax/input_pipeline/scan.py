@@ -44,7 +44,8 @@ def scan_with_checksums(
     return np.bincount(label.reshape(-1), minlength=256), checksum, None
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    results = list(tqdm.tqdm(pool.map(look, indices), total=len(indices), desc=progress, disable=progress is None))
+    seen = pool.map(look, indices)
+    results = list(tqdm.tqdm(seen, progress, len(indices), unit=" images", disable=progress is None))
   counts, checksums, problems = zip(*results)
   return np.stack(counts), list(checksums), [problem for problem in problems if problem]
 

@@ -158,7 +158,8 @@ def _index(
   if index := _read_index(path, len(part)):
     return index
   masks, names, sizes, problems = images.MaskHeaders(reading.same_colors), [], [], []
-  for i in tqdm.tqdm(range(len(part)), f"indexing {folder.parent.name} {split}", disable=len(part) < 100):
+  what, few = f"indexing {folder.parent.name} {split}", len(part) < 100
+  for i in tqdm.tqdm(range(len(part)), what, unit=" images", disable=few):
     record = _record(part, i, f"{folder} {split}", [f for f in (image, mask, id) if f])
     name = record[id].decode(errors="surrogateescape") if id else f"{split}_{i:06d}"
     try:

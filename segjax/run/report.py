@@ -162,7 +162,8 @@ def _place(line: str) -> tuple[float, bool]:
 class Profiler:
   """Traces some steps of a run, on the host and on its devices, into `workdir`/profile; for a `with` block.
 
-  For TensorBoard (with its profile plugin), and as perfetto_trace.json.gz for ui.perfetto.dev.
+  For TensorBoard (with its profile plugin), and as perfetto_trace.json.gz for ui.perfetto.dev. clu's
+  periodic_actions.Profile would import TensorFlow.
 
   Args:
     steps: (first, last), counted from 1; (0, 0): none.
@@ -200,7 +201,10 @@ class Profiler:
 
 
 class Progress:
-  """Speed, share of time spent waiting for data, and time left, between progress lines."""
+  """Speed, share of time spent waiting for data, and time left, between progress lines.
+
+  clu's periodic_actions.ReportProgress would import TensorFlow, and counts evaluations into the speed.
+  """
 
   def __init__(self, step: int, num_steps: int, batch_size: int):
     self._num_steps, self._batch_size = num_steps, batch_size
@@ -297,7 +301,7 @@ def threshold_line(sweep: np.ndarray, thresholds: tuple[float, ...]) -> str:
 
 
 def parameter_table(params: dict, batch_stats: dict) -> str:
-  """Parameters per top-level module, and in all."""
+  """Parameters per top-level module, and in all; clu.parameter_overview has a row per array, so hundreds for a ResNet."""
   rows = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
   width = max(len(name) for name in rows)
   lines = [f"  {name:<{width}} {count:>12,}" for name, count in sorted(rows.items())]
