@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from segjax.models import deeplab, fcn, mobilenet_v2, resnet, strides, vgg, xception
+from segjax.models import deeplab, fcn
+from segjax.models.backbones import mobilenet_v2, resnet, strides, vgg, xception
 
 
 def conv_norm(in_features, features, kernel=1, *, stride=1, rate=1, groups=1, activation=nn.ReLU, momentum=0.1):

@@ -48,8 +48,8 @@ class Network(layers.Block):
 class Backbone(nnx.Module):
   """A network for classification without its classifier.
 
-  backbone(image, train, endpoints) -> features [B, H / output_stride, W / output_stride, `features`], rounded up, of a
-  preprocessed image; fills `endpoints`.
+  backbone(image, train, endpoints, key=None) -> features [B, H / output_stride, W / output_stride, `features`], rounded up,
+  of a preprocessed image; fills `endpoints`. The key is for a VGG's dropout; the others have none.
 
   Attributes:
     pyramid: {4: (end point, channels), 8: ..., 16: ..., 32: ...}, the last features at each stride of the network for

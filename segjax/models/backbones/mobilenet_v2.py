@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import base, layers, strides
+from segjax.models import base, layers
+from segjax.models.backbones import strides
 from segjax.models.details import Details
 
 # (channels, stride) of the inverted residuals, layers 2 to 18. All but the first expand their input six times.
@@ -86,7 +87,7 @@ class MobileNetV2(base.Backbone):
     self.pyramid = {4: ("layer_4", 24), 8: ("layer_7", 32), 16: ("layer_14", 96)}
     self.pyramid[32] = ("layer_19", 1280) if last else ("layer_18", in_features)
 
-  def __call__(self, image: jax.Array, train: bool, endpoints: dict) -> jax.Array:
+  def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, 320], rounded up.
 
     1280 channels with the last convolution.
