@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from segjax.models import deeplab, fcn
+from segjax.models import deeplab_v3plus, fcn
 from segjax.models.backbones import mobilenet_v2, resnet, strides, vgg, xception
 
 
@@ -225,7 +225,10 @@ class DeepLabV3Plus(nn.Module):
       self.backbone = dict(xception=Xception, resnet=ResNet)[family](int(depth), output_stride)
     features = self.backbone.features
     self.branches = nn.ModuleList(
-      [conv_norm(features, 256), *(SeparableConv(features, 256, rate=r) for r in deeplab.DEFAULT_RATES[output_stride])]
+      [
+        conv_norm(features, 256),
+        *(SeparableConv(features, 256, rate=r) for r in deeplab_v3plus.DEFAULT_RATES[output_stride]),
+      ]
     )
     self.pooling = conv_norm(features, 256)
     self.projection = nn.Sequential(conv_norm(5 * 256, 256), nn.Dropout(0.1))

@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from segjax import input_pipeline
 from segjax.config import ConfigError, default_config
+from segjax.config.options import networks
 from segjax.train import train
 from tests.marks import SUITES
 
@@ -73,9 +74,10 @@ def has_default_tests(path):
 
 
 def names_in(path):
-  """Modules of segjax that a file imports or names, to import it later or to run it; commands as people call them."""
-  strings = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
-  named = {text.removeprefix("segjax.") for text in strings if re.fullmatch(r"segjax\.[\w.]+", str(text))}
+  """Modules of segjax that a file imports or names, to import or build it later or to run it; commands as people call them."""
+  strings = {str(node.value) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+  named = {text.removeprefix("segjax.") for text in strings if re.fullmatch(r"segjax\.[\w.]+", text)}
+  named |= {networks()[name].rpartition(".")[0] for name in strings & networks().keys()}
   found = imports_of(path) | named | {f"tools.{name}" for name in named}
   return found | {name.rpartition(".")[0] for name in found}
 

@@ -168,7 +168,7 @@ def test_wrong_options_say_so(options, message):
 
 
 def test_unknown_model_lists_the_known_ones():
-  with pytest.raises(ValueError, match="choose one of unet"):
+  with pytest.raises(ValueError, match=f"choose one of {', '.join(models.MODELS)}"):
     models.build("segformer", num_classes=2, rngs=nnx.Rngs(0))
 
 

@@ -160,9 +160,24 @@ def sections() -> dict[str, dict[str, Option]]:
   }
 
 
+def networks() -> dict[str, str]:
+  """{name: "models.module.Class"} of the `base.Network` in each file of models/, whose name is the model's."""
+  return {
+    path.stem: f"models.{path.stem}.{node.name}"
+    for path in sorted((_PACKAGE / "models").glob("*.py"))
+    for node in ast.parse(path.read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ClassDef) and "base.Network" in map(ast.unparse, node.bases)
+  }
+
+
+def loss_terms() -> tuple[str, ...]:
+  """What `loss.terms` may name, `losses.TERMS`."""
+  return ast.literal_eval(_assigned(_parse("losses"), "TERMS"))
+
+
 def models() -> dict[str, dict[str, Option]]:
   """The options of each model; "details.NAME" are those of its section `details`."""
-  found = {name: signature(place) for name, place in _table("models", "MODELS").items()}
+  found = {name: signature(origin) for name, origin in networks().items()}
   details = signature("models.details.Details")
   return found | {
     "deeplab_v3plus": found["deeplab_v3plus"] | {f"details.{name}": option for name, option in details.items()}
@@ -219,13 +234,17 @@ def _parse(module: str) -> ast.Module:
 
 def _table(package: str, name: str) -> dict[str, str]:
   """A package's dict {option: class}, as {option: "package.module.class"}."""
-  body = _parse(package).body
+  module = _parse(package)
   origins = {
     alias.name: f"{node.module.removeprefix('segjax.')}.{alias.name}"
-    for node in body if isinstance(node, ast.ImportFrom) for alias in node.names
+    for node in module.body if isinstance(node, ast.ImportFrom) for alias in node.names
   }  # fmt: skip
-  table = next(node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name)
+  table = _assigned(module, name)
   return {key.value: origins[value.id] for key, value in zip(table.keys, table.values)}
+
+
+def _assigned(module: ast.Module, name: str) -> ast.expr:
+  return next(n.value for n in module.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name)
 
 
 def _meanings(docstring: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ BACKBONES = {
   "xception_71": functools.partial(Xception, 71),
   "resnet_50": functools.partial(ResNet, 50),
   "resnet_101": functools.partial(ResNet, 101),
-  "mobilenet_v2": MobileNetV2,
+  "mobilenet_v2": functools.partial(MobileNetV2),
 }
 
 OFFICIAL = details.Details()
@@ -43,13 +43,13 @@ def build(name: str, *, output_stride: int, bn_momentum: float, frozen_bn: bool,
     raise ValueError(f"model.output_stride = {output_stride!r}: choose 8, 16 or 32.")
   if len(multi_grid) != 3 or not all(isinstance(factor, int) and factor >= 1 for factor in multi_grid):
     raise ValueError(f"model.multi_grid = {tuple(multi_grid)!r}: give three whole numbers from 1, one per convolution.")
+  if auxiliary and BACKBONES[name].func.auxiliary is None:
+    raise ValueError(f"model.auxiliary = {auxiliary}: only a ResNet has one, {name} has not.")
   base.check_share(bn_momentum=bn_momentum)
   backbone = BACKBONES[name](
     output_stride=output_stride, multi_grid=tuple(multi_grid), detail=detail, bn_momentum=bn_momentum,
     frozen_bn=frozen_bn, dtype=dtype, rngs=rngs,
   )  # fmt: skip
-  if auxiliary and backbone.auxiliary is None:
-    raise ValueError(f"model.auxiliary = {auxiliary}: only a ResNet has one, {name} has not.")
   choices = backbone.low_levels
   backbone.low_level = next(iter(choices)) if detail.low_level == "auto" else detail.low_level
   if backbone.low_level not in choices:
