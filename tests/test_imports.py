@@ -59,6 +59,34 @@ def test_every_file_has_a_layer_and_imports_only_downwards():
       assert level[other] <= level[own], f"{path.relative_to(PACKAGE)} imports {other}, which is not below it"
 
 
+def layers_in(lines):
+  """The names between backticks in each line."""
+  return [set(re.findall(r"`(\w+)/?`", line)) for line in lines]
+
+
+def test_the_maps_in_the_documents_are_the_layers():
+  root = PACKAGE.parent
+  rows = re.findall(r"(?m)^\| (`.*?) \|", (root / "docs/architecture.md").read_text())
+  assert layers_in(rows) == [set(layer) for layer in reversed(LAYERS)]
+  steps = re.search(r"(?s)\n`config/`.*?\n\n", (root / "CONTRIBUTING.md").read_text())[0].split("→")
+  assert layers_in([step.replace("(`backbones/`)", "") for step in steps]) == [set(layer) for layer in LAYERS]
+
+
+def test_the_architecture_names_only_what_there_is():
+  """Modules, their functions and classes, files and folders."""
+  text = (PACKAGE.parent / "docs/architecture.md").read_text()
+  modules = {path.stem: path for path in PACKAGE.rglob("*.py")} | {
+    path.parent.name: path for path in PACKAGE.rglob("__init__.py")
+  }
+  for folder, name in re.findall(r"\b((?:\w+/)*)(\w+)\.py\b", text):
+    assert (
+      (PACKAGE / f"{folder}{name}.py").exists() or (PACKAGE.parent / folder / f"{name}.py").exists() or modules[name]
+    ), name
+  for module, name in re.findall(r"\b([a-z_]+)\.([A-Za-z_]+)(?=[^\w/.]|\.\s)", text):
+    if module in modules and name != "py" and not (module == "config" and name in ("data", "model", "loss", "json")):
+      assert re.search(rf"(?m)^\s*(def|class) {name}\b|^{name} =", modules[module].read_text()), f"{module}.{name}"
+
+
 def test_the_story_is_at_the_top_and_nothing_else():
   assert len(list(PACKAGE.glob("*.py"))) <= 15
 
