@@ -1,6 +1,6 @@
 """U-Net, FCN-8s and DeepLabV3+ in PyTorch, as a PyTorch user would write them: for timing beside segjax, nothing else.
 
-The same layers, parameters and multiply-adds as segjax's defaults, which tests/test_torch_speed.py counts. Layer tables are
+The same layers, parameters and multiply-adds as segjax's defaults, which tests/test_step_speed.py counts. Layer tables are
 segjax's own. Images and logits are [B, C, H, W].
 """
 

@@ -64,7 +64,7 @@ class Experiment:
   @functools.cached_property
   def crop_window(self):
     """See `augment.crop_window`."""
-    return augment.crop_window(self.config.crop_size, self.network.border, **self.config.augment)
+    return augment.crop_window(self.config.crop_size, self.network.margin, **self.config.augment)
 
   def train_batches(self, start: int, stop: int, *, rows=None, bad: BadExamples | None = None) -> Iterator[dict]:
     """Host batches of the steps [start, stop), see `input_pipeline.train_batches`.

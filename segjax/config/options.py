@@ -151,7 +151,7 @@ def sections() -> dict[str, dict[str, Option]]:
   return {
     "": RUN,
     "mesh": MESH,
-    "augment": signature("augment.place") | signature("augment.warp_field") | signature("augment.jitter_color"),
+    "augment": signature("augment.random_crop") | signature("augment.warp_field") | signature("augment.jitter_color"),
     "loss": signature("losses.make_loss") | LOSS,
     "optimizer": OPTIMIZER | signature("optimizer.make_schedule") | signature("optimizer.make_optimizer"),
     "policy": POLICY | signature("optimizer.update_policy"),
@@ -178,7 +178,7 @@ def loss_terms() -> tuple[str, ...]:
 def models() -> dict[str, dict[str, Option]]:
   """The options of each model; "details.NAME" are those of its section `details`."""
   found = {name: signature(origin) for name, origin in networks().items()}
-  details = signature("models.details.Details")
+  details = signature("models.deeplab_details.Details")
   return found | {
     "deeplab_v3plus": found["deeplab_v3plus"] | {f"details.{name}": option for name, option in details.items()}
   }
@@ -199,7 +199,7 @@ def defaults(options: dict[str, Option]) -> dict:
 
 
 @functools.cache
-def signature(place: str) -> dict[str, Option]:
+def signature(origin: str) -> dict[str, Option]:
   """The arguments with a default of a function or class of segjax ("losses.make_loss"), or the fields of a dataclass.
 
   Their meaning is what its docstring says of them, as "NAME: text" or "NAME, OTHER: text".
@@ -207,24 +207,24 @@ def signature(place: str) -> dict[str, Option]:
   Raises:
     TypeError: a default that is no literal, or an argument that the docstring leaves out.
   """
-  module, _, name = place.rpartition(".")
+  module, _, name = origin.rpartition(".")
   node = next(node for node in _parse(module).body if getattr(node, "name", None) == name)
   told = _meanings(ast.get_docstring(node) or "")
   if isinstance(node, ast.ClassDef):
     made = [part for part in node.body if getattr(part, "name", None) == "__init__"]
     if not made:
       fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-      return {field.target.id: _option(place, field.target.id, field.value, told) for field in fields}
+      return {field.target.id: _option(origin, field.target.id, field.value, told) for field in fields}
     node = made[0]
   pairs = zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults)
-  return {name: _option(place, name, value, told) for name, value in pairs if value and name not in _NONE}
+  return {name: _option(origin, name, value, told) for name, value in pairs if value and name not in _NONE}
 
 
-def _option(place: str, name: str, value: ast.expr, told: dict[str, str]) -> Option:
+def _option(origin: str, name: str, value: ast.expr, told: dict[str, str]) -> Option:
   try:
     return Option(ast.literal_eval(value), told[name])
   except (ValueError, KeyError) as error:
-    raise TypeError(f"{place}: {name} needs a literal default, and an entry in the docstring's Args.") from error
+    raise TypeError(f"{origin}: {name} needs a literal default, and an entry in the docstring's Args.") from error
 
 
 def _parse(module: str) -> ast.Module:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import base, details, layers
+from segjax.models import base, layers
 from segjax.models.backbones.mobilenet_v2 import MobileNetV2
 from segjax.models.backbones.resnet import ResNet
 from segjax.models.backbones.vgg import vgg_classifier
 from segjax.models.backbones.xception import Xception
+from segjax.models.deeplab_details import Details
 
 # Constructors, of keywords alone: output_stride, multi_grid, detail, bn_momentum, frozen_bn, dtype, rngs.
 BACKBONES = {
@@ -23,14 +24,14 @@ BACKBONES = {
   "mobilenet_v2": functools.partial(MobileNetV2),
 }
 
-OFFICIAL = details.Details()
+OFFICIAL = Details()
 
 # The raw pixel that becomes 0, by normalisation.
 MEANS = {"symmetric": (127.5, 127.5, 127.5), "imagenet": layers.IMAGENET_MEAN}
 
 
 def build(name: str, *, output_stride: int, bn_momentum: float, frozen_bn: bool, dtype, rngs: nnx.Rngs,
-          multi_grid: Sequence[int] = (1, 1, 1), detail: details.Details = OFFICIAL,
+          multi_grid: Sequence[int] = (1, 1, 1), detail: Details = OFFICIAL,
           auxiliary: bool = False) -> base.Backbone:  # fmt: skip
   """A backbone, which may have to have a place for an auxiliary head.
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from segjax.models import base, layers
 from segjax.models.backbones import strides
-from segjax.models.details import Details
+from segjax.models.deeplab_details import Details
 
 UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # Of the four blocks.
 EPSILON = 1e-5  # Of the batch norms.

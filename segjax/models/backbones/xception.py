@@ -11,7 +11,7 @@ from flax import nnx
 
 from segjax.models import base, layers
 from segjax.models.backbones import strides
-from segjax.models.details import Details
+from segjax.models.deeplab_details import Details
 
 
 def blocks(depth: int) -> list[tuple[str, int, tuple[int, int, int], int, str]]:
