@@ -72,19 +72,29 @@ def test_the_maps_in_the_documents_are_the_layers():
   assert layers_in([step.replace("(`backbones/`)", "") for step in steps]) == [set(layer) for layer in LAYERS]
 
 
-def test_the_architecture_names_only_what_there_is():
-  """Modules, their functions and classes, files and folders."""
-  text = (PACKAGE.parent / "docs/architecture.md").read_text()
-  modules = {path.stem: path for path in PACKAGE.rglob("*.py")} | {
-    path.parent.name: path for path in PACKAGE.rglob("__init__.py")
-  }
-  for folder, name in re.findall(r"\b((?:\w+/)*)(\w+)\.py\b", text):
-    assert (
-      (PACKAGE / f"{folder}{name}.py").exists() or (PACKAGE.parent / folder / f"{name}.py").exists() or modules[name]
-    ), name
-  for module, name in re.findall(r"\b([a-z_]+)\.([A-Za-z_]+)(?=[^\w/.]|\.\s)", text):
-    if module in modules and name != "py" and not (module == "config" and name in ("data", "model", "loss", "json")):
-      assert re.search(rf"(?m)^\s*(def|class) {name}\b|^{name} =", modules[module].read_text()), f"{module}.{name}"
+def binds(path, name):
+  """Whether a module has a function, class, variable, attribute or field of that name, or an `__init__.py` takes it in."""
+  pattern = rf"(?m)^\s*(?:def|class) {name}\b|^\s*{name}(?:, \w+)*(?:: [^=\n]+)? =|\bself\.{name}\b|^ +{name}: "
+  if path.stem == "__init__":
+    pattern += rf"|^from .*\b{name}\b"
+  return bool(re.search(pattern, path.read_text())) or (path.parent / f"{name}.py").exists()
+
+
+def test_comments_and_documents_name_only_what_there_is():
+  """Files by their path, and `module.name` in backticks; but for fields of `config`."""
+  root, modules, missing = PACKAGE.parent, {}, []
+  for path in PACKAGE.rglob("*.py"):
+    modules.setdefault(path.parent.name if path.stem == "__init__" else path.stem, []).append(path)
+  files = r"\b(?:segjax|tests|benchmarks|models|kernels|run|tools|docs)/(?:\w+/)*[a-z_0-9]+\.(?:py|md)\b"
+  for path in [*PACKAGE.rglob("*.py"), *root.glob("benchmarks/*.*"), *root.glob("docs/*.md"), *root.glob("*.md")]:
+    text = path.read_text()
+    missing += [
+      (path.name, n) for n in re.findall(files, text) if not (root / n).exists() and not (PACKAGE / n).exists()
+    ]
+    for module, name in re.findall(r"`(?!jax\.)(?:\w+\.)*([a-z_]+)\.([A-Za-z]\w*)[`(]", text):
+      if module in modules and module != "config" and name not in ("py", "json", "jsonl", "tgz", "benchmark"):
+        missing += [(path.name, f"{module}.{name}")] * (not any(binds(file, name) for file in modules[module]))
+  assert missing == []
 
 
 def test_the_story_is_at_the_top_and_nothing_else():
