@@ -1,6 +1,6 @@
 """U-Net, FCN-8s and DeepLabV3+ in PyTorch, as a PyTorch user would write them: for timing beside segjax, nothing else.
 
-The same layers, parameters and multiply-adds as segjax's defaults, which tests/test_torch_speed.py counts. Layer tables are
+The same layers, parameters and multiply-adds as segjax's defaults, which tests/test_step_speed.py counts. Layer tables are
 segjax's own. Images and logits are [B, C, H, W].
 """
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from segjax.models import deeplab, fcn, mobilenet_v2, resnet, strides, vgg, xception
+from segjax.models import deeplab_v3plus, fcn
+from segjax.models.backbones import mobilenet_v2, resnet, strides, vgg, xception
 
 
 def conv_norm(in_features, features, kernel=1, *, stride=1, rate=1, groups=1, activation=nn.ReLU, momentum=0.1):
@@ -224,7 +225,10 @@ class DeepLabV3Plus(nn.Module):
       self.backbone = dict(xception=Xception, resnet=ResNet)[family](int(depth), output_stride)
     features = self.backbone.features
     self.branches = nn.ModuleList(
-      [conv_norm(features, 256), *(SeparableConv(features, 256, rate=r) for r in deeplab.DEFAULT_RATES[output_stride])]
+      [
+        conv_norm(features, 256),
+        *(SeparableConv(features, 256, rate=r) for r in deeplab_v3plus.DEFAULT_RATES[output_stride]),
+      ]
     )
     self.pooling = conv_norm(features, 256)
     self.projection = nn.Sequential(conv_norm(5 * 256, 256), nn.Dropout(0.1))

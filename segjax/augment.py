@@ -18,13 +18,13 @@ _LARGEST_NORMAL = 6  # Deviations; jax.random.normal gives at most 5.5 in float3
 
 
 def crop_window(crop_size: tuple[int, int], margin: int, *, scale, rotation, shift, shear, zoom, elastic, **_):
-  """How much of an image `place` can look at, whatever it draws: what `canvas.cut_window` cuts from large images.
+  """How much of an image `random_crop` can look at, whatever it draws: what `canvas.cut_window` cuts from large images.
 
   An image of L pixels at scale s has about L s, of which a crop shows c and looks at e more on each side (margin, warp, and
   the neighbours that interpolation takes). So it looks at (c + 2 e) / s pixels of the image, most at the smallest s.
 
   Args:
-    crop_size, margin, scale: as in `place`. The strengths: as in `warp_field`.
+    crop_size, margin, scale: as in `random_crop`. The strengths: as in `warp_field`.
 
   Returns:
     size: (h, w) pixels. around: (h, w), those of them that lie on each side of the crop.
@@ -124,9 +124,9 @@ def bicubic_matrix(size: int) -> np.ndarray:
   return np.stack([cubic[i] @ knots[segment[i] : segment[i] + 4] for i in range(size)]).astype(np.float32)
 
 
-def place(key, image, label, border, size, window, *, crop_size, margin, scale=(0.5, 2.0), scale_step=0.0, flip=True,
+def random_crop(key, image, label, border, size, window, *, crop_size, margin, scale=(0.5, 2.0), scale_step=0.0, flip=True,
           outside="void", **warp):  # fmt: skip
-  """One example at random scale, place and side, turned and bent at random.
+  """One example at random scale, position and side, turned and bent at random.
 
   Args:
     image: [H, W, 3] uint8 canvas; label: [H, W] uint8 canvas; size: [2] int32, the image's own height and width.
@@ -282,9 +282,9 @@ def augment_batch(key, image, label, size, border=None, window=None, *, crop_siz
   Args:
     key: of this step.
     image: [B, H, W, 3] uint8, label: [B, H, W] uint8, size: [B, 2] int32, border: [B, H, W] pixel weights or None.
-    window: (origin [B, 2] int32, share [B, 2] float32) as in `place`, or None.
+    window: (origin [B, 2] int32, share [B, 2] float32) as in `random_crop`, or None.
     fill: (r, g, b) of the padding. ignore_label: the label of the padding.
-    crop_size, margin, scale, scale_step, flip, outside: as in `place`.
+    crop_size, margin, scale, scale_step, flip, outside: as in `random_crop`.
     rotation, shift, shear, zoom, elastic: as in `warp_field`.
     color: as in `jitter_color`.
 
@@ -296,9 +296,9 @@ def augment_batch(key, image, label, size, border=None, window=None, *, crop_siz
   warp = dict(rotation=rotation, shift=shift, shear=shear, zoom=zoom, elastic=elastic)
 
   def one(index, image, label, border, size, window):
-    place_key, color_key = jax.random.split(jax.random.fold_in(key, index))
-    image, label, border, inside = place(
-      place_key, image, label, border, size, window, crop_size=crop_size, margin=margin, scale=scale, scale_step=scale_step,
+    crop_key, color_key = jax.random.split(jax.random.fold_in(key, index))
+    image, label, border, inside = random_crop(
+      crop_key, image, label, border, size, window, crop_size=crop_size, margin=margin, scale=scale, scale_step=scale_step,
       flip=flip, outside=outside, **warp,
     )  # fmt: skip
     shown = jnp.ones_like(inside) if margin else inside  # With a margin, what is outside is mirrored.

@@ -64,7 +64,7 @@ class Experiment:
   @functools.cached_property
   def crop_window(self):
     """See `augment.crop_window`."""
-    return augment.crop_window(self.config.crop_size, self.network.border, **self.config.augment)
+    return augment.crop_window(self.config.crop_size, self.network.margin, **self.config.augment)
 
   def train_batches(self, start: int, stop: int, *, rows=None, bad: BadExamples | None = None) -> Iterator[dict]:
     """Host batches of the steps [start, stop), see `input_pipeline.train_batches`.
@@ -201,15 +201,13 @@ class Experiment:
       class_weights: of `class_weights`, [K].
     """
     config = self.config
+    of_loss = dict(config.loss, class_weights=class_weights)
+    del of_loss["auxiliary_weight"]  # Of the step.
     options = dict(
       state_sharding=self.state_sharding, seed=config.seed, crop_size=config.crop_size,
       augmentation=dict(config.augment), auxiliary_weight=config.loss.auxiliary_weight,
       ema_decay=config.optimizer.ema_decay, accumulate_steps=config.accumulate_steps, kernels=config.kernels,
-      loss=losses.make_loss(
-        ignore_label=IGNORE_LABEL, terms=config.loss.terms, class_weights=class_weights,
-        hard_fraction=config.loss.hard_fraction, hard_fraction_steps=config.loss.hard_fraction_steps,
-        focal_gamma=config.loss.focal_gamma, border_weight=config.loss.border_weight,
-      ),
+      loss=losses.make_loss(ignore_label=IGNORE_LABEL, **of_loss),
     )  # fmt: skip
     return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **options | replaced)
 

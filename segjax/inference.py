@@ -57,7 +57,7 @@ def class_scores(
     scales: relative to the image; the size rule is official DeepLab's, trunc((n - 1) * scale + 1).
     flip: whether each scale's mirror image is averaged in.
     window, window_stride: (H, W) of sliding windows at every scale, and the distance between them; (0, 0): the whole
-      image at once. For a model with a border they are tiles, see `overlap_tile`, and the distance is of no matter.
+      image at once. For a model with a margin they are tiles, see `overlap_tile`, and the distance is of no matter.
   """
   views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
   options = dict(window=window, window_stride=window_stride)
@@ -86,7 +86,7 @@ def view_logits(model: nnx.Module, image: jax.Array, scale: float, mirrored: boo
   size = image.shape[1:3]
   view = resize.resize_bilinear(image, tuple(int((n - 1) * scale + 1) for n in size), model.align_corners)
   view = view[:, :, ::-1] if mirrored else view
-  if any(window) and model.border:
+  if any(window) and model.margin:
     logits = overlap_tile(model, view, window)
   else:
     logits = sliding_window(model, view, window, window_stride) if any(window) else model(view, upsample=False)
@@ -133,7 +133,7 @@ def overlap_tile(model, image: jax.Array, tile: tuple[int, int]) -> jax.Array:
   """Logits [B, H, W, K] of an unpadded U-Net from tiles, the same as those of the whole image at once.
 
   The overlap-tile strategy (arXiv 1505.04597, section 2, figure 2): each tile of logits is computed from its pixels and
-  the `border` around them, mirrored beyond the image, so tiles fit together without a seam. One after the other, in a
+  the `margin` around them, mirrored beyond the image, so tiles fit together without a seam. One after the other, in a
   loop that is compiled once: memory is that of one tile.
 
   Args:
@@ -144,11 +144,11 @@ def overlap_tile(model, image: jax.Array, tile: tuple[int, int]) -> jax.Array:
   """
   h, w = image.shape[1:3]
   field = tuple(model.unpadded_size(min(n, limit)) for n, limit in zip(tile, (h, w)))  # Of a tile's pixels.
-  out = tuple(n - 2 * model.border for n in field)
+  out = tuple(n - 2 * model.margin for n in field)
   steps = tuple(max(n // model.stride, 1) * model.stride for n in out)
   counts = tuple(-(-max(n - m, 0) // step) + 1 for n, m, step in zip((h, w), out, steps))
   covered = tuple((count - 1) * step + m for count, step, m in zip(counts, steps, out))
-  image = resize.mirror(image, model.border, tuple(n + 2 * model.border for n in covered))
+  image = resize.mirror(image, model.margin, tuple(n + 2 * model.margin for n in covered))
   shape = jax.eval_shape(lambda x: model(x, context=True), image[:, : field[0], : field[1]])
 
   def add_tile(n, logits):

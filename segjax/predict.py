@@ -17,7 +17,7 @@ evaluation split, which the workdir remembers): the same program gets the same c
 repeat the evaluation of another split, give its canvas: --config.data.canvas_size=H,W. An image that does not fit gets
 a canvas of its own, its size rounded up to 64 k + 1 pixels, and a side longer than --tile (or than the evaluation's
 canvas, where that is longer) is cut into tiles that overlap by 256 pixels, which bounds memory whatever the image's
-size. `input_pipeline.loose.canvas_for` has the rule. Programs are compiled per canvas, so at most once for each of few
+size. `input_pipeline.unlabelled.canvas_for` has the rule. Programs are compiled per canvas, so at most once for each of few
 sizes, not for each size.
 
 Instead of a run, weights of other frameworks predict as in --mode=eval: --config=FILE --config.init.path=WEIGHTS
@@ -41,7 +41,7 @@ from PIL import Image
 
 from segjax import config as config_lib
 from segjax.config import ConfigError
-from segjax.input_pipeline import DataError, loose, order
+from segjax.input_pipeline import DataError, order, unlabelled
 from segjax.input_pipeline.canvas import pad_batch
 from segjax.run import commandline, outputs, task
 
@@ -69,7 +69,7 @@ def predict(
     DataError: a folder without images, no usable image at all, or two images of one name.
   """
   exif = task.exif_rule(config, workdir)
-  photos, problems = loose.find(inputs, [out / kind for kind in KINDS], exif)
+  photos, problems = unlabelled.find_photos(inputs, [out / kind for kind in KINDS], exif)
   if not photos:
     raise DataError("\n  ".join(["None of the images can be used:", *problems]))
   _check_outputs(out, photos)
@@ -82,7 +82,7 @@ def predict(
   from segjax.run import evaluation, pictures, warm_start
 
   loaded = warm_start.load_unless_run(config, workdir)
-  found = task.find(config, workdir)
+  found = task.of_run(config, workdir)
   if found.canvas_size is None:
     print("note: no evaluation's canvas is known, so each image gets one of its own; see --config.data.canvas_size")
   experiment = Experiment(config, num_classes=len(found.classes))
@@ -90,7 +90,7 @@ def predict(
   variables, _, origin = experiment.trained_variables(workdir, loaded)
   tables = dict(colors=pictures.color_table(found.palette), probability=pictures.heat_table())
 
-  def write(photo: loose.Photo, image: np.ndarray, result: dict[str, np.ndarray]) -> None:
+  def write(photo: unlabelled.Photo, image: np.ndarray, result: dict[str, np.ndarray]) -> None:
     ids = result["prediction"]
     made = dict(ids=Image.fromarray(ids), colors=pictures.indexed_image(ids, tables["colors"]))
     made["overlays"] = Image.fromarray(pictures.paint(image, ids, found.palette))
@@ -103,7 +103,7 @@ def predict(
 
   groups = collections.defaultdict(list)
   for photo in photos:
-    groups[loose.canvas_for(photo.size, found.canvas_size, tile)].append(photo)
+    groups[unlabelled.canvas_for(photo.size, found.canvas_size, tile)].append(photo)
   workers = config.data.workers or os.cpu_count()
   try:
     (out / "ids").mkdir(exist_ok=True)
@@ -118,8 +118,8 @@ def predict(
         sharding.check_batch(mesh, "eval.batch_size", batch_size)
         before = len(problems)
         ahead = min(workers, AHEAD // max(h * w for h, w in (photo.size for photo in group)) + 1)
-        tiles = _Tiles(canvas, model.stride, model.border, problems)
-        batches = tiles.batches(loose.read_ahead(group, ahead, exif), batch_size)
+        tiles = _Tiles(canvas, model.stride, model.margin, problems)
+        batches = tiles.batches(unlabelled.read_ahead(group, ahead, exif), batch_size)
         for index, result in evaluation.predictions(experiment.eval_step, variables, batches, mesh):
           if whole := tiles.join(index, result):
             writing.append(pool.submit(write, *whole))
@@ -144,7 +144,7 @@ def predict(
   return problems
 
 
-def _check_outputs(out: pathlib.Path, photos: Sequence[loose.Photo]) -> None:
+def _check_outputs(out: pathlib.Path, photos: Sequence[unlabelled.Photo]) -> None:
   """Raises ConfigError where `out` cannot be written, or a result would replace an image that is to be read; DataError
   where an image's name is too long for it."""
   outputs.check_outputs(out / max(KINDS, key=len), (f"{photo.name}.png" for photo in photos))
@@ -165,19 +165,21 @@ class _Tiles:
 
   Args:
     canvas: (H, W).
-    stride, border: of the model.
+    stride, margin: of the model.
     problems: gets a line for each image that cannot be read.
   """
 
-  def __init__(self, canvas: tuple[int, int], stride: int, border: int, problems: list[str]):
-    self._canvas, self._stride, self._border, self._problems = canvas, stride, border, problems
+  def __init__(self, canvas: tuple[int, int], stride: int, margin: int, problems: list[str]):
+    self._canvas, self._stride, self._margin, self._problems = canvas, stride, margin, problems
     self._places = {}  # {tile's id: (its image, row part, column part)} of tiles under way.
 
-  def batches(self, images: Iterator[tuple[loose.Photo, np.ndarray | DataError]], batch_size: int) -> Iterator[dict]:
+  def batches(
+    self, images: Iterator[tuple[unlabelled.Photo, np.ndarray | DataError]], batch_size: int
+  ) -> Iterator[dict]:
     """Batches as of `input_pipeline.eval_batches`, with the ids that `join` takes."""
     tiles = self._cut(images)
     while examples := list(itertools.islice(tiles, batch_size)):
-      blank = loose.unlabelled_example(np.zeros((0, 0, 3), np.uint8), order.PADDING)
+      blank = unlabelled.example(np.zeros((0, 0, 3), np.uint8), order.PADDING)
       yield pad_batch(examples + [blank] * (batch_size - len(examples)), self._canvas)
 
   def _cut(self, images) -> Iterator[dict]:
@@ -186,14 +188,16 @@ class _Tiles:
       if isinstance(image, DataError):
         self._problems.append(str(image))
         continue
-      rows, cols = (loose.axis_parts(n, m, self._stride, self._border) for n, m in zip(image.shape[:2], self._canvas))
+      rows, cols = (
+        unlabelled.axis_parts(n, m, self._stride, self._margin) for n, m in zip(image.shape[:2], self._canvas)
+      )
       whole = _Whole(photo, image, len(rows) * len(cols))
       for row, col in itertools.product(rows, cols):
         index = next(ids)
         self._places[index] = whole, row, col
-        yield loose.unlabelled_example(image[row.start : row.stop, col.start : col.stop], index)
+        yield unlabelled.example(image[row.start : row.stop, col.start : col.stop], index)
 
-  def join(self, index: int, result: dict[str, np.ndarray]) -> tuple[loose.Photo, np.ndarray, dict] | None:
+  def join(self, index: int, result: dict[str, np.ndarray]) -> tuple[unlabelled.Photo, np.ndarray, dict] | None:
     """Takes the result of a tile; returns the photo, its pixels and its whole result where this was its last tile.
 
     Args:
@@ -214,7 +218,7 @@ class _Tiles:
 class _Whole:
   """An image, of which `left` tiles are not yet predicted."""
 
-  photo: loose.Photo
+  photo: unlabelled.Photo
   image: np.ndarray
   left: int
   result: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)

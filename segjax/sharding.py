@@ -61,14 +61,14 @@ def of_state(mesh: Mesh, abstract, shard: bool):
       are replicated.
   """
 
-  def place(leaf) -> NamedSharding:
+  def of_leaf(leaf) -> NamedSharding:
     dims = [n for n, size in enumerate(leaf.shape) if size % mesh.shape["data"] == 0]
     if not shard or math.prod(leaf.shape) <= WHOLE or not dims:
       return replicated(mesh)
     widest = max(dims, key=lambda n: leaf.shape[n])
     return NamedSharding(mesh, PartitionSpec(*(None,) * widest, "data"))
 
-  return jax.tree.map(place, abstract)
+  return jax.tree.map(of_leaf, abstract)
 
 
 def gather(tree, mesh: Mesh):

@@ -66,7 +66,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
     [B, H, W, 3] uint8, `label` [B, H, W] uint8 and `size` [B, 2] int32, and may have `border` [B, H, W], and `origin`
-    and `share` [B, 2] of images that are cut (`augment.place`). Metrics are
+    and `share` [B, 2] of images that are cut (`augment.random_crop`). Metrics are
     scalars: `loss`, `grad_norm`, `pixel_accuracy` of the crops as trained on. A step whose loss or gradient is not finite
     leaves the state as it was but for `failed_step`.
   """
@@ -83,9 +83,9 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     window = (batch["origin"], batch["share"]) if "origin" in batch else None
     image, label, border = augment.augment_batch(
       augment_key, batch["image"], batch["label"], batch["size"], border, window, crop_size=crop_size, fill=network.mean,
-      ignore_label=IGNORE_LABEL, margin=network.border, **augmentation,
+      ignore_label=IGNORE_LABEL, margin=network.margin, **augmentation,
     )  # fmt: skip
-    context = dict(context=True) if network.border else {}
+    context = dict(context=True) if network.margin else {}
     labelled = jnp.maximum((label != IGNORE_LABEL).sum(), 1)
 
     def loss_fn(params, batch_stats, image, label, border, key):

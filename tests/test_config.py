@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from segjax import config as config_lib
-from segjax import input_pipeline, models, sharding
+from segjax import input_pipeline, losses, models, sharding
 from segjax.augment import augment_batch, jitter_color
 from segjax.config import ConfigError, default_config, options
 from segjax.config import rules as config_rules
@@ -71,7 +71,7 @@ def test_validate_reports_all_problems_at_once():
 
 
 def test_unknown_model_or_source_lists_the_known_ones():
-  with pytest.raises(ConfigError, match="model.name: 'vnet' is none of unet"):
+  with pytest.raises(ConfigError, match=f"model.name: 'vnet' is none of {', '.join(models.MODELS)}"):
     default_config(model="vnet")
   with pytest.raises(ConfigError, match="data.name: 'coco' is none of synthetic, folder"):
     default_config(data="coco")
@@ -124,6 +124,26 @@ def test_model_and_source_options_are_their_constructors_arguments():
   assert config_lib.SOURCES.keys() == input_pipeline.SOURCES.keys()
 
 
+def test_a_parameter_of_a_loss_reaches_it_and_acts_only_where_its_term_is_named(monkeypatch):
+  """By its name alone, `TERM_PARAMETER`: config, rules and experiment name no parameter of a loss."""
+  given = {}
+  monkeypatch.setattr(losses, "make_loss", lambda **keywords: given.update(keywords))
+  config = default_config(data="synthetic")
+  config.loss.terms, config.loss.focal_gamma = ("focal",), 3.5
+  Experiment(config).make_train_step()
+  expected = dict(config.loss, class_weights=None, ignore_label=config_lib.IGNORE_LABEL)
+  assert given == {name: value for name, value in expected.items() if name != "auxiliary_weight"}
+  rows = {row.field: row.when(config) for row in config_rules.ACTS if row.field.startswith("loss.focal")}
+  assert rows == {"loss.focal_gamma": True}
+
+
+def test_a_model_is_called_as_its_file_and_needs_no_entry_in_a_table(tmp_path, monkeypatch):
+  (tmp_path / "models").mkdir()
+  (tmp_path / "models/own.py").write_text("class Head(base.Block): pass\nclass Own(base.Network): pass\n")
+  monkeypatch.setattr(options, "_PACKAGE", tmp_path)
+  assert options.networks() == {"own": "models.own.Own"}
+
+
 def test_the_table_has_each_field_with_its_meaning_and_the_documentation_is_the_table():
   table = options.table()
   rows = {line.split("|")[1].split()[0]: line.split("|")[4].strip() for line in table.splitlines()[6:]}
@@ -149,11 +169,13 @@ def test_every_field_is_read_somewhere():
   for path in (ROOT / "segjax").rglob("*.py"):
     if path.parent.name != "config":
       read |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+  of_loss = inspect.signature(losses.make_loss).parameters
   augmentation = set(inspect.signature(augment_batch).parameters) | set(inspect.signature(jitter_color).parameters)
   for name in config_lib.SOURCES:
     for field in config_lib.fields(default_config(data=name)):
       section, _, leaf = field.rpartition(".")
       constructed = section == "model" or (section == "data" and leaf in config_lib.SOURCES[name])
+      constructed |= section == "loss" and leaf in of_loss
       assert constructed or leaf in (augmentation if section == "augment" else read), f"nobody reads config.{field}"
 
 

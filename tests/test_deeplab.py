@@ -9,7 +9,7 @@ import pytest
 from flax import nnx, traverse_util
 
 from segjax import models
-from segjax.models import strides
+from segjax.models.backbones import strides
 
 
 def lively_state(model, seed=0):

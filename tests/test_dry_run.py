@@ -95,17 +95,17 @@ def test_every_shipped_config_can_be_dry_run_without_data_or_says_what_is_missin
   config = config_lib.finalize(importlib.import_module(f"configs.{name}").get_config())
   config.data.dir = "/nowhere"
   if config.data.name in ("synthetic", "voc", "cityscapes", "kitti_road"):
-    num_classes, canvas, _ = input_pipeline.facts(config.data, config.data.train_split)
+    num_classes, canvas, _ = input_pipeline.classes_and_canvas(config.data, config.data.train_split)
     assert num_classes == dict(synthetic=6, voc=21, cityscapes=19, kitti_road=2)[config.data.name] and min(canvas) >= 64
     return
   missing = [field for field in ("classes", "canvas_size") if not any(config.data[field])]
   if missing:
     names = " and ".join(f"data.{field}" for field in missing)
     with pytest.raises(ConfigError, match=f"/nowhere(.|\n)*Without the data set, {names} must be set"):
-      input_pipeline.facts(config.data, config.data.train_split)
+      input_pipeline.classes_and_canvas(config.data, config.data.train_split)
   config.data.classes = config.data.classes or ("ground", "cell")
   config.data.canvas_size = (360, 480)
-  assert input_pipeline.facts(config.data, "train")[:2] == (len(config.data.classes), (360, 480))
+  assert input_pipeline.classes_and_canvas(config.data, "train")[:2] == (len(config.data.classes), (360, 480))
 
 
 def test_every_other_mode_wants_a_workdir():

@@ -24,7 +24,7 @@ def test_what_needs_no_data_set_works_without_one(config):
   experiment.check()
   state, batch = experiment.abstract_train_arguments((20, 30))
   assert state.params["logits"]["kernel"].shape[-1] == experiment.num_classes == 21
-  assert batch["image"].shape == (8, 20, 30, 3) and experiment.network.border == 0
+  assert batch["image"].shape == (8, 20, 30, 3) and experiment.network.margin == 0
   with pytest.raises(DataError, match="/nowhere"):
     experiment.train_batches(0, 1)
 

@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from segjax import input_pipeline
 from segjax.config import ConfigError, default_config
+from segjax.config.options import networks
 from segjax.train import train
 from tests.marks import SUITES
 
@@ -58,6 +59,44 @@ def test_every_file_has_a_layer_and_imports_only_downwards():
       assert level[other] <= level[own], f"{path.relative_to(PACKAGE)} imports {other}, which is not below it"
 
 
+def layers_in(lines):
+  """The names between backticks in each line."""
+  return [set(re.findall(r"`(\w+)/?`", line)) for line in lines]
+
+
+def test_the_maps_in_the_documents_are_the_layers():
+  root = PACKAGE.parent
+  rows = re.findall(r"(?m)^\| (`.*?) \|", (root / "docs/architecture.md").read_text())
+  assert layers_in(rows) == [set(layer) for layer in reversed(LAYERS)]
+  steps = re.search(r"(?s)\n`config/`.*?\n\n", (root / "CONTRIBUTING.md").read_text())[0].split("→")
+  assert layers_in([step.replace("(`backbones/`)", "") for step in steps]) == [set(layer) for layer in LAYERS]
+
+
+def binds(path, name):
+  """Whether a module has a function, class, variable, attribute or field of that name, or an `__init__.py` takes it in."""
+  pattern = rf"(?m)^\s*(?:def|class) {name}\b|^\s*{name}(?:, \w+)*(?:: [^=\n]+)? =|\bself\.{name}\b|^ +{name}: "
+  if path.stem == "__init__":
+    pattern += rf"|^from .*\b{name}\b"
+  return bool(re.search(pattern, path.read_text())) or (path.parent / f"{name}.py").exists()
+
+
+def test_comments_and_documents_name_only_what_there_is():
+  """Files by their path, and `module.name` in backticks; but for fields of `config`."""
+  root, modules, missing = PACKAGE.parent, {}, []
+  for path in PACKAGE.rglob("*.py"):
+    modules.setdefault(path.parent.name if path.stem == "__init__" else path.stem, []).append(path)
+  files = r"\b(?:segjax|tests|benchmarks|models|kernels|run|tools|docs)/(?:\w+/)*[a-z_0-9]+\.(?:py|md)\b"
+  for path in [*PACKAGE.rglob("*.py"), *root.glob("benchmarks/*.*"), *root.glob("docs/*.md"), *root.glob("*.md")]:
+    text = path.read_text()
+    missing += [
+      (path.name, n) for n in re.findall(files, text) if not (root / n).exists() and not (PACKAGE / n).exists()
+    ]
+    for module, name in re.findall(r"`(?!jax\.)(?:\w+\.)*([a-z_]+)\.([A-Za-z]\w*)[`(]", text):
+      if module in modules and module != "config" and name not in ("py", "json", "jsonl", "tgz", "benchmark"):
+        missing += [(path.name, f"{module}.{name}")] * (not any(binds(file, name) for file in modules[module]))
+  assert missing == []
+
+
 def test_the_story_is_at_the_top_and_nothing_else():
   assert len(list(PACKAGE.glob("*.py"))) <= 15
 
@@ -73,9 +112,10 @@ def has_default_tests(path):
 
 
 def names_in(path):
-  """Modules of segjax that a file imports or names, to import it later or to run it; commands as people call them."""
-  strings = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant))
-  named = {text.removeprefix("segjax.") for text in strings if re.fullmatch(r"segjax\.[\w.]+", str(text))}
+  """Modules of segjax that a file imports or names, to import or build it later or to run it; commands as people call them."""
+  strings = {str(node.value) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+  named = {text.removeprefix("segjax.") for text in strings if re.fullmatch(r"segjax\.[\w.]+", text)}
+  named |= {networks()[name].rpartition(".")[0] for name in strings & networks().keys()}
   found = imports_of(path) | named | {f"tools.{name}" for name in named}
   return found | {name.rpartition(".")[0] for name in found}
 

@@ -34,7 +34,7 @@ def test_windows_begin_at_every_stride_and_the_last_ends_with_the_image():
 
 
 local.align_corners = coarse.align_corners = True  # What all models have.
-local.border = coarse.border = 0
+local.margin = coarse.margin = 0
 
 
 @pytest.mark.parametrize("window, stride", [((16, 16), (10, 8)), ((9, 31), (9, 31)), ((64, 8), (64, 3))])

@@ -8,7 +8,7 @@ import pytest
 
 from segjax import input_pipeline
 from segjax.config import default_config
-from segjax.input_pipeline import CityscapesSource, DataError, KittiRoadSource, VocSource, images, inventory, loose
+from segjax.input_pipeline import CityscapesSource, DataError, KittiRoadSource, VocSource, images, inventory, unlabelled
 from segjax.tools import check_data
 from tests.test_folder import IMAGE, MASK, make, source, write
 
@@ -96,7 +96,7 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(root, capsys, fol
   for read in (images.read_size, images.read_image, images.read_mask, images.read_lines):
     with pytest.raises(DataError, match="no regular file"):
       read(path)
-  found, problems = loose.find([str(path.parent)], [], "refuse")
+  found, problems = unlabelled.find_photos([str(path.parent)], [], "refuse")
   assert len(found) == 2 and "no regular file" in problems[0]
 
 
@@ -121,7 +121,7 @@ def test_predict_names_what_it_does_not_look_at(tmp_path):
   (tmp_path / "b.heic").write_text("")
   (tmp_path / ".hidden.png").write_text("")
   (tmp_path / "link").symlink_to("..")
-  found, problems = loose.find([str(tmp_path)], [], "refuse")
+  found, problems = unlabelled.find_photos([str(tmp_path)], [], "refuse")
   assert [photo.name for photo in found] == ["a"] and len(problems) == 2
   assert "b.heic: a .heic file" in problems[0] and "link: a linked folder" in problems[1]
 

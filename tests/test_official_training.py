@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 
 from segjax import losses, optimizer, state
 from segjax.models import layers, resize
-from segjax.models.deeplab import DeepLabV3Plus
+from segjax.models.deeplab_v3plus import DeepLabV3Plus
 from segjax.pretrained import tf_deeplab
 from tests import seeded
 from tests.test_deeplab_reference import seeded_model

@@ -10,7 +10,7 @@ from PIL import Image
 
 from segjax import predict
 from segjax.config import ConfigError, default_config
-from segjax.input_pipeline import DataError, borders, datasets, images, loose, scan
+from segjax.input_pipeline import DataError, borders, datasets, images, scan, unlabelled
 from segjax.input_pipeline.source import Source
 from segjax.run import examples, outputs, report
 from segjax.tools import submission
@@ -39,7 +39,7 @@ def test_every_writer_stays_in_its_folder_whatever_an_id_says(tmp_path, monkeypa
     submission.result_path(named(name), 0)
   out = tmp_path / "run/out"
   with pytest.raises(DataError, match="names no file below"):
-    predict._check_outputs(out, [loose.Photo(tmp_path / "a.png", name, (6, 8))])
+    predict._check_outputs(out, [unlabelled.Photo(tmp_path / "a.png", name, (6, 8))])
   writer = report.Writer(out, tensorboard=False)
   written = []
   monkeypatch.setattr(Image.Image, "save", lambda self, path: written.append(path))
@@ -114,7 +114,7 @@ def test_images_and_maps_of_such_names_are_read(tmp_path, monkeypatch, name):
   path = tmp_path / "photos" / f"{name}.png"
   write(path, MASK)
   assert borders.cached_border_map(path, "", lambda: np.zeros((6, 8), int), 5.0).shape == (6, 8)
-  (photo,), problems = loose.find([str(path.parent)], [], "refuse")
+  (photo,), problems = unlabelled.find_photos([str(path.parent)], [], "refuse")
   assert photo.name == name and not problems
   assert pathlib.Path(outputs.output_path(path.parent, f"{photo.name}.png")) == path
 

@@ -15,7 +15,7 @@ from segjax import config as config_lib
 from segjax import input_pipeline, predict, sharding, state
 from segjax.config import ConfigError, default_config
 from segjax.experiment import Experiment
-from segjax.input_pipeline import DataError, loose
+from segjax.input_pipeline import DataError, unlabelled
 from segjax.models import resize
 from segjax.run import pictures, task
 from segjax.run.checkpoint import Checkpoints
@@ -171,19 +171,19 @@ def test_heat_rises_evenly_in_brightness():
 
 
 def test_a_canvas_follows_from_the_images_own_size():
-  assert loose.canvas_for((300, 400), (360, 480), 1025) == (360, 480)
-  assert loose.canvas_for((361, 400), (360, 480), 1025) == (385, 449)
-  assert loose.canvas_for((513, 449), None, 1025) == (513, 449)
-  assert loose.canvas_for((6000, 8000), (360, 480), 1025) == (1025, 1025)
-  assert loose.canvas_for((6000, 300), (360, 480), 1025) == (1025, 321)
-  assert loose.canvas_for((1500, 8000), (1025, 2049), 1025) == (1025, 2049)
+  assert unlabelled.canvas_for((300, 400), (360, 480), 1025) == (360, 480)
+  assert unlabelled.canvas_for((361, 400), (360, 480), 1025) == (385, 449)
+  assert unlabelled.canvas_for((513, 449), None, 1025) == (513, 449)
+  assert unlabelled.canvas_for((6000, 8000), (360, 480), 1025) == (1025, 1025)
+  assert unlabelled.canvas_for((6000, 300), (360, 480), 1025) == (1025, 321)
+  assert unlabelled.canvas_for((1500, 8000), (1025, 2049), 1025) == (1025, 2049)
 
 
 @pytest.mark.parametrize("canvas, stride, border", [(1025, 16, 0), (1025, 16, 188), (129, 32, 0), (65, 4, 20)])
 def test_tiles_keep_each_pixel_once_with_its_surroundings(canvas, stride, border):
   margin = min(max(128, border), canvas // 4)
   for size in (1, canvas, canvas + 1, 2 * canvas, 6007):
-    parts = loose.axis_parts(size, canvas, stride, border)
+    parts = unlabelled.axis_parts(size, canvas, stride, border)
     assert parts[0].keep_start == 0 and parts[-1].keep_stop == parts[-1].stop == size
     assert all(part.start % stride == 0 and part.stop - part.start <= canvas for part in parts)
     for part, after in zip(parts, parts[1:]):
@@ -285,7 +285,9 @@ def test_mistakes_are_told_before_anything_is_predicted(data, run, tmp_path):
   shutil.copytree(run, fresh, ignore=shutil.ignore_patterns("step_*"))
   check(ConfigError, "fresh/checkpoints holds no checkpoint", workdir=fresh)
   assert not (tmp_path / "out/ids").exists()
-  assert len(loose.find([str(images), str(images / "1.png")], [], "refuse")[0]) == 5  # Named twice, predicted once.
+  assert (
+    len(unlabelled.find_photos([str(images), str(images / "1.png")], [], "refuse")[0]) == 5
+  )  # Named twice, predicted once.
 
 
 def test_the_task_must_be_that_of_the_checkpoint(run, tmp_path):
@@ -324,12 +326,12 @@ def test_weights_and_runs_of_before_predict_where_the_config_names_the_classes(d
 
 def test_sources_name_their_classes_without_any_data(tmp_path):
   for name, count, first in (("voc", 21, "background"), ("cityscapes", 19, "road"), ("synthetic", 6, "ground")):
-    found = task.find(default_config(data=name), None)
+    found = task.of_run(default_config(data=name), None)
     assert len(found.classes) == len(found.palette) == count and found.classes[0] == first
   config = default_config(data="folder")
   config.data.dir = str(tmp_path)
   with pytest.raises(DataError, match="The classes have no names: set data.classes"):
-    task.find(config, None)
+    task.of_run(config, None)
 
 
 def test_the_command_says_what_it_lacks(tmp_path):

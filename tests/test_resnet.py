@@ -8,6 +8,7 @@ from flax import nnx
 
 from segjax import models, pretrained
 from segjax.models import backbones
+from segjax.models.deeplab_details import Details
 from segjax.tools import flops
 from tests.marks import full
 from tests.test_deeplab import lively_model, lively_state, noise
@@ -40,7 +41,7 @@ def test_rates_and_multi_grid_are_where_they_belong():
   assert [found[f"block3/unit{n}"] for n in (1, 2, 6)] == [1, 2, 2]  # The first samples as densely as before.
   assert [found[f"block4/unit{n}"] for n in (1, 2, 3)] == [2, 4 * 2, 4 * 4]
   assert set(found[f"block{b}/unit1"] for b in (1, 2)) == {1}
-  at_once = backbones.details.Details(dilate_first=True)
+  at_once = Details(dilate_first=True)
   found = rates(abstract("resnet_50", output_stride=16, multi_grid=(1, 2, 4), detail=at_once))
   assert [found[f"block4/unit{n}"] for n in (1, 2, 3)] == [2, 4, 8]  # arXiv 1706.05587, section 3.2.1.
   assert found["block3/unit6"] == 1
@@ -93,6 +94,6 @@ def test_dilated_fcn_takes_images_of_any_size(size):
 
 
 def test_an_unknown_low_level_end_point_lists_the_known_ones():
-  detail = backbones.details.Details(low_level="layer_3")
+  detail = Details(low_level="layer_3")
   with pytest.raises(ValueError, match="low_level = 'layer_3': choose auto, layer_4/depthwise, layer_4."):
     abstract("mobilenet_v2", detail=detail)

@@ -100,7 +100,7 @@ def published(width=2, depth=2, **options):
 
 def test_the_published_network_turns_572_into_388_and_has_31_million_parameters():
   model = nnx.eval_shape(lambda: published(width=64, depth=4, num_classes=2))
-  assert model.border == 92 and model.unpadded_size(388) == 572
+  assert model.margin == 92 and model.unpadded_size(388) == 572
   x = jax.ShapeDtypeStruct((1, 572, 572, 3), jnp.float32)
   graphdef, params, _ = state.split(model)
   out = jax.eval_shape(lambda p, x: steps.merge(graphdef, dict(params=p, batch_stats={}))(x, context=True), params, x)
@@ -131,7 +131,7 @@ def test_unpadded_logits_are_lax_convolutions_without_padding():
 
 def test_the_mirrored_border_equals_numpys_reflection():
   model, x = published(), image(8, 12, batch=1)
-  assert model.border == 20
+  assert model.margin == 20
   padded = np.pad(x, ((0, 0), (20, 20), (20, 20), (0, 0)), mode="reflect")
   np.testing.assert_array_equal(model(x), model(jnp.asarray(padded), context=True))
 
@@ -168,7 +168,7 @@ def test_wrong_options_say_so(options, message):
 
 
 def test_unknown_model_lists_the_known_ones():
-  with pytest.raises(ValueError, match="choose one of unet"):
+  with pytest.raises(ValueError, match=f"choose one of {', '.join(models.MODELS)}"):
     models.build("segformer", num_classes=2, rngs=nnx.Rngs(0))
 
 

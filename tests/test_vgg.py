@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax.models import vgg
+from segjax.models.backbones import vgg
 
 
 def test_poolings_round_up_and_their_padding_is_seen_by_nobody():

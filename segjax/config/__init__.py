@@ -4,7 +4,7 @@ A config file starts from `default_config(model=..., data=...)` and sets what di
 typed, so a misspelt field or a wrong type stops in the file as on the command line. `model` and `data` choose which
 `config.model.*` and `config.data.*` fields exist: they are exactly the constructor arguments of that model and
 that data source, so an option that nothing reads cannot be set; one that other values keep from acting must stay at its
-default. Ranges and combinations: config_rules.py.
+default. Ranges and combinations: rules.py.
 """
 
 import copy
@@ -165,7 +165,7 @@ def differences(config: config_dict.ConfigDict, saved: config_dict.ConfigDict, i
   """Fields in which `config` may not continue the run of `saved`, as 'name: saved -> new' lines.
 
   Args:
-    idle: fields that cannot act in `config`, see `config_rules.idle`; they alter nothing from here on.
+    idle: fields that cannot act in `config`, see `rules.idle`; they alter nothing from here on.
   """
   new, old = fields(config), fields(saved)
   return [

@@ -151,7 +151,7 @@ def sections() -> dict[str, dict[str, Option]]:
   return {
     "": RUN,
     "mesh": MESH,
-    "augment": signature("augment.place") | signature("augment.warp_field") | signature("augment.jitter_color"),
+    "augment": signature("augment.random_crop") | signature("augment.warp_field") | signature("augment.jitter_color"),
     "loss": signature("losses.make_loss") | LOSS,
     "optimizer": OPTIMIZER | signature("optimizer.make_schedule") | signature("optimizer.make_optimizer"),
     "policy": POLICY | signature("optimizer.update_policy"),
@@ -160,10 +160,25 @@ def sections() -> dict[str, dict[str, Option]]:
   }
 
 
+def networks() -> dict[str, str]:
+  """{name: "models.module.Class"} of the `base.Network` in each file of models/, whose name is the model's."""
+  return {
+    path.stem: f"models.{path.stem}.{node.name}"
+    for path in sorted((_PACKAGE / "models").glob("*.py"))
+    for node in ast.parse(path.read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ClassDef) and "base.Network" in map(ast.unparse, node.bases)
+  }
+
+
+def loss_terms() -> tuple[str, ...]:
+  """What `loss.terms` may name, `losses.TERMS`."""
+  return ast.literal_eval(_assigned(_parse("losses"), "TERMS"))
+
+
 def models() -> dict[str, dict[str, Option]]:
   """The options of each model; "details.NAME" are those of its section `details`."""
-  found = {name: signature(place) for name, place in _table("models", "MODELS").items()}
-  details = signature("models.details.Details")
+  found = {name: signature(origin) for name, origin in networks().items()}
+  details = signature("models.deeplab_details.Details")
   return found | {
     "deeplab_v3plus": found["deeplab_v3plus"] | {f"details.{name}": option for name, option in details.items()}
   }
@@ -184,7 +199,7 @@ def defaults(options: dict[str, Option]) -> dict:
 
 
 @functools.cache
-def signature(place: str) -> dict[str, Option]:
+def signature(origin: str) -> dict[str, Option]:
   """The arguments with a default of a function or class of segjax ("losses.make_loss"), or the fields of a dataclass.
 
   Their meaning is what its docstring says of them, as "NAME: text" or "NAME, OTHER: text".
@@ -192,24 +207,24 @@ def signature(place: str) -> dict[str, Option]:
   Raises:
     TypeError: a default that is no literal, or an argument that the docstring leaves out.
   """
-  module, _, name = place.rpartition(".")
+  module, _, name = origin.rpartition(".")
   node = next(node for node in _parse(module).body if getattr(node, "name", None) == name)
   told = _meanings(ast.get_docstring(node) or "")
   if isinstance(node, ast.ClassDef):
     made = [part for part in node.body if getattr(part, "name", None) == "__init__"]
     if not made:
       fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-      return {field.target.id: _option(place, field.target.id, field.value, told) for field in fields}
+      return {field.target.id: _option(origin, field.target.id, field.value, told) for field in fields}
     node = made[0]
   pairs = zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults)
-  return {name: _option(place, name, value, told) for name, value in pairs if value and name not in _NONE}
+  return {name: _option(origin, name, value, told) for name, value in pairs if value and name not in _NONE}
 
 
-def _option(place: str, name: str, value: ast.expr, told: dict[str, str]) -> Option:
+def _option(origin: str, name: str, value: ast.expr, told: dict[str, str]) -> Option:
   try:
     return Option(ast.literal_eval(value), told[name])
   except (ValueError, KeyError) as error:
-    raise TypeError(f"{place}: {name} needs a literal default, and an entry in the docstring's Args.") from error
+    raise TypeError(f"{origin}: {name} needs a literal default, and an entry in the docstring's Args.") from error
 
 
 def _parse(module: str) -> ast.Module:
@@ -219,13 +234,17 @@ def _parse(module: str) -> ast.Module:
 
 def _table(package: str, name: str) -> dict[str, str]:
   """A package's dict {option: class}, as {option: "package.module.class"}."""
-  body = _parse(package).body
+  module = _parse(package)
   origins = {
     alias.name: f"{node.module.removeprefix('segjax.')}.{alias.name}"
-    for node in body if isinstance(node, ast.ImportFrom) for alias in node.names
+    for node in module.body if isinstance(node, ast.ImportFrom) for alias in node.names
   }  # fmt: skip
-  table = next(node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name)
+  table = _assigned(module, name)
   return {key.value: origins[value.id] for key, value in zip(table.keys, table.values)}
+
+
+def _assigned(module: ast.Module, name: str) -> ast.expr:
+  return next(n.value for n in module.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name)
 
 
 def _meanings(docstring: str) -> dict[str, str]:

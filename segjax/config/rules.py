@@ -1,12 +1,13 @@
 """What a config must satisfy beyond its types: choices, ranges and combinations, each with its remedy."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ml_collections import config_dict
 
-from segjax.config import ConfigError, default_config, fields, schema_problem
+from segjax.config import ConfigError, default_config, fields, options, schema_problem
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
@@ -30,6 +31,10 @@ Rules = Iterator[tuple[bool, str, str]]  # Whether it holds, the field, and the 
 
 def _terms(config) -> set[str]:
   return {str(term).partition(":")[0] for term in config.loss.terms}
+
+
+def _names_term(term: str, config) -> bool:
+  return term in _terms(config)
 
 
 def _holds_out(config) -> bool:
@@ -97,7 +102,8 @@ ACTS = (
        lambda c: len(c.augment.scale) != 2
        or c.augment.scale[1] - c.augment.scale[0] >= (1 - 1e-6) * c.augment.scale_step,
        "only the smallest scale would be drawn: choose a step within the range, or widen augment.scale"),
-  Acts("loss.focal_gamma", ("loss.terms",), lambda c: "focal" in _terms(c), "name focal in loss.terms"),
+  *(Acts(f"loss.{field}", ("loss.terms",), functools.partial(_names_term, term), f"name {term} in loss.terms")
+    for term in options.loss_terms() for field in options.signature("losses.make_loss") if field.startswith(f"{term}_")),
   Acts("loss.border_weight", ("loss.terms",), lambda c: bool(_terms(c) & {"cross_entropy", "bce"}),
        "it weighs the pixels of cross_entropy and bce: name one of them in loss.terms"),
   Acts("loss.class_weights", ("head", "loss.terms"),

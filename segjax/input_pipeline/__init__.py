@@ -134,7 +134,7 @@ def describe_canvases(train_source, eval_source, data, window, batch_size: int) 
   return lines
 
 
-def facts(data, split: str, window=None) -> tuple[int, tuple[int, int], str]:
+def classes_and_canvas(data, split: str, window=None) -> tuple[int, tuple[int, int], str]:
   """Number of classes and canvas (H, W) of a split, and where they are from.
 
   With the `window` of `augment.crop_window`, the canvas of training on it. From the data set; without it from the config, or from what is known of benchmarks.

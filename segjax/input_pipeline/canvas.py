@@ -60,8 +60,8 @@ def cut_window(
   """An example cut to the part of its image that its crop will show, where the image is longer than the canvas.
 
   The place of a crop is uniform among all that there are at its scale, wherever that is drawn. So the host draws which
-  share of them lies before it, and cuts out what the crop of this share shows at any scale; `augment.place` draws the
-  scale, and takes that crop. Along sides that fit the canvas nothing is cut, and `augment.place` draws as ever.
+  share of them lies before it, and cuts out what the crop of this share shows at any scale; `augment.random_crop` draws the
+  scale, and takes that crop. Along sides that fit the canvas nothing is cut, and `augment.random_crop` draws as ever.
 
   Args:
     canvas_size: (H, W), at least the size that `augment.crop_window` gives, where that is less than the image's.

@@ -1,6 +1,6 @@
 """What all sources of images and label files share: examples from a store, checked and turned into class ids.
 
-A store holds one split's raw images and label masks: `Files` on a file system, `tfds.Records` in TFDS's shards. A source
+A store holds one split's raw images and label masks: `Files` on a file system, `tfds_store.Records` in TFDS's shards. A source
 adds what the numbers in the masks mean.
 """
 
@@ -100,7 +100,7 @@ class Source:
   """Random access to the examples of a store.
 
   Args:
-    store: `Files` or `tfds.Records`.
+    store: `Files` or `tfds_store.Records`.
     classes: names in the order of ids.
     palette: [K, 3] uint8.
     to_label: (mask's path, stored numbers) -> [H, W] uint8 class ids, 255 = void; raises DataError for others.

@@ -1,15 +1,17 @@
-"""The models by name."""
+"""The models by name: the `base.Network` of each file here is called as the file."""
+
+import importlib
 
 import jax.numpy as jnp
 from flax import nnx
 
+from segjax.config.options import networks
 from segjax.models.base import Network
-from segjax.models.deeplab import DeepLabV3Plus
-from segjax.models.dilated_fcn import DilatedFCN
-from segjax.models.fcn import FCN
-from segjax.models.unet import UNet
 
-MODELS = {"unet": UNet, "deeplab_v3plus": DeepLabV3Plus, "dilated_fcn": DilatedFCN, "fcn": FCN}
+MODELS = {
+  name: getattr(importlib.import_module(f"segjax.{module}"), class_name)
+  for name, (module, _, class_name) in ((name, origin.rpartition(".")) for name, origin in networks().items())
+}
 
 
 def build(name: str, *, num_classes: int, dtype="float32", remat: bool = False, rngs: nnx.Rngs, **options) -> Network:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax.models import layers
-from segjax.models.details import Details
+from segjax.models.deeplab_details import Details
 
 # Standard deviations of the truncated normal that separable convolutions of head and decoder begin with (official).
 SEPARABLE_INIT = dict(

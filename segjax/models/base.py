@@ -14,12 +14,12 @@ class Network(layers.Block):
   Attributes:
     mean: the raw pixel that pads crops; `preprocess` maps it to 0.
     stride: of its coarsest features.
-    border: pixels that it needs around a training crop; 0 but for an unpadded U-Net.
+    margin: pixels that it needs around a training crop; 0 but for an unpadded U-Net.
     align_corners: the convention of resizing its logits (`models/resize.py`).
     dtype: of the computation.
   """
 
-  border = 0
+  margin = 0
   align_corners = True
 
   def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,
@@ -34,12 +34,12 @@ class Network(layers.Block):
       key: for dropout; without it there is none.
       upsample: whether logits are resized to the image's size. Off: as they are before a last interpolation, where the
         network ends with one.
-      context: `image` has `border` pixels more on each side than the logits shall have.
+      context: `image` has `margin` pixels more on each side than the logits shall have.
       endpoints: filled with named intermediate results: "logits" before resizing, "auxiliary" of a second classifier, and
         the network's own.
     """
     endpoints = {} if endpoints is None else endpoints
-    size = tuple(n - 2 * self.border if context else n for n in image.shape[1:3])
+    size = tuple(n - 2 * self.margin if context else n for n in image.shape[1:3])
     scores = self.scores(image.astype(self.dtype), size, train, key, endpoints)
     logits = endpoints["logits"] = scores.astype(layers.param_dtype(self.dtype))
     return resize.resize_bilinear(logits, size, self.align_corners) if upsample else logits
@@ -48,8 +48,8 @@ class Network(layers.Block):
 class Backbone(nnx.Module):
   """A network for classification without its classifier.
 
-  backbone(image, train, endpoints) -> features [B, H / output_stride, W / output_stride, `features`], rounded up, of a
-  preprocessed image; fills `endpoints`.
+  backbone(image, train, endpoints, key=None) -> features [B, H / output_stride, W / output_stride, `features`], rounded up,
+  of a preprocessed image; fills `endpoints`. The key is for a VGG's dropout; the others have none.
 
   Attributes:
     pyramid: {4: (end point, channels), 8: ..., 16: ..., 32: ...}, the last features at each stride of the network for

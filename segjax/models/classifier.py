@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import backbones, layers, vgg
+from segjax.models import backbones, layers
 
 
 class Classifier(nnx.Module):
@@ -15,7 +15,7 @@ class Classifier(nnx.Module):
 
   Args:
     num_classes: channels of the logits.
-    backbone: one of `backbones.BACKBONES`, or "vgg_16", whose fully connected layers see every 7x7 pixels of its map; the
+    backbone: one of `backbones.CLASSIFIERS`. The fully connected layers of "vgg_16" see every 7x7 pixels of its map; the
       mean over these places is the paper's dense evaluation (arXiv 1409.1556, section 3.2).
     output_stride: 8, 16 or 32; it changes no parameter. A VGG has 32.
     bn_momentum, frozen_bn: of batch norm; a VGG has none.
@@ -29,14 +29,11 @@ class Classifier(nnx.Module):
 
   def __init__(self, *, num_classes, backbone, output_stride=32, bn_momentum=0.9, frozen_bn=False, dtype=jnp.float32,
                rngs: nnx.Rngs):  # fmt: skip
-    if backbone == "vgg_16":
-      if output_stride != 32:
-        raise ValueError(f"model.output_stride = {output_stride!r}: vgg_16 has 32.")
-      self.backbone = vgg.VGG16(fc6_padding="valid", dtype=dtype, rngs=rngs)
-    else:
-      self.backbone = backbones.build(
-        backbone, output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, dtype=dtype, rngs=rngs
-      )
+    if backbone not in backbones.CLASSIFIERS:
+      raise ValueError(f"model.backbone = {backbone!r}: choose one of {', '.join(backbones.CLASSIFIERS)}.")
+    self.backbone = backbones.CLASSIFIERS[backbone](
+      output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, dtype=dtype, rngs=rngs
+    )
     self.logits = layers.Conv(self.backbone.features, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
     self.dtype = dtype
     self.mean = backbones.MEANS[self.backbone.normalization]
@@ -55,9 +52,5 @@ class Classifier(nnx.Module):
       endpoints: filled with the backbone's named results.
     """
     endpoints = {} if endpoints is None else endpoints
-    image = image.astype(self.dtype)
-    if isinstance(self.backbone, vgg.VGG16):
-      x = self.backbone(image, train, key, endpoints)
-    else:
-      x = self.backbone(image, train, endpoints)
+    x = self.backbone(image.astype(self.dtype), train, endpoints, key)
     return self.logits(x.mean((1, 2), keepdims=True))[:, 0, 0].astype(layers.param_dtype(self.dtype))

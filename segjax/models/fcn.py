@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import base, layers, vgg
+from segjax.models import base, layers
+from segjax.models.backbones import vgg
 
 # Mean of ImageNet's training images as Caffe's VGG-16 subtracts it, RGB in [0, 255]; nothing is divided.
 CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)
@@ -100,7 +101,7 @@ class FCN(base.Network):
     """
     caffe = self.geometry == "caffe"
     x = jnp.pad(image, ((0, 0), (99, 99), (99, 99), (0, 0))) if caffe else image  # conv1_1 adds the hundredth.
-    x = endpoints["score_fc7"] = self.score_fc7(self.backbone(x, train, key, endpoints))
+    x = endpoints["score_fc7"] = self.score_fc7(self.backbone(x, train, endpoints, key))
     for source, skip in zip(("fc7", "pool4"), self.skips):
       x = endpoints[f"upscore_{source}"] = _upsample(getattr(self, f"upscore_{source}"), x, 2)
       finer = endpoints[skip] * AT_ONCE[skip] if self.at_once else endpoints[skip]

@@ -34,7 +34,7 @@ class UNet(base.Network):
     up: "transposed" convolution, as in the paper, or "bilinear" resizing, whose bottleneck is half as wide.
     dropout: rate at the end of the contracting path (section 3.1; its code uses 0.5).
     padding: "same": zeros around each convolution. "valid", as in the paper: none, so that a logit depends on real
-      pixels only; skips are cropped, and `border` pixels around the image are needed (section 2, figure 2).
+      pixels only; skips are cropped, and `margin` pixels around the image are needed (section 2, figure 2).
     batch_norm: before each ReLU; the paper has none.
     bn_momentum: of the running statistics.
     dtype: of the computation.
@@ -42,7 +42,7 @@ class UNet(base.Network):
   As published: padding="valid", batch_norm=False, dropout=0.5.
 
   Attributes:
-    border: pixels that `padding` "valid" takes off each side; 92 for depth 4 (572 -> 388). 0 for "same".
+    margin: pixels that `padding` "valid" takes off each side; 92 for depth 4 (572 -> 388). 0 for "same".
 
   Raises:
     ValueError: an option out of range, with the values that are in it.
@@ -66,7 +66,7 @@ class UNet(base.Network):
     base.check_share(dropout=dropout, bn_momentum=bn_momentum)
     self.depth, self.up, self.dropout, self.dtype = depth, up, dropout, dtype
     self.stride = 2**depth
-    self.padding, self.border = padding, 6 * 2**depth - 4 if padding == "valid" else 0
+    self.padding, self.margin = padding, 6 * 2**depth - 4 if padding == "valid" else 0
     options = dict(padding=padding, batch_norm=batch_norm, bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
     features = [width * 2**level for level in range(depth + 1)]
     if up == "bilinear":
@@ -99,7 +99,7 @@ class UNet(base.Network):
     if self.padding == "same":
       x = layers.pad_to_multiple(image, 2**self.depth)
     else:
-      before = (size[0] + 2 * self.border - image.shape[1]) // 2  # 0 where the image has its border already.
+      before = (size[0] + 2 * self.margin - image.shape[1]) // 2  # 0 where the image has its margin already.
       x = resize.mirror(image, before, tuple(self.unpadded_size(n) for n in size))
     skips = []
     for level in range(self.depth + 1):
@@ -126,4 +126,4 @@ class UNet(base.Network):
 
   def unpadded_size(self, size: int) -> int:
     """Input pixels along one axis for at least `size` logits under "valid", such that every pooling sees an even size."""
-    return -(-max(size - 4, 0) // self.stride) * self.stride + 4 + 2 * self.border
+    return -(-max(size - 4, 0) // self.stride) * self.stride + 4 + 2 * self.margin

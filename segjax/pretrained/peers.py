@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import DeepLabV3Plus, DilatedFCN
 from segjax.models.classifier import Classifier
+from segjax.models.deeplab_v3plus import DeepLabV3Plus
+from segjax.models.dilated_fcn import DilatedFCN
 
 TORCH = dict(bn_momentum=0.9)  # Where all agree: PyTorch's momentum of 0.1.
 MOBILENET = dict(normalization="imagenet", low_level="layer_4", mobilenet_epsilon=1e-5)  # Details of torchvision's.

@@ -6,7 +6,7 @@ The functions for backbones take a regular expression for what stands before the
 import re
 from collections.abc import Collection
 
-from segjax.models import xception
+from segjax.models.backbones import xception
 from segjax.pretrained.state_dict import Modules, counted
 
 # timm numbers the units of Xception through; a depth has so many.

@@ -112,7 +112,7 @@ class Writer:
     self._workdir.mkdir(parents=True, exist_ok=True)
     if start_step is not None and self._path.exists():
       lines = self._path.read_text(errors="replace").splitlines()
-      lines = [line for line in lines if _place(line) <= (start_step, not unscored)]
+      lines = [line for line in lines if _step_of(line) <= (start_step, not unscored)]
       atomic.write_text(self._path, "".join(line + "\n" for line in lines))
     if tensorboard:
       from segjax.run.events import EventFile  # 0.2 s of imports, for training only.
@@ -150,7 +150,7 @@ class Writer:
     return folder
 
 
-def _place(line: str) -> tuple[float, bool]:
+def _step_of(line: str) -> tuple[float, bool]:
   """(step, whether it has its scores): the order of the lines of metrics.jsonl."""
   try:
     values = json.loads(line)

@@ -78,7 +78,7 @@ def _saved(config, workdir: pathlib.Path | None) -> Task | None:
 
 
 def exif_rule(config, workdir: pathlib.Path | None) -> str:
-  """`Task.exif` of what `find` finds; needs no names of classes.
+  """`Task.exif` of what `of_run` gives; needs no names of classes.
 
   Raises:
     ConfigError: a damaged file.
@@ -87,7 +87,7 @@ def exif_rule(config, workdir: pathlib.Path | None) -> str:
   return saved.exif if saved and config.data.exif == "refuse" else config.data.exif
 
 
-def find(config, workdir: pathlib.Path | None) -> Task:
+def of_run(config, workdir: pathlib.Path | None) -> Task:
   """The task of the run in `workdir`; without one, of the run that `init.path` names; else what the config alone tells.
 
   `data.canvas_size` and `data.exif` go before what was saved, as they do in evaluation.

@@ -45,8 +45,8 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   """
   data, (batch_size, eval_size) = config.data, (config.batch_size, config.eval.batch_size)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
-  num_classes, canvas, note = input_pipeline.facts(data, data.train_split)
-  _, eval_canvas, _ = input_pipeline.facts(data, data.eval_split)
+  num_classes, canvas, note = input_pipeline.classes_and_canvas(data, data.train_split)
+  _, eval_canvas, _ = input_pipeline.classes_and_canvas(data, data.eval_split)
   sharding.check_batch(mesh, "batch_size", batch_size, config.accumulate_steps)
   sharding.check_batch(mesh, "eval.batch_size", eval_size)
   say(
@@ -59,7 +59,7 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   experiment = Experiment(config, mesh=mesh, num_classes=num_classes)
   window, whole = experiment.crop_window, canvas
   if any(n > m for n, m in zip(whole, window[0])):
-    _, canvas, _ = input_pipeline.facts(data, data.train_split, window)
+    _, canvas, _ = input_pipeline.classes_and_canvas(data, data.train_split, window)
   if canvas != whole:
     say(
       f"larger images are cut to a canvas of {canvas[0]}x{canvas[1]} in training, which {whole[0]}x{whole[1]} would mostly pad"

@@ -26,7 +26,7 @@ from PIL import Image
 from segjax.config import ConfigError
 from segjax.files import atomic
 from segjax.input_pipeline import DataError, cityscapes, datasets, images, voc
-from segjax.input_pipeline.folder import held_out
+from segjax.input_pipeline.source import held_out
 from segjax.run import commandline
 from segjax.tools import unpacking
 
@@ -182,7 +182,7 @@ def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool 
 
   Writes `out`/images, `out`/masks (0, 255), `out`/instances (16 bits: 1, 2, ... in the order of the nuclei's files;
   where two overlap, the later one), and train.txt and val.txt. A seventh is held out, by a hash of the names: as
-  `folder.held_out` chooses fold 0 of 7.
+  `source.held_out` chooses fold 0 of 7.
 
   Args:
     stage1: stage1_train, with ID/images/ID.png and ID/masks/*.png.

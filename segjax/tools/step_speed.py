@@ -73,8 +73,8 @@ def of_train(config, mesh) -> Measured:
     holder[0], metrics = program.compiled(holder[0], batch)
     jax.block_until_ready(metrics)
 
-  border = experiment.network.border
-  size, context = tuple(n + 2 * border for n in config.crop_size), dict(context=True) if border else {}
+  margin = experiment.network.margin
+  size, context = tuple(n + 2 * margin for n in config.crop_size), dict(context=True) if margin else {}
   image = jax.ShapeDtypeStruct((config.batch_size, *size, 3), jnp.float32)
   forward = _count(experiment, lambda model, image: model(model.preprocess(image), **context), image)
   wait_share = (lambda seconds: _wait_share(batches(), run, seconds)) if at_hand else None

@@ -35,7 +35,7 @@ class Photo:
   size: tuple[int, int]
 
 
-def find(inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: str) -> tuple[list[Photo], list[str]]:
+def find_photos(inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: str) -> tuple[list[Photo], list[str]]:
   """The images that `inputs` name, and what cannot be used, one line each. Reads headers only.
 
   Args:
@@ -144,24 +144,24 @@ class Part:
   keep_stop: int
 
 
-def axis_parts(size: int, canvas: int, stride: int, border: int = 0) -> list[Part]:
+def axis_parts(size: int, canvas: int, stride: int, model_margin: int = 0) -> list[Part]:
   """Tiles along one axis: each pixel is kept once, from a tile that shows what is around it.
 
   Args:
     size: of the image. canvas: of a tile; one that holds the image is the only one.
     stride: of the model. Tiles begin at multiples of it, so that poolings combine the same pixels in each.
-    border: pixels around it that a logit of an unpadded model sees.
+    model_margin: pixels around it that a logit of an unpadded model sees.
   """
   if size <= canvas:
     return [Part(0, size, 0, size)]
-  margin = min(max(MARGIN, border), canvas // 4)
+  margin = min(max(MARGIN, model_margin), canvas // 4)
   step = max((canvas - 2 * margin) // stride, 1) * stride
   starts = [n * step for n in range(-(-(size - canvas) // step) + 1)]
   cuts = [0, *(start + margin for start in starts[1:]), size]
   return [Part(start, min(start + canvas, size), *cuts[n : n + 2]) for n, start in enumerate(starts)]
 
 
-def unlabelled_example(pixels: np.ndarray, index: int) -> dict[str, np.ndarray]:
+def example(pixels: np.ndarray, index: int) -> dict[str, np.ndarray]:
   """What a source's example is to a loader, all of it void."""
   size = pixels.shape[:2]
   label = np.full(size, IGNORE_LABEL, np.uint8)

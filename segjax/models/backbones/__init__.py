@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import base, details, layers
-from segjax.models.mobilenet_v2 import MobileNetV2
-from segjax.models.resnet import ResNet
-from segjax.models.xception import Xception
+from segjax.models import base, layers
+from segjax.models.backbones.mobilenet_v2 import MobileNetV2
+from segjax.models.backbones.resnet import ResNet
+from segjax.models.backbones.vgg import vgg_classifier
+from segjax.models.backbones.xception import Xception
+from segjax.models.deeplab_details import Details
 
 # Constructors, of keywords alone: output_stride, multi_grid, detail, bn_momentum, frozen_bn, dtype, rngs.
 BACKBONES = {
@@ -22,14 +24,14 @@ BACKBONES = {
   "mobilenet_v2": functools.partial(MobileNetV2),
 }
 
-OFFICIAL = details.Details()
+OFFICIAL = Details()
 
 # The raw pixel that becomes 0, by normalisation.
 MEANS = {"symmetric": (127.5, 127.5, 127.5), "imagenet": layers.IMAGENET_MEAN}
 
 
 def build(name: str, *, output_stride: int, bn_momentum: float, frozen_bn: bool, dtype, rngs: nnx.Rngs,
-          multi_grid: Sequence[int] = (1, 1, 1), detail: details.Details = OFFICIAL,
+          multi_grid: Sequence[int] = (1, 1, 1), detail: Details = OFFICIAL,
           auxiliary: bool = False) -> base.Backbone:  # fmt: skip
   """A backbone, which may have to have a place for an auxiliary head.
 
@@ -54,6 +56,11 @@ def build(name: str, *, output_stride: int, bn_momentum: float, frozen_bn: bool,
   if backbone.low_level not in choices:
     raise ValueError(f"model.details.low_level = {detail.low_level!r}: choose auto, {', '.join(choices)}.")
   return backbone
+
+
+# Constructors of what a `Classifier` may have below its linear layer, of keywords alone: output_stride, bn_momentum,
+# frozen_bn, dtype, rngs.
+CLASSIFIERS = {name: functools.partial(build, name) for name in BACKBONES} | {"vgg_16": vgg_classifier}
 
 
 def normalize(image: jax.Array, kind: str) -> jax.Array:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import base, layers, strides
-from segjax.models.details import Details
+from segjax.models import base, layers
+from segjax.models.backbones import strides
+from segjax.models.deeplab_details import Details
 
 # (channels, stride) of the inverted residuals, layers 2 to 18. All but the first expand their input six times.
 RESIDUALS = (
@@ -33,12 +34,12 @@ class InvertedResidual(layers.Block):
     self.depthwise_norm = layers.BatchNorm(wide, dtype=options["dtype"], **norm)
     self.project = layers.ConvNorm(wide, features, activation=layers.linear, **options)
     self.expands, self.adds = expansion > 1, stride == 1 and in_features == features
-    self.border = rate if padding == "early" else 0  # Pixels around the block's input.
+    self.pad = rate if padding == "early" else 0  # Pixels around the block's input.
 
   @layers.rematerialized
   def __call__(self, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
-    skip, border = x, (self.border, self.border)
-    x = jnp.pad(x, ((0, 0), border, border, (0, 0)))
+    skip, pad = x, (self.pad, self.pad)
+    x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
     x = self.expand(x, train) if self.expands else x
     x = endpoints[f"{name}/depthwise"] = self.depthwise_norm(self.depthwise(x), train, jax.nn.relu6)
     x = self.project(x, train)
@@ -86,7 +87,7 @@ class MobileNetV2(base.Backbone):
     self.pyramid = {4: ("layer_4", 24), 8: ("layer_7", 32), 16: ("layer_14", 96)}
     self.pyramid[32] = ("layer_19", 1280) if last else ("layer_18", in_features)
 
-  def __call__(self, image: jax.Array, train: bool, endpoints: dict) -> jax.Array:
+  def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, 320], rounded up.
 
     1280 channels with the last convolution.

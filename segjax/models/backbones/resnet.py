@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import base, layers, strides
-from segjax.models.details import Details
+from segjax.models import base, layers
+from segjax.models.backbones import strides
+from segjax.models.deeplab_details import Details
 
 UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # Of the four blocks.
 EPSILON = 1e-5  # Of the batch norms.
@@ -75,7 +76,7 @@ class ResNet(base.Backbone):
       in_features = features
     self.units = tuple(units)
 
-  def __call__(self, image: jax.Array, train: bool, endpoints: dict) -> jax.Array:
+  def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] -> features [B, H / output_stride, W / output_stride, 2048], rounded up."""
     x = endpoints["conv1"] = self.conv1(image, train)
     x = endpoints["pool1"] = layers.max_pool_3x3(x)

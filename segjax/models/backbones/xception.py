@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import base, layers, strides
-from segjax.models.details import Details
+from segjax.models import base, layers
+from segjax.models.backbones import strides
+from segjax.models.deeplab_details import Details
 
 
 def blocks(depth: int) -> list[tuple[str, int, tuple[int, int, int], int, str]]:
@@ -107,7 +108,7 @@ class Xception(base.Backbone):
     low_level, channels = self.pyramid[4]
     self.low_levels = {low_level: channels, f"{low_level}/relu": channels}
 
-  def __call__(self, image: jax.Array, train: bool, endpoints: dict) -> jax.Array:
+  def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, 2048], rounded up."""
     x = endpoints["conv1_1"] = self.conv1_1(image, train)
     x = endpoints["conv1_2"] = self.conv1_2(x, train)

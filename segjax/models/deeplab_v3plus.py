@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax.models import aspp, backbones, base, dilated_fcn, layers, resize
-from segjax.models.details import DETAILS, Details, resolve
+from segjax.models.deeplab_details import DETAILS, Details, resolve
 
 DEFAULT_RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}  # By output stride.
 
@@ -69,7 +69,7 @@ class DeepLabV3Plus(base.Network):
       still learn.
     auxiliary: a second classifier, on the features before a ResNet's last block, for a second loss in training. Its
       logits are the end point "auxiliary", of those features' size.
-    details: fields of `details.Details` that differ from the official code, for weights that were trained so.
+    details: fields of `deeplab_details.Details` that differ from the official code, for weights that were trained so.
     dtype: of the computation.
 
   `stride` is that of the encoder, `align_corners` the convention of all resizing.
