@@ -49,8 +49,7 @@ class Evaluator:
   def compile(self, variables: dict) -> None:
     """Compiles the step that all calls use, for abstract variables, so that what does not fit says so at once."""
     abstract = with_sharding(variables, sharding.replicated(self.mesh))
-    for number, canvas in enumerate(input_pipeline.eval_canvases(self.source, self.config.data)):
-      batch_size = self.mesh.shape["data"] if number else self.config.eval.batch_size  # As of `make_batches`.
+    for canvas, batch_size in batch_shapes(self.config, self.source, self.mesh):
       batch = steps.abstract_batch(self.mesh, batch_size, canvas)
       self.programs[canvas] = self.step.lower(abstract, batch).compile()
 
@@ -93,6 +92,12 @@ def local(array: jax.Array) -> np.ndarray:
     return np.asarray(array)
   parts = {shard.index[0].start: np.asarray(shard.data) for shard in array.addressable_shards}
   return np.concatenate([parts[start] for start in sorted(parts)])
+
+
+def batch_shapes(config, source, mesh) -> list[tuple[tuple[int, int], int]]:
+  """(canvas, batch size over all devices) of the batches of `make_batches`; images above the first canvas go one to a device."""
+  canvases = input_pipeline.eval_canvases(source, config.data)
+  return [(canvas, mesh.shape["data"] if n else config.eval.batch_size) for n, canvas in enumerate(canvases)]
 
 
 def make_batches(config, source, mesh) -> Iterator[dict]:

@@ -8,6 +8,7 @@ import jax
 from segjax import input_pipeline, sharding, steps
 from segjax.experiment import Experiment
 from segjax.run import report
+from segjax.run.evaluation import batch_shapes
 from segjax.run.report import say
 from segjax.tools import programs
 from segjax.tools.programs import Program
@@ -73,7 +74,11 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   )
 
   compiled = {"train": programs.compile_train(experiment, canvas, canvas != whole)}
-  evaluations = [(programs.compile_eval(experiment, *shape), *shape) for shape in eval_shapes(experiment, eval_canvas)]
+  try:
+    shapes = batch_shapes(config, experiment.eval_source, mesh)
+  except input_pipeline.DataError:  # The data set is not at hand.
+    shapes = [(eval_canvas, eval_size)]
+  evaluations = [(programs.compile_eval(experiment, *shape), *shape) for shape in shapes]
   compiled["evaluation"], eval_canvas, eval_size = max(evaluations, key=lambda found: found[0].peak)
   if len(evaluations) > 1:
     say(f"evaluation has {len(evaluations)} canvases, of which {eval_canvas[0]}x{eval_canvas[1]} needs most memory")
@@ -106,16 +111,6 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   )  # fmt: skip
   say(f"training with evaluation needs at most {mib(needed)} of {mib(available)} ({meaning}): {verdict}")
   return compiled
-
-
-def eval_shapes(experiment: Experiment, whole: tuple[int, int]) -> list[tuple[tuple[int, int], int]]:
-  """(canvas, batch size) of each evaluation step, as of `Evaluator.compile`; where the data set is not at hand, of `whole`."""
-  config = experiment.config
-  try:
-    canvases = input_pipeline.eval_canvases(experiment.eval_source, config.data)
-  except input_pipeline.DataError:
-    canvases = [whole]
-  return [(size, experiment.mesh.shape["data"] if n else config.eval.batch_size) for n, size in enumerate(canvases)]
 
 
 def mib(size: int) -> str:
