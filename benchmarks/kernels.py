@@ -20,6 +20,7 @@ from jax import lax
 from segjax import augment, kernels, losses, metrics, steps
 from segjax.kernels import compiler, convolution, depthwise
 from segjax.models import layers, resize
+from segjax.models.backbones import resnet
 from segjax.run import commandline
 
 ORDER = ("NHWC", "HWIO", "NHWC")
@@ -91,7 +92,7 @@ def normalising(size, features, batch=2):
 
 def pooling(size, features, window, batch=2):
   """A row of max-pools."""
-  ours = {2: layers.max_pool_2x2, 3: layers.max_pool_3x3}[window]
+  ours = {2: layers.max_pool_2x2, 3: resnet.max_pool_3x3}[window]
 
   def xla(x):
     padding = [(0, 0), *[(0, 0) if window == 2 else (1, 1)] * 2, (0, 0)]
@@ -123,8 +124,11 @@ def up(size, features, batch=4):
   def xla(x, kernel):
     return lax.conv_transpose(x, kernel[::-1, ::-1], (2, 2), "VALID", dimension_numbers=ORDER)
 
-  return f"up-conv 2x2 {features}", [(batch, *size, features), (2, 2, features, features // 2)], \
-    {"segjax": ours, "xla": xla}  # fmt: skip
+  return (
+    f"up-conv 2x2 {features}",
+    [(batch, *size, features), (2, 2, features, features // 2)],
+    {"segjax": ours, "xla": xla},
+  )
 
 
 def resizing(size, to, features, batch=2):
@@ -208,35 +212,54 @@ def turning_hue(size, batch=16):
 # Shapes of the networks at the sizes that benchmarks/README.md compares with PyTorch.
 ROWS = {
   "depthwise": [
-    lambda: separable((129, 129), 128), lambda: separable((65, 65), 256), lambda: separable((17, 17), 728),
-    lambda: separable((129, 129), 128, stride=2), lambda: separable((17, 17), 2048, rate=6),
+    lambda: separable((129, 129), 128),
+    lambda: separable((65, 65), 256),
+    lambda: separable((17, 17), 728),
+    lambda: separable((129, 129), 128, stride=2),
+    lambda: separable((17, 17), 2048, rate=6),
   ],
   "pointwise": [
-    lambda: dense((129, 129), (64, 128), 1), lambda: dense((65, 65), (304, 256), 1), lambda: dense((17, 17), (728, 728), 1),
+    lambda: dense((129, 129), (64, 128), 1),
+    lambda: dense((65, 65), (304, 256), 1),
+    lambda: dense((17, 17), (728, 728), 1),
     lambda: dense((17, 17), (1536, 2048), 1),
   ],
   "conv": [
-    lambda: dense((257, 257), (3, 32)), lambda: dense((256, 256), (64, 64), batch=4),
-    lambda: dense((64, 64), (256, 256), batch=4), lambda: dense((16, 16), (1024, 1024), batch=4),
+    lambda: dense((257, 257), (3, 32)),
+    lambda: dense((256, 256), (64, 64), batch=4),
+    lambda: dense((64, 64), (256, 256), batch=4),
+    lambda: dense((16, 16), (1024, 1024), batch=4),
     lambda: dense((128, 128), (16, 16), batch=16),
   ],
   "dilated": [
-    lambda: dense((33, 33), (256, 256), rate=2), lambda: dense((33, 33), (512, 256), rate=12),
+    lambda: dense((33, 33), (256, 256), rate=2),
+    lambda: dense((33, 33), (512, 256), rate=12),
     lambda: dense((33, 33), (512, 256), rate=18),
   ],
   "fc6": [lambda: dense((6, 8), (256, 2048), 7, batch=4), lambda: dense((7, 7), (512, 4096), 7)],
-  "norm": [lambda: normalising((129, 129), 128), lambda: normalising((17, 17), 728), lambda: normalising((128, 128), 16, 16)],
-  "pool": [lambda: pooling((256, 256), 64, 2, 4), lambda: pooling((64, 64), 256, 2, 4), lambda: pooling((129, 129), 64, 3)],
+  "norm": [
+    lambda: normalising((129, 129), 128),
+    lambda: normalising((17, 17), 728),
+    lambda: normalising((128, 128), 16, 16),
+  ],
+  "pool": [
+    lambda: pooling((256, 256), 64, 2, 4),
+    lambda: pooling((64, 64), 256, 2, 4),
+    lambda: pooling((129, 129), 64, 3),
+  ],
   "transposed": [
-    lambda: transposed((15, 15), 21, 2), lambda: transposed((60, 60), 21, 8), lambda: transposed((30, 30), 21, 16),
-    lambda: up((16, 16), 1024), lambda: up((128, 128), 128),
+    lambda: transposed((15, 15), 21, 2),
+    lambda: transposed((60, 60), 21, 8),
+    lambda: transposed((30, 30), 21, 16),
+    lambda: up((16, 16), 1024),
+    lambda: up((128, 128), 128),
   ],
   "resize": [lambda: resizing((17, 17), (65, 65), 256), lambda: resizing((65, 65), (257, 257), 21)],
   "confusion": [lambda: counting((513, 513), 21), lambda: counting((512, 512), 2)],
   "sweep": [lambda: sweeping((1280, 1918), 2)],
   "loss": [lambda: scoring((128, 128), 21, 16), lambda: scoring((513, 513), 21, 2)],
   "hue": [lambda: turning_hue((128, 128))],
-}  # fmt: skip
+}
 
 
 def programs(forms: dict, arguments: list, names: tuple[str, ...]):

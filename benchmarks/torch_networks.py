@@ -60,9 +60,14 @@ class FCN(nn.Module):
       self.stages.append(nn.Sequential(*convs, nn.MaxPool2d(2, ceil_mode=True)))
     wide = 64 * width
     self.classifier = nn.Sequential(
-      nn.Conv2d(below, wide, 7, padding=3), nn.ReLU(inplace=True), nn.Dropout(0.5),
-      nn.Conv2d(wide, wide, 1), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Conv2d(wide, num_classes, 1),
-    )  # fmt: skip
+      nn.Conv2d(below, wide, 7, padding=3),
+      nn.ReLU(inplace=True),
+      nn.Dropout(0.5),
+      nn.Conv2d(wide, wide, 1),
+      nn.ReLU(inplace=True),
+      nn.Dropout(0.5),
+      nn.Conv2d(wide, num_classes, 1),
+    )
     self.skips = [int(name[-1]) - 1 for name in fcn.SKIPS[stride]]  # pool4, pool3.
     self.scores = nn.ModuleList(nn.Conv2d(vgg.STAGES[n][1] * width, num_classes, 1) for n in self.skips)
     self.upscores = nn.ModuleList(
@@ -181,9 +186,10 @@ class Bottleneck(nn.Module):
     super().__init__()
     width = features // 4
     self.convs = nn.Sequential(
-      conv_norm(in_features, width), conv_norm(width, width, 3, stride=stride, rate=rate),
+      conv_norm(in_features, width),
+      conv_norm(width, width, 3, stride=stride, rate=rate),
       conv_norm(width, features, activation=None),
-    )  # fmt: skip
+    )
     projects = stride > 1 or in_features != features
     self.shortcut = conv_norm(in_features, features, stride=stride, activation=None) if projects else nn.Identity()
 

@@ -6,7 +6,9 @@ row looks at one (fractional) input row, each output column at one input column.
 are not, and gather pixel by pixel.
 """
 
+import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +19,71 @@ from segjax.models import resize
 _LARGEST_NORMAL = 6  # Deviations; jax.random.normal gives at most 5.5 in float32.
 
 
-def crop_window(crop_size: tuple[int, int], margin: int, *, scale, rotation, shift, shear, zoom, elastic, **_):
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """What is drawn at random for each training crop, the fields of `config.augment`; 0 and False are off.
+
+  Scale, crop and flip:
+    scale: (smallest, largest) of the random resize, relative to the stored image.
+    scale_step: 0: continuous uniform, else the spacing of the values drawn, from the smallest on (official DeepLab: 0.25).
+    flip: mirrors left-right with probability 1/2.
+    outside: what crops show beyond the image. "mirror": image and label go on, mirrored. "void": the mean pixel, without a
+      label; but the image is mirrored for a model with a margin, as in its predictions.
+  Warp, see `warp_field`:
+    rotation: strength s, degrees; uniform in [-s, s] about the crop's centre. 0: off.
+    shift: strength s, share of the crop; uniform in [-s, s] for height and width. 0: off.
+    shear: strength s, degrees; uniform in [-s, s]; slants the columns. 0: off.
+    zoom: strength s; factors of height and width are uniform in [1 - s, 1 + s], each its own, beside `scale`. 0: off.
+    elastic: deviation in pixels of the normal displacements of a 3x3 grid over the crop, interpolated bicubically to
+      all pixels (U-Net, arXiv 1505.04597, section 3.1: 10). 0: off.
+  Colour, see `jitter_color`:
+    brightness, contrast, saturation: strength s; the factor is uniform in [1 - s, 1 + s]. 0: off.
+    hue: strength s; the shift is uniform in [-s, s] of the colour circle. 0: off.
+    hsv: strengths s of what is added to hue, saturation and value, uniform in [-s, s] of their range. 0: off.
+  """
+
+  scale: tuple[float, float] = (0.5, 2.0)
+  scale_step: float = 0.0
+  flip: bool = True
+  outside: str = "void"
+  rotation: float = 0.0
+  shift: float = 0.0
+  shear: float = 0.0
+  zoom: float = 0.0
+  elastic: float = 0.0
+  brightness: float = 0.0
+  contrast: float = 0.0
+  saturation: float = 0.0
+  hue: float = 0.0
+  hsv: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+  @property
+  def warps(self) -> bool:
+    """Whether crops are warped at all; without it resampling is separable."""
+    return any((self.rotation, self.shift, self.shear, self.zoom, self.elastic))
+
+
+def crop_window(crop_size: tuple[int, int], margin: int, options: Augmentation):
   """How much of an image `random_crop` can look at, whatever it draws: what `canvas.cut_window` cuts from large images.
 
   An image of L pixels at scale s has about L s, of which a crop shows c and looks at e more on each side (margin, warp, and
   the neighbours that interpolation takes). So it looks at (c + 2 e) / s pixels of the image, most at the smallest s.
 
   Args:
-    crop_size, margin, scale: as in `random_crop`. The strengths: as in `warp_field`.
+    crop_size, margin: as in `random_crop`.
 
   Returns:
     size: (h, w) pixels. around: (h, w), those of them that lie on each side of the crop.
   """
   half = [(n + 2 * margin - 1) / 2 for n in crop_size]
-  row, col = (n / (1 - zoom) for n in half)
-  col += math.tan(math.radians(shear)) * row
-  turned = math.sin(math.radians(min(rotation, 90)))
+  row, col = (n / (1 - options.zoom) for n in half)
+  col += math.tan(math.radians(options.shear)) * row
+  turned = math.sin(math.radians(min(options.rotation, 90)))
   sizes, arounds = [], []
   for n, crop in enumerate(crop_size):
-    reach = (row + turned * col, col + turned * row)[n] + shift * (crop + 2 * margin) - half[n]
-    reach += elastic * _LARGEST_NORMAL * np.abs(bicubic_matrix(crop + 2 * margin)).sum(1).max() ** 2
-    step = (1 + 2 / crop) / scale[0]  # Pixels of the image per pixel of the crop: L - 1 over trunc(L s) - 1.
+    reach = (row + turned * col, col + turned * row)[n] + options.shift * (crop + 2 * margin) - half[n]
+    reach += options.elastic * _LARGEST_NORMAL * np.abs(bicubic_matrix(crop + 2 * margin)).sum(1).max() ** 2
+    step = (1 + 2 / crop) / options.scale[0]  # Pixels of the image per pixel of the crop: L - 1 over trunc(L s) - 1.
     around = math.ceil((1 + margin + reach) * step) + 2
     sizes.append(math.ceil(crop * step) + 2 * around)
     arounds.append(around)
@@ -74,17 +120,11 @@ def crop_axis(key, length, crop: int, scale, share=None):
   return look
 
 
-def warp_field(key, size: tuple[int, int], *, rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0):
+def warp_field(key, size: tuple[int, int], options: Augmentation):
   """Where each pixel of a crop looks within the crop's frame: a random affine map about its centre, and a random bulge.
 
   Args:
     size: (h, w) of the crop.
-    rotation: strength s, degrees; uniform in [-s, s] about the crop's centre. 0: off.
-    shear: strength s, degrees; uniform in [-s, s]; slants the columns. 0: off.
-    shift: strength s, share of the crop; uniform in [-s, s] for height and width. 0: off.
-    zoom: strength s; factors of height and width are uniform in [1 - s, 1 + s], each its own, beside `scale`. 0: off.
-    elastic: deviation in pixels of the normal displacements of a 3x3 grid over the crop, interpolated bicubically to
-      all pixels (U-Net, arXiv 1505.04597, section 3.1: 10). 0: off.
 
   Returns:
     rows, cols [h, w] float32, pixels of the crop before the warp.
@@ -94,17 +134,17 @@ def warp_field(key, size: tuple[int, int], *, rotation=0.0, shift=0.0, shear=0.0
   def draw(key, strength, shape=()):
     return jax.random.uniform(key, shape, jnp.float32, -strength, strength)
 
-  angle, slant = (draw(k, jnp.deg2rad(s)) for k, s in ((keys[0], rotation), (keys[1], shear)))
+  angle, slant = (draw(k, jnp.deg2rad(s)) for k, s in ((keys[0], options.rotation), (keys[1], options.shear)))
   row, col = (jnp.arange(n, dtype=jnp.float32) - (n - 1) / 2 for n in size)
-  factor = 1 + draw(keys[2], zoom, (2,))
+  factor = 1 + draw(keys[2], options.zoom, (2,))
   row, col = row[:, None] / factor[0], col[None, :] / factor[1]
   col = col + jnp.tan(slant) * row
   row = jnp.broadcast_to(row, size)
   turned = jnp.cos(angle) * row - jnp.sin(angle) * col, jnp.sin(angle) * row + jnp.cos(angle) * col
-  moved = draw(keys[3], shift, (2,)) * jnp.array(size, jnp.float32)
+  moved = draw(keys[3], options.shift, (2,)) * jnp.array(size, jnp.float32)
   bulge = jnp.zeros((*size, 2))
-  if elastic:
-    grid = elastic * jax.random.normal(keys[4], (3, 3, 2))
+  if options.elastic:
+    grid = options.elastic * jax.random.normal(keys[4], (3, 3, 2))
     bulge = jnp.einsum("hi,ijc,wj->hwc", bicubic_matrix(size[0]), grid, bicubic_matrix(size[1]))
   return tuple(turned[n] + (size[n] - 1) / 2 + moved[n] + bulge[..., n] for n in (0, 1))
 
@@ -124,96 +164,103 @@ def bicubic_matrix(size: int) -> np.ndarray:
   return np.stack([cubic[i] @ knots[segment[i] : segment[i] + 4] for i in range(size)]).astype(np.float32)
 
 
-def random_crop(key, image, label, border, size, window, *, crop_size, margin, scale=(0.5, 2.0), scale_step=0.0, flip=True,
-          outside="void", **warp):  # fmt: skip
+def random_crop(key, example: dict, *, crop_size: tuple[int, int], margin: int, options: Augmentation):
   """One example at random scale, position and side, turned and bent at random.
 
   Args:
-    image: [H, W, 3] uint8 canvas; label: [H, W] uint8 canvas; size: [2] int32, the image's own height and width.
-    border: [H, W] canvas of pixel weights that goes with the label, or None.
-    window: None where the canvas holds the image. Else (origin [2] int32, the pixel of the image that is the canvas' first;
-      share [2] float32, see `crop_axis`), of `canvas.cut_window`.
+    example: canvases `image` [H, W, 3] uint8 and `label` [H, W] uint8, and `size` [2] int32, the image's own height and
+      width. It may have `border` [H, W], pixel weights that go with the label; and, of `canvas.cut_window`, `origin` [2]
+      int32, the pixel of the image that is the canvas' first, with `share` [2] float32, see `crop_axis`.
     crop_size: (h, w) of the label.
     margin: pixels of image around the label's crop.
-    scale: (smallest, largest) of the random resize, relative to the stored image.
-    scale_step: 0: continuous uniform, else the spacing of the values drawn, from the smallest on (official DeepLab: 0.25).
-    flip: mirrors left-right with probability 1/2.
-    outside: what crops show beyond the image. "mirror": image and label go on, mirrored. "void": what lies there is not
-      `inside`; but the image is mirrored for a model with a margin, as in its predictions.
-    warp: strengths as of `warp_field`; all 0 takes a faster way.
 
   Returns:
-    image [h + 2 margin, w + 2 margin, 3] float32 in [0, 255] (bilinear); label [h, w] int32 and border [h, w] float32
-    (nearest); inside: bool of the image's size, False where image and label mean nothing.
+    image [h + 2 margin, w + 2 margin, 3] float32 in [0, 255] (bilinear); label [h, w] int32 and border [h, w] float32 or
+    None (nearest); inside: bool of the image's size, False where image and label mean nothing.
   """
-  scale_key, flip_key, row_key, col_key, warp_key = jax.random.split(key, 5) if any(warp.values()) else (
-    *jax.random.split(key, 4), None
-  )  # fmt: skip
-  if scale_step:
-    count = int((scale[1] - scale[0]) / scale_step + 1e-6) + 1
-    factor = scale[0] + scale_step * jax.random.randint(scale_key, (), 0, count)
-  else:
-    factor = jax.random.uniform(scale_key, (), jnp.float32, scale[0], scale[1])
-  mirrored = jax.random.bernoulli(flip_key) if flip else jnp.asarray(False)
-  origin, share = ((0, 0), (None, None)) if window is None else window
-  look_row = crop_axis(row_key, size[0], crop_size[0], factor, share[0])
-  look_col = crop_axis(col_key, size[1], crop_size[1], factor, share[1])
+  scale_key, flip_key, row_key, col_key, *warp_key = jax.random.split(key, 5 if options.warps else 4)
+  scale = _draw_scale(scale_key, options)
+  mirrored = jax.random.bernoulli(flip_key) if options.flip else jnp.asarray(False)
+  size = example["size"]
+  origin, share = (example["origin"], example["share"]) if "origin" in example else ((0, 0), (None, None))
+  look_row = crop_axis(row_key, size[0], crop_size[0], scale, share[0])
+  look_col = crop_axis(col_key, size[1], crop_size[1], scale, share[1])
+
   whole = tuple(n + 2 * margin for n in crop_size)
+  frame = warp_field(warp_key[0], whole, options) if options.warps else (jnp.arange(n) for n in whole)
+  row, col = (x - margin for x in frame)
+  (rows, in_rows), (cols, in_cols) = look_row(row), look_col(jnp.where(mirrored, crop_size[1] - 1 - col, col))
+  folds = options.outside == "mirror" or margin > 0
+  row, col = _neighbours(rows, size[0], origin[0], folds), _neighbours(cols, size[1], origin[1], folds)
   inner = np.s_[margin : margin + crop_size[0]], np.s_[margin : margin + crop_size[1]]
-  folds = outside == "mirror" or margin > 0
 
-  if warp_key is None:
-    row, col = (jnp.arange(n) - margin for n in whole)
-    (rows, in_rows), (cols, in_cols) = look_row(row), look_col(jnp.where(mirrored, crop_size[1] - 1 - col, col))
-    top, bottom, down, nearest_row = _neighbours(rows, size[0], origin[0], folds)
-    left, right, across, nearest_col = _neighbours(cols, size[1], origin[1], folds)
-    down, across = down[:, None, None], across[None, :, None]
-    # Rows first: whole rows are contiguous, so this gather is a copy, and the column gather sees a smaller array.
-    lines = image[top] * (1 - down) + image[bottom] * down  # [h, W, 3]
-    image = lines[:, left] * (1 - across) + lines[:, right] * across  # [h, w, 3]
-    label, border = (
-      x if x is None else x[nearest_row[inner[0]]][:, nearest_col[inner[1]]] for x in (label, border)
-    )  # fmt: skip
-    inside = in_rows[:, None] & in_cols[None, :]
-  else:
-    row, col = (x - margin for x in warp_field(warp_key, whole, **warp))
-    (rows, in_rows), (cols, in_cols) = look_row(row), look_col(jnp.where(mirrored, crop_size[1] - 1 - col, col))
-    top, bottom, down, nearest_row = _neighbours(rows, size[0], origin[0], folds)
-    left, right, across, nearest_col = _neighbours(cols, size[1], origin[1], folds)
-    down, across = down[..., None], across[..., None]
-    image = (image[top, left] * (1 - across) + image[top, right] * across) * (1 - down) + (
-      image[bottom, left] * (1 - across) + image[bottom, right] * across
-    ) * down
-    label, border = (x if x is None else x[nearest_row[inner], nearest_col[inner]] for x in (label, border))
+  labels = [example[name] for name in ("label", "border") if name in example]
+  if options.warps:
+    image = _bilinear_pixels(example["image"], row, col)
+    label, *border = (x[row.nearest[inner], col.nearest[inner]] for x in labels)
     inside = in_rows & in_cols
-  if outside == "mirror":
+  else:
+    image = _bilinear_lines(example["image"], row, col)
+    label, *border = (x[row.nearest[inner[0]]][:, col.nearest[inner[1]]] for x in labels)
+    inside = in_rows[:, None] & in_cols[None, :]
+  if options.outside == "mirror":
     inside = jnp.ones_like(inside)
-  border = None if border is None else border.astype(jnp.float32)
-  return image, label.astype(jnp.int32), border, inside
+  return image, label.astype(jnp.int32), border[0].astype(jnp.float32) if border else None, inside
 
 
-def _neighbours(position, length, origin, folds: bool):
-  """Per position: the two pixels around it, the weight of the second, and the nearest pixel (halves upwards), pixels being
-  counted from `origin`.
+def _draw_scale(key, options: Augmentation):
+  smallest, largest = options.scale
+  if not options.scale_step:
+    return jax.random.uniform(key, (), jnp.float32, smallest, largest)
+  count = int((largest - smallest) / options.scale_step + 1e-6) + 1
+  return smallest + options.scale_step * jax.random.randint(key, (), 0, count)
 
-  Positions outside are mirrored at the border pixels if it `folds`, else their values mean nothing.
+
+class _Neighbours(NamedTuple):
+  """The pixels of a canvas that positions along one axis look at."""
+
+  low: jax.Array
+  high: jax.Array
+  weight: jax.Array  # Of `high`; that of `low` is 1 - weight.
+  nearest: jax.Array  # Halves upwards.
+
+
+def _neighbours(position, length, origin, folds: bool) -> _Neighbours:
+  """Those of an image of `length` pixels, of which the canvas' first is `origin`.
+
+  Positions outside are mirrored at the edge pixels if it `folds`, else their values mean nothing.
   """
   if folds:
     position = resize.mirror_index(position, length)
   low = jnp.clip(jnp.floor(position).astype(jnp.int32), 0, length - 1)
   nearest = jnp.clip(jnp.floor(position + 0.5).astype(jnp.int32), 0, length - 1)
-  return low - origin, jnp.minimum(low + 1, length - 1) - origin, position - low, nearest - origin
+  return _Neighbours(low - origin, jnp.minimum(low + 1, length - 1) - origin, position - low, nearest - origin)
 
 
-def jitter_color(key, image, inside, *, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, hsv=(0.0, 0.0, 0.0)):
+def _bilinear_lines(image, row: _Neighbours, col: _Neighbours):
+  """[h, w, 3] where whole rows and columns look alike, [h] and [w].
+
+  Rows first: whole rows are contiguous, so this gather is a copy, and the column gather sees a smaller array.
+  """
+  down, across = row.weight[:, None, None], col.weight[None, :, None]
+  lines = image[row.low] * (1 - down) + image[row.high] * down  # [h, W, 3]
+  return lines[:, col.low] * (1 - across) + lines[:, col.high] * across
+
+
+def _bilinear_pixels(image, row: _Neighbours, col: _Neighbours):
+  """[h, w, 3] where each pixel looks elsewhere, [h, w] each."""
+  down, across = row.weight[..., None], col.weight[..., None]
+  upper = image[row.low, col.low] * (1 - across) + image[row.low, col.high] * across
+  lower = image[row.high, col.low] * (1 - across) + image[row.high, col.high] * across
+  return upper * (1 - down) + lower * down
+
+
+def jitter_color(key, image, inside, options: Augmentation):
   """Random brightness, contrast, saturation and hue, in this order, with torchvision's definitions, then HSV shifts.
 
   Args:
     image: [H, W, 3] float in [0, 255].
     inside: [H, W] bool, the pixels whose mean grey contrast refers to.
-    brightness, contrast, saturation: strength s; the factor is uniform in [1 - s, 1 + s]. 0: off.
-    hue: strength s; the shift is uniform in [-s, s] of the colour circle. 0: off.
-    hsv: strengths s of what is added to hue, saturation and value, uniform in [-s, s] of their range. 0: off.
 
   Returns:
     [H, W, 3] in [0, 255]; a strength of 0 leaves its property untouched.
@@ -224,17 +271,17 @@ def jitter_color(key, image, inside, *, brightness=0.0, contrast=0.0, saturation
     amount = jax.random.uniform(key, (), jnp.float32, 1 - strength, 1 + strength)
     return jnp.clip(other + (image - other) * amount, 0, 255)
 
-  if brightness:
-    image = blend(image, 0.0, keys[0], brightness)
-  if contrast:
-    image = blend(image, jnp.mean(_grey(image)[..., 0], where=inside), keys[1], contrast)
-  if saturation:
-    image = blend(image, _grey(image), keys[2], saturation)
-  if hue:
-    image = shift_hue(image, jax.random.uniform(keys[3], (), jnp.float32, -hue, hue))
-  if any(hsv):
-    shifts = jax.random.uniform(jax.random.fold_in(key, 4), (3,), jnp.float32, -1, 1) * jnp.asarray(hsv, jnp.float32)
-    image = shift_hsv(image, *shifts)
+  if options.brightness:
+    image = blend(image, 0.0, keys[0], options.brightness)
+  if options.contrast:
+    image = blend(image, jnp.mean(_grey(image)[..., 0], where=inside), keys[1], options.contrast)
+  if options.saturation:
+    image = blend(image, _grey(image), keys[2], options.saturation)
+  if options.hue:
+    image = shift_hue(image, jax.random.uniform(keys[3], (), jnp.float32, -options.hue, options.hue))
+  if any(options.hsv):
+    shifts = jax.random.uniform(jax.random.fold_in(key, 4), (3,), jnp.float32, -1, 1)
+    image = shift_hsv(image, *shifts * jnp.asarray(options.hsv, jnp.float32))
   return image
 
 
@@ -275,36 +322,29 @@ def _from_hue_chroma_value(sector, chroma, value):
   return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
 
-def augment_batch(key, image, label, size, border=None, window=None, *, crop_size, fill, ignore_label, margin=0, scale, scale_step,
-                  flip, rotation, shift, shear, zoom, elastic, outside, **color):  # fmt: skip
+def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin, fill, ignore_label):
   """A batch of canvases to a batch of crops; example i draws from fold_in(key, i).
 
   Args:
     key: of this step.
-    image: [B, H, W, 3] uint8, label: [B, H, W] uint8, size: [B, 2] int32, border: [B, H, W] pixel weights or None.
-    window: (origin [B, 2] int32, share [B, 2] float32) as in `random_crop`, or None.
-    fill: (r, g, b) of the padding. ignore_label: the label of the padding.
-    crop_size, margin, scale, scale_step, flip, outside: as in `random_crop`.
-    rotation, shift, shear, zoom, elastic: as in `warp_field`.
-    color: as in `jitter_color`.
+    batch: arrays [B, ...], each example as of `random_crop`.
+    crop_size, margin: as in `random_crop`.
+    fill: (r, g, b) of the padding.
+    ignore_label: the label of the padding.
 
   Returns:
     image [B, h + 2 margin, w + 2 margin, 3] float32 in [0, 255], label [B, h, w] int32, border [B, h, w] float32 or
-    None.
+    None where the batch has none.
   """
   h, w = crop_size
-  warp = dict(rotation=rotation, shift=shift, shear=shear, zoom=zoom, elastic=elastic)
 
-  def one(index, image, label, border, size, window):
+  def one(index, example):
     crop_key, color_key = jax.random.split(jax.random.fold_in(key, index))
-    image, label, border, inside = random_crop(
-      crop_key, image, label, border, size, window, crop_size=crop_size, margin=margin, scale=scale, scale_step=scale_step,
-      flip=flip, outside=outside, **warp,
-    )  # fmt: skip
+    image, label, border, inside = random_crop(crop_key, example, crop_size=crop_size, margin=margin, options=options)
     shown = jnp.ones_like(inside) if margin else inside  # With a margin, what is outside is mirrored.
-    image = jitter_color(color_key, image, shown, **color)
+    image = jitter_color(color_key, image, shown, options)
     image = jnp.where(shown[..., None], image, jnp.asarray(fill, jnp.float32).reshape(1, 1, 3))
     inside = inside[margin : margin + h, margin : margin + w]
     return image, jnp.where(inside, label, ignore_label), None if border is None else jnp.where(inside, border, 0)
 
-  return jax.vmap(one)(jnp.arange(image.shape[0]), image, label, border, size, window)
+  return jax.vmap(one)(jnp.arange(batch["image"].shape[0]), batch)

@@ -1,7 +1,6 @@
-"""What a config means: its mesh, data, model, steps and variables, each made when first asked for, and once."""
+"""What a config means: its mesh, data, model, steps and variables, each made once, when first asked for."""
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 from segjax import augment, input_pipeline, losses, models, sharding, state, steps
 from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL, ConfigError
-from segjax.files import atomic
+from segjax.config import options as options_lib
 from segjax.input_pipeline import scan
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.models import layers
@@ -64,7 +63,11 @@ class Experiment:
   @functools.cached_property
   def crop_window(self):
     """See `augment.crop_window`."""
-    return augment.crop_window(self.config.crop_size, self.network.margin, **self.config.augment)
+    return augment.crop_window(self.config.crop_size, self.network.margin, self.augmentation)
+
+  @property
+  def augmentation(self) -> augment.Augmentation:
+    return augment.Augmentation(**self.config.augment)
 
   def train_batches(self, start: int, stop: int, *, rows=None, bad: BadExamples | None = None) -> Iterator[dict]:
     """Host batches of the steps [start, stop), see `input_pipeline.train_batches`.
@@ -74,10 +77,10 @@ class Experiment:
     """
     config = self.config
     rows = sharding.local_rows(self.mesh, config.batch_size) if rows is None else rows
+    options = dict(seed=config.seed, batch_size=config.batch_size, border=self.weighs_borders, window=self.crop_window)
     return input_pipeline.train_batches(
-      self.train_source, config.data, seed=config.seed, batch_size=config.batch_size, rows=rows, start_step=start,
-      num_steps=stop, border=self.weighs_borders, bad=bad, window=self.crop_window,
-    )  # fmt: skip
+      self.train_source, config.data, rows=rows, start_step=start, num_steps=stop, bad=bad, **options
+    )
 
   # Model, optimiser and state.
 
@@ -93,16 +96,16 @@ class Experiment:
       network = models.build(num_classes=num_classes, dtype=config.dtype, remat=config.remat, rngs=rngs, **config.model)
     except ValueError as error:  # Models know nothing of configs.
       raise ConfigError(f"The model cannot be built: {error}") from error
-    if min(config.crop_size) < network.stride:
+    if min(config.crop_size) < network.coarsest_stride:
       raise ConfigError(
-        f"config.crop_size = {tuple(config.crop_size)}: smaller than the network's stride of {network.stride}, so nothing"
-        " of it would be left. Enlarge the crop, or lower the model's stride."
+        f"config.crop_size = {tuple(config.crop_size)}: smaller than the network's stride of {network.coarsest_stride},"
+        " so nothing of it would be left. Enlarge the crop, or lower the model's stride."
       )
     return network
 
   @functools.cached_property
   def network(self) -> Network:
-    """The model, with shapes in the place of arrays: for what it says of itself, as stride and border."""
+    """The model, with shapes in the place of arrays: for what it says of itself, as stride and margin."""
     return nnx.eval_shape(self._build_network)
 
   @functools.cached_property
@@ -112,20 +115,17 @@ class Experiment:
   @functools.cached_property
   def schedule(self) -> optax.Schedule:
     """step -> learning rate."""
-    o = self.config.optimizer
-    return optimizer_lib.make_schedule(
-      o.schedule, base_lr=o.base_lr, num_steps=self.config.num_steps, poly_power=o.poly_power, end_lr=o.end_lr,
-      decay_every=o.decay_every, decay_factor=o.decay_factor, warmup_steps=o.warmup_steps, warmup_lr=o.warmup_lr,
-      warmup=o.warmup,
-    )  # fmt: skip
+    keywords = self._optimizer_options("make_schedule")
+    return optimizer_lib.make_schedule(self.config.optimizer.schedule, num_steps=self.config.num_steps, **keywords)
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
-    o = self.config.optimizer
-    return optimizer_lib.make_optimizer(
-      o.name, self.schedule, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay,
-      clip_norm=o.clip_norm, head_multiplier=o.head_multiplier, bias_multiplier=o.bias_multiplier,
-    )  # fmt: skip
+    keywords = self._optimizer_options("make_optimizer")
+    return optimizer_lib.make_optimizer(self.config.optimizer.name, self.schedule, **keywords)
+
+  def _optimizer_options(self, function: str) -> dict:
+    """The options of `config.optimizer` that a function of optimizer.py takes."""
+    return {name: self.config.optimizer[name] for name in options_lib.signature(f"optimizer.{function}")}
 
   def init(self) -> TrainState:
     """The initial state: call it through `state.materialize`, as `init_state` does, or under `jax.eval_shape`."""
@@ -201,15 +201,24 @@ class Experiment:
       class_weights: of `class_weights`, [K].
     """
     config = self.config
-    of_loss = dict(config.loss, class_weights=class_weights)
-    del of_loss["auxiliary_weight"]  # Of the step.
-    options = dict(
-      state_sharding=self.state_sharding, seed=config.seed, crop_size=config.crop_size,
-      augmentation=dict(config.augment), auxiliary_weight=config.loss.auxiliary_weight,
-      ema_decay=config.optimizer.ema_decay, accumulate_steps=config.accumulate_steps, kernels=config.kernels,
-      loss=losses.make_loss(ignore_label=IGNORE_LABEL, **of_loss),
-    )  # fmt: skip
-    return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **options | replaced)
+    augment_batch = functools.partial(
+      augment.augment_batch,
+      options=self.augmentation,
+      crop_size=config.crop_size,
+      margin=self.network.margin,
+      fill=self.network.mean,
+      ignore_label=IGNORE_LABEL,
+    )
+    keywords = dict(
+      state_sharding=self.state_sharding,
+      seed=config.seed,
+      augment_batch=augment_batch,
+      loss=losses.make_loss(ignore_label=IGNORE_LABEL, **dict(config.loss, class_weights=class_weights)),
+      ema_decay=config.optimizer.ema_decay,
+      accumulate_steps=config.accumulate_steps,
+      kernels=config.kernels,
+    )
+    return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **keywords | replaced)
 
   @property
   def protocol(self) -> dict:
@@ -219,12 +228,10 @@ class Experiment:
 
   def make_eval_step(self, **replaced) -> Callable:
     """See `steps.make_eval_step`; `replaced` are keywords of it in place of the config's."""
-    config = self.config
-    options = dict(
-      num_classes=self.num_classes, protocol=self.protocol, outside=config.eval.outside,
-      sigmoid=config.head == "sigmoid", threshold=config.eval.threshold, kernels=config.kernels,
-    )  # fmt: skip
-    return steps.make_eval_step(self.graphdef, self.mesh, **options | replaced)
+    e, sigmoid = self.config.eval, self.config.head == "sigmoid"
+    keywords = dict(num_classes=self.num_classes, protocol=self.protocol, outside=e.outside, threshold=e.threshold)
+    keywords |= dict(sigmoid=sigmoid, kernels=self.config.kernels)
+    return steps.make_eval_step(self.graphdef, self.mesh, **keywords | replaced)
 
   @functools.cached_property
   def eval_step(self) -> Callable:
@@ -280,8 +287,8 @@ class Experiment:
       image = jax.ShapeDtypeStruct((1, *config.crop_size, 3), jnp.float32)
       jax.eval_shape(forward, self._shapes.variables(), image)
     except layers.NoVariance as error:
-      options = dict(frozen_bn=True, image_pooling=False, batch_norm=False)  # Of some of the models each.
-      remedies = [f"model.{k} = {v}" for k, v in options.items() if k in config.model and config.model[k] != v]
+      choices = dict(frozen_bn=True, image_pooling=False, batch_norm=False)  # Of some of the models each.
+      remedies = [f"model.{k} = {v}" for k, v in choices.items() if k in config.model and config.model[k] != v]
       raise ConfigError(
         f"config.batch_size = {config.batch_size} with accumulate_steps = {config.accumulate_steps} is one image at a time:"
         f" {error} Make batch_size at least {2 * config.accumulate_steps}, or set {' or '.join(remedies)}."
@@ -300,21 +307,9 @@ class Experiment:
       if len(weights) != len(source.classes):
         raise ConfigError(f"loss.class_weights has {len(weights)} numbers for {len(source.classes)} classes.")
       return np.asarray(weights, np.float32)
-    pixels, images_with_class = map(np.asarray, distributed.on_first(lambda: _label_statistics(source, workdir)))
+    cache = workdir / "label_statistics.json"
+    pixels, images_with_class = map(np.asarray, distributed.on_first(lambda: scan.cached_statistics(source, cache)))
     try:
       return losses.class_weights(weights[0], pixels, images_with_class)
     except ValueError as error:
       raise ConfigError(str(error)) from error
-
-
-def _label_statistics(source, workdir: pathlib.Path) -> tuple[list[int], list[int]]:
-  cache = workdir / "label_statistics.json"
-  if cache.exists():
-    try:
-      saved = json.loads(cache.read_text())
-      return list(saved["pixels"]), list(saved["images_with_class"])
-    except (ValueError, KeyError, TypeError) as error:
-      raise ConfigError(f"{cache}: damaged ({error}). Remove it: it is made again from the labels.") from error
-  pixels, images_with_class = (counts.tolist() for counts in scan.label_statistics(source))
-  atomic.write_text(cache, json.dumps(dict(pixels=pixels, images_with_class=images_with_class)))
-  return pixels, images_with_class

@@ -32,7 +32,7 @@ def blank_padding(image: jax.Array, size: jax.Array, fill: Sequence[float]) -> j
 
 
 def mirrored_padding(image: jax.Array, size: jax.Array) -> jax.Array:
-  """Fills the canvas around images with the images themselves, mirrored at their border pixels; arguments as above."""
+  """Fills the canvas around images with the images themselves, mirrored at their edge pixels; arguments as above."""
 
   def one(image, size):
     rows, cols = (resize.mirror_index(jnp.arange(n), length) for n, length in zip(image.shape, size))
@@ -57,7 +57,7 @@ def class_scores(
     scales: relative to the image; the size rule is official DeepLab's, trunc((n - 1) * scale + 1).
     flip: whether each scale's mirror image is averaged in.
     window, window_stride: (H, W) of sliding windows at every scale, and the distance between them; (0, 0): the whole
-      image at once. For a model with a margin they are tiles, see `overlap_tile`, and the distance is of no matter.
+      image at once. For a model with a margin they are tiles, see `overlap_tile`, and the distance is ignored.
   """
   views = [(scale, mirrored) for scale in scales for mirrored in ((False, True) if flip else (False,))]
   options = dict(window=window, window_stride=window_stride)
@@ -80,9 +80,10 @@ def foreground_probability(
   return scores[..., 1] if several else jax.nn.sigmoid(scores[..., 1] - scores[..., 0])
 
 
-def view_logits(model: nnx.Module, image: jax.Array, scale: float, mirrored: bool, *, window=(0, 0),
-                window_stride=(0, 0)) -> jax.Array:  # fmt: skip
-  """Logits [B, H, W, K] of one view of the image, back in its place and size; arguments as of `class_scores`."""
+def view_logits(
+  model: nnx.Module, image: jax.Array, scale: float, mirrored: bool, *, window=(0, 0), window_stride=(0, 0)
+) -> jax.Array:
+  """Logits [B, H, W, K] of one view of the image, resized and mirrored back; arguments as of `class_scores`."""
   size = image.shape[1:3]
   view = resize.resize_bilinear(image, tuple(int((n - 1) * scale + 1) for n in size), model.align_corners)
   view = view[:, :, ::-1] if mirrored else view
@@ -145,7 +146,7 @@ def overlap_tile(model, image: jax.Array, tile: tuple[int, int]) -> jax.Array:
   h, w = image.shape[1:3]
   field = tuple(model.unpadded_size(min(n, limit)) for n, limit in zip(tile, (h, w)))  # Of a tile's pixels.
   out = tuple(n - 2 * model.margin for n in field)
-  steps = tuple(max(n // model.stride, 1) * model.stride for n in out)
+  steps = tuple(max(n // model.coarsest_stride, 1) * model.coarsest_stride for n in out)
   counts = tuple(-(-max(n - m, 0) // step) + 1 for n, m, step in zip((h, w), out, steps))
   covered = tuple((count - 1) * step + m for count, step, m in zip(counts, steps, out))
   image = resize.mirror(image, model.margin, tuple(n + 2 * model.margin for n in covered))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What `loss.terms` may name. All take logits and label, and leave void pixels out of every sum.
+# What `loss.terms` may name. All take logits and label, and leave void pixels out.
 TERMS = ("cross_entropy", "bce", "dice", "jaccard", "focal", "lovasz")
 
 
@@ -51,8 +51,9 @@ def make_loss(
   hard_fraction_steps: int = 0,
   focal_gamma: float = 2.0,
   border_weight: float = 0.0,
+  auxiliary_weight: float = 0.4,
 ) -> Callable[..., jax.Array]:
-  """loss(logits, label, step, border=None) -> scalar, a weighted sum.
+  """loss(logits, label, step, border=None, auxiliary=None) -> scalar, a weighted sum.
 
   Args:
     terms: what is summed, with weights: ("bce", "dice:0.5"). cross_entropy (softmax head), bce (sigmoid head), dice,
@@ -63,13 +64,18 @@ def make_loss(
     focal_gamma: how much focal neglects easy pixels (arXiv 1708.02002: 2).
     border_weight: w0 of the U-Net's weight map (arXiv 1505.04597, equation 2: 10), which cross_entropy and bce add to a
       pixel's weight: w0 * border, where `border` [B, H, W] in [0, 1] comes with the batch (data.instances). 0: off.
+    auxiliary_weight: of a model's auxiliary head (PSPNet, arXiv 1612.01105, section 5.2), where it has one.
+
+  `auxiliary` are the logits of that head, of the label's size; their loss is the same weighted sum.
 
   Raises:
     ValueError: terms that `parse_terms` refuses.
   """
   weights = parse_terms(terms)
 
-  def loss(logits, label, step, border=None):
+  def loss(logits, label, step, border=None, auxiliary=None):
+    if auxiliary is not None:
+      return loss(logits, label, step, border) + auxiliary_weight * loss(auxiliary, label, step, border)
     extra = None if border is None else border_weight * border
     weighted = dict(ignore_label=ignore_label, class_weights=class_weights)
     of_pixels = dict(weighted, extra_weight=extra)
@@ -134,9 +140,9 @@ def _in_range(label, num_classes):
 
 @jax.custom_vjp
 def _of_label(x, label):
-  """[B, H, W]: what [B, H, W, K] has for each pixel's class; some number where void, without a gradient.
+  """[B, H, W]: the element of [B, H, W, K] at each pixel's class; any of them where void, without a gradient.
 
-  Autodiff's gradient of this gather is a scatter; as a sum over the classes, a pass over a map that is written for it
+  Its gradient is written as a comparison with each class, because autodiff makes a scatter of this gather's
   (benchmarks/kernels.md).
   """
   return jnp.take_along_axis(x, _in_range(label, x.shape[-1])[..., None], -1, mode="promise_in_bounds")[..., 0]
@@ -162,9 +168,14 @@ def _pixel_weight(label, class_weights, extra_weight, dtype):
   return weight if extra_weight is None else weight + extra_weight.astype(dtype)
 
 
-def binary_cross_entropy(logits: jax.Array, label: jax.Array, *, ignore_label: int,
-                         class_weights: jax.Array | np.ndarray | None = None,
-                         extra_weight: jax.Array | None = None) -> jax.Array:  # fmt: skip
+def binary_cross_entropy(
+  logits: jax.Array,
+  label: jax.Array,
+  *,
+  ignore_label: int,
+  class_weights: jax.Array | np.ndarray | None = None,
+  extra_weight: jax.Array | None = None,
+) -> jax.Array:
   """Mean cross-entropy of sigmoid(logits) over the valid pixels of the whole batch.
 
   Args:
@@ -204,9 +215,8 @@ def _of_classes(class_weights, num_classes, dtype):
   return jnp.asarray(class_weights, dtype)
 
 
-def _overlap_loss(union, sums, smooth, class_weights):
+def _overlap_loss(union, probability, truth, smooth, class_weights):
   """The (weighted) mean over classes of 1 - hits / union(hits, false) over the whole batch; 0 for absent classes."""
-  probability, truth = sums
   hits = (probability * truth).sum((0, 1, 2))  # [K]
   false = (probability + truth).sum((0, 1, 2)) - 2 * hits  # False positives and false negatives.
   loss = jnp.where(truth.sum((0, 1, 2)) > 0, 1 - (hits + smooth) / jnp.maximum(union(hits, false) + smooth, 1e-7), 0)
@@ -214,13 +224,19 @@ def _overlap_loss(union, sums, smooth, class_weights):
   return (loss * weights).sum() / weights.sum()
 
 
-def dice(logits: jax.Array, label: jax.Array, *, ignore_label: int, smooth: float = 0.0,
-         class_weights: jax.Array | np.ndarray | None = None) -> jax.Array:  # fmt: skip
+def dice(
+  logits: jax.Array,
+  label: jax.Array,
+  *,
+  ignore_label: int,
+  smooth: float = 0.0,
+  class_weights: jax.Array | np.ndarray | None = None,
+) -> jax.Array:
   """1 - 2 sum(p t) / (sum p + sum t) per class over the whole batch, then the mean over classes (V-Net, arXiv 1606.04797).
 
   Args:
     logits: [B, H, W, K], softmax; or [B, H, W, 1], sigmoid, where only the foreground is scored.
-    label: [B, H, W] int; void counts in no sum, neither its label nor its probability.
+    label: [B, H, W] int; void counts nowhere, neither its label nor its probability.
     smooth: added to sum(p t) and to half the denominator.
     class_weights: [K] of the mean over classes, not all 0; none with one logit.
 
@@ -230,19 +246,32 @@ def dice(logits: jax.Array, label: jax.Array, *, ignore_label: int, smooth: floa
   Raises:
     ValueError: class weights for one logit.
   """
-  sums = _probability_and_truth(logits, label, ignore_label)
-  return _overlap_loss(lambda hits, false: hits + false / 2, sums, smooth, class_weights)
+  probability, truth = _probability_and_truth(logits, label, ignore_label)
+  return _overlap_loss(lambda hits, false: hits + false / 2, probability, truth, smooth, class_weights)
 
 
-def jaccard(logits: jax.Array, label: jax.Array, *, ignore_label: int, smooth: float = 0.0,
-            class_weights: jax.Array | np.ndarray | None = None) -> jax.Array:  # fmt: skip
+def jaccard(
+  logits: jax.Array,
+  label: jax.Array,
+  *,
+  ignore_label: int,
+  smooth: float = 0.0,
+  class_weights: jax.Array | np.ndarray | None = None,
+) -> jax.Array:
   """1 - sum(p t) / (sum p + sum t - sum(p t)), soft IoU; arguments, void and absent classes as of `dice`."""
-  sums = _probability_and_truth(logits, label, ignore_label)
-  return _overlap_loss(lambda hits, false: hits + false, sums, smooth, class_weights)
+  probability, truth = _probability_and_truth(logits, label, ignore_label)
+  return _overlap_loss(lambda hits, false: hits + false, probability, truth, smooth, class_weights)
 
 
-def focal(logits: jax.Array, label: jax.Array, *, ignore_label: int, gamma: float = 2.0, one_vs_rest: bool = False,
-          class_weights: jax.Array | np.ndarray | None = None) -> jax.Array:  # fmt: skip
+def focal(
+  logits: jax.Array,
+  label: jax.Array,
+  *,
+  ignore_label: int,
+  gamma: float = 2.0,
+  one_vs_rest: bool = False,
+  class_weights: jax.Array | np.ndarray | None = None,
+) -> jax.Array:
   """(1 - p)^gamma times cross-entropy, p the probability of the true class (Lin et al. 2017, arXiv 1708.02002, eq. 4).
 
   Args:
@@ -267,8 +296,14 @@ def focal(logits: jax.Array, label: jax.Array, *, ignore_label: int, gamma: floa
   return loss.sum() / jnp.maximum(valid.sum(), 1)
 
 
-def lovasz(logits: jax.Array, label: jax.Array, *, ignore_label: int, per_image: bool = False,
-           class_weights: jax.Array | np.ndarray | None = None) -> jax.Array:  # fmt: skip
+def lovasz(
+  logits: jax.Array,
+  label: jax.Array,
+  *,
+  ignore_label: int,
+  per_image: bool = False,
+  class_weights: jax.Array | np.ndarray | None = None,
+) -> jax.Array:
   """The Lovász extension of 1 - IoU: softmax for classes, hinge for one logit (Berman et al. 2018, arXiv 1705.08790).
 
   Args:

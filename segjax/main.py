@@ -1,6 +1,7 @@
 """The door: python -m segjax.main --config=NAME or FILE.py --workdir=runs/x [--mode=MODE] [--config.a=b ...]
 
-MODE: train, eval, submit, dry_run, config; or, for short, segjax train, segjax eval, ... without --mode. Only flags, process start and dispatch; the work is in functions of (config, workdir) that can be imported.
+MODE: train, eval, submit, dry_run, config; or, for short, segjax train, segjax eval, ... without --mode. Only flags,
+process start and dispatch; the work is in functions of (config, workdir) that can be imported.
 """
 
 import os

@@ -31,7 +31,7 @@ def confusion_at_thresholds(label: jax.Array, probability: jax.Array, thresholds
   Args:
     label: [B, H, W] int; other values than 0 and 1 are void.
     probability: [B, H, W] float, of the second class; NaN lies above nothing.
-    thresholds: T numbers, rising.
+    thresholds: T of them, rising.
   """
   bins = sum((probability > t).astype(jnp.int32) for t in thresholds)  # How many thresholds it exceeds.
   counts = _histogram(label, bins, 2, len(thresholds) + 1)
@@ -51,7 +51,7 @@ def _histogram(label, value, num_classes, num_values):
 
 
 def add(total: np.ndarray | None, batch) -> np.ndarray:
-  """Merges counts in int64 on the host; `total` None starts a new sum."""
+  """Adds counts in int64 on the host; `total` None: the first."""
   batch = np.asarray(batch).astype(np.int64)
   return batch if total is None else total + batch
 
@@ -64,9 +64,9 @@ def scores(confusion: np.ndarray) -> dict[str, float | np.ndarray]:
 
   Returns:
     `mean_iou`, `pixel_accuracy`, `mean_accuracy`, `frequency_weighted_iou`, `mean_dice` as floats, and arrays [K]
-    `iou_per_class`, `dice_per_class`, `accuracy_per_class`. A class with neither label nor prediction has IoU NaN and is left out of the mean; one that is
-    only predicted counts as 0. Accuracy is NaN, and left out, where a class has no label. All NaN for an empty matrix.
-    (The rules of TensorFlow's mean_iou, mmsegmentation and VainF's metrics.)
+    `iou_per_class`, `dice_per_class`, `accuracy_per_class`. A class with neither label nor prediction has IoU NaN and is
+    left out of the mean; one that is only predicted counts as 0. Accuracy is NaN, and left out, where a class has no
+    label. All NaN for an empty matrix. (The rules of TensorFlow's mean_iou, mmsegmentation and VainF's metrics.)
   """
   confusion = np.asarray(confusion, np.float64)  # Exact up to 2^53 pixels.
   hits, truth, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)

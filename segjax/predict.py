@@ -3,8 +3,8 @@
 IMAGES are files, or folders, which are searched with their subfolders. For each image NAME, DIR gets these; files of the
 same name that an earlier call left there are overwritten, but two images of one name are refused.
 
-  ids/NAME.png          class ids as grey numbers, in the order of ids/classes.txt
-  colors/NAME.png       the same numbers as a palette image, shown in the classes' colours
+  ids/NAME.png          class ids as grey levels, in the order of ids/classes.txt
+  colors/NAME.png       the same ids as a palette image, shown in the classes' colours
   overlays/NAME.png     the image, painted with them (of two classes: the second, in green)
   probability/NAME.png  for two classes: the second's probability, 0 to 255 for 0 to 1, as a palette image, shown from
                         black to white over blue, green and red
@@ -26,6 +26,7 @@ Instead of a run, weights of other frameworks predict as in --mode=eval: --confi
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -33,6 +34,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tqdm
@@ -43,7 +45,7 @@ from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError, order, unlabelled
 from segjax.input_pipeline.canvas import pad_batch
-from segjax.run import commandline, outputs, task
+from segjax.run import commandline, outputs, pictures, task
 
 KINDS = ("ids", "colors", "overlays", "probability")
 TILE = 1025  # Pixels. 64 channels of such a square, a U-Net's first features, are 0.27 GB.
@@ -75,73 +77,126 @@ def predict(
   _check_outputs(out, photos)
 
   # Not earlier: whoever misspelt a name should not wait for these imports.
-  import jax
-
-  from segjax import sharding
   from segjax.experiment import Experiment
-  from segjax.run import evaluation, pictures, warm_start
+  from segjax.run import warm_start
 
   loaded = warm_start.load_unless_run(config, workdir)
-  found = task.of_run(config, workdir)
-  if found.canvas_size is None:
-    print("note: no evaluation's canvas is known, so each image gets one of its own; see --config.data.canvas_size")
-  experiment = Experiment(config, num_classes=len(found.classes))
-  mesh, model = experiment.mesh, experiment.network
+  trained = task.of_run(config, workdir)
+  experiment = Experiment(config, num_classes=len(trained.classes))
   variables, _, origin = experiment.trained_variables(workdir, loaded)
-  tables = dict(colors=pictures.color_table(found.palette), probability=pictures.heat_table())
+  save = _Pictures(out, trained.palette)
 
-  def write(photo: unlabelled.Photo, image: np.ndarray, result: dict[str, np.ndarray]) -> None:
-    ids = result["prediction"]
-    made = dict(ids=Image.fromarray(ids), colors=pictures.indexed_image(ids, tables["colors"]))
-    made["overlays"] = Image.fromarray(pictures.paint(image, ids, found.palette))
-    if "probability" in result:
-      made["probability"] = pictures.indexed_image(result["probability"], tables["probability"])
-    for kind, picture in made.items():
-      path = outputs.output_path(out / kind, f"{photo.name}.png")
-      path.parent.mkdir(parents=True, exist_ok=True)
-      picture.save(path)
-
-  groups = collections.defaultdict(list)
-  for photo in photos:
-    groups[unlabelled.canvas_for(photo.size, found.canvas_size, tile)].append(photo)
   workers = config.data.workers or os.cpu_count()
-  try:
+  groups = _groups(photos, experiment, trained.canvas_size, tile, workers)
+  with (
+    _named_failures(out),
+    tqdm.tqdm(None, "predicting", len(photos), unit=" images") as bar,
+    concurrent.futures.ThreadPoolExecutor(workers) as pool,
+  ):
     (out / "ids").mkdir(exist_ok=True)
-    (out / "ids/classes.txt").write_text("".join(f"{name}\n" for name in found.classes))
-    with (
-      tqdm.tqdm(None, "predicting", len(photos), unit=" images") as bar,
-      concurrent.futures.ThreadPoolExecutor(workers) as pool,
-    ):
-      writing = collections.deque()
-      for canvas, group in sorted(groups.items()):
-        batch_size = config.eval.batch_size if canvas == found.canvas_size else mesh.shape["data"]
-        sharding.check_batch(mesh, "eval.batch_size", batch_size)
-        before = len(problems)
-        ahead = min(workers, AHEAD // max(h * w for h, w in (photo.size for photo in group)) + 1)
-        tiles = _Tiles(canvas, model.stride, model.margin, problems)
-        batches = tiles.batches(unlabelled.read_ahead(group, ahead, exif), batch_size)
-        for index, result in evaluation.predictions(experiment.eval_step, variables, batches, mesh):
-          if whole := tiles.join(index, result):
-            writing.append(pool.submit(write, *whole))
-            bar.update()
-          if len(writing) > ahead:  # Results must not pile up in memory.
-            writing.popleft().result()
-        bar.update(len(problems) - before)
-      for future in writing:
-        future.result()
-  except OSError as error:
-    raise ConfigError(f"{out} cannot be written ({error}). Free the space, or give another --out.") from error
+    (out / "ids/classes.txt").write_text("".join(f"{name}\n" for name in trained.classes))
+    saving = collections.deque()
+    for group in groups:
+      before = len(problems)
+      for result in _results(experiment, variables, group, exif, problems, tile):
+        saving.append(pool.submit(save, *result))
+        bar.update()
+        if len(saving) > group.ahead:  # Results must not pile up in memory.
+          saving.popleft().result()
+      bar.update(len(problems) - before)
+    for future in saving:
+      future.result()
+  written = KINDS if len(trained.classes) == 2 else KINDS[:3]
+  protocol = f"scales {tuple(config.eval.scales)}, flip {config.eval.flip}"
+  print(f"{origin}, {protocol}\nresults: {out}/{{{','.join(written)}}}", flush=True)
+  return problems
+
+
+class _Group(NamedTuple):
+  """Photos that share a canvas (H, W), and so a compiled program."""
+
+  canvas: tuple[int, int]
+  photos: list[unlabelled.Photo]
+  batch_size: int
+  ahead: int  # Photos that are read before their turn, and results that wait to be written.
+
+
+def _groups(photos, experiment, eval_canvas, tile: int, workers: int) -> list[_Group]:
+  """All photos by canvas; ConfigError where the mesh does not divide a batch."""
+  from segjax import sharding
+
+  if eval_canvas is None:
+    print("note: no evaluation's canvas is known, so each image gets one of its own; see --config.data.canvas_size")
+  by_canvas = collections.defaultdict(list)
+  for photo in photos:
+    by_canvas[unlabelled.canvas_for(photo.size, eval_canvas, tile)].append(photo)
+  groups = []
+  for canvas, group in sorted(by_canvas.items()):
+    batch_size = experiment.config.eval.batch_size if canvas == eval_canvas else experiment.mesh.shape["data"]
+    sharding.check_batch(experiment.mesh, "eval.batch_size", batch_size)
+    largest = max(h * w for h, w in (photo.size for photo in group))
+    groups.append(_Group(canvas, group, batch_size, ahead=min(workers, AHEAD // largest + 1)))
+  return groups
+
+
+def _results(
+  experiment, variables, group: _Group, exif: str, problems: list[str], tile: int
+) -> Iterator[tuple[unlabelled.Photo, np.ndarray, dict]]:
+  """The photos that can be read, with their pixels and what is predicted for them; `problems` gets the others.
+
+  Raises:
+    ConfigError: too little memory.
+  """
+  import jax
+
+  from segjax.run import evaluation
+
+  tiles = _Tiles(group.canvas, experiment.network.coarsest_stride, experiment.network.margin, problems)
+  batches = tiles.batches(unlabelled.read_ahead(group.photos, group.ahead, exif), group.batch_size)
+  try:
+    for index, result in evaluation.predictions(experiment.eval_step, variables, batches, experiment.mesh):
+      if whole := tiles.join(index, result):
+        yield whole
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise ConfigError(
-      f"The device has too little memory for images of {canvas[0]}x{canvas[1]}, {batch_size} at a time. Lower"
-      f" --config.eval.batch_size or --tile ({tile}).\n{str(error).splitlines()[0]}"
+      f"The device has too little memory for images of {group.canvas[0]}x{group.canvas[1]}, {group.batch_size} at a time."
+      f" Lower --config.eval.batch_size or --tile ({tile}).\n{str(error).splitlines()[0]}"
     ) from error
-  written = KINDS if len(found.classes) == 2 else KINDS[:3]
-  protocol = f"scales {tuple(config.eval.scales)}, flip {config.eval.flip}"
-  print(f"{origin}, {protocol}\nresults: {out}/{{{','.join(written)}}}", flush=True)
-  return problems
+
+
+@contextlib.contextmanager
+def _named_failures(out: pathlib.Path) -> Iterator[None]:
+  """What cannot be written becomes a ConfigError."""
+  try:
+    yield
+  except OSError as error:
+    raise ConfigError(f"{out} cannot be written ({error}). Free the space, or give another --out.") from error
+
+
+class _Pictures:
+  """Writes the result of an image, one picture of each kind.
+
+  Args:
+    out: folder of the results.
+    palette: [K, 3] uint8, the classes' colours.
+  """
+
+  def __init__(self, out: pathlib.Path, palette: np.ndarray):
+    self._out, self._palette = out, palette
+    self._colors, self._heat = pictures.color_table(palette), pictures.heat_table()
+
+  def __call__(self, photo: unlabelled.Photo, image: np.ndarray, result: dict[str, np.ndarray]) -> None:
+    ids = result["prediction"]
+    made = dict(ids=Image.fromarray(ids), colors=pictures.indexed_image(ids, self._colors))
+    made["overlays"] = Image.fromarray(pictures.paint(image, ids, self._palette))
+    if "probability" in result:
+      made["probability"] = pictures.indexed_image(result["probability"], self._heat)
+    for kind, picture in made.items():
+      path = outputs.output_path(self._out / kind, f"{photo.name}.png")
+      path.parent.mkdir(parents=True, exist_ok=True)
+      picture.save(path)
 
 
 def _check_outputs(out: pathlib.Path, photos: Sequence[unlabelled.Photo]) -> None:
@@ -171,7 +226,7 @@ class _Tiles:
 
   def __init__(self, canvas: tuple[int, int], stride: int, margin: int, problems: list[str]):
     self._canvas, self._stride, self._margin, self._problems = canvas, stride, margin, problems
-    self._places = {}  # {tile's id: (its image, row part, column part)} of tiles under way.
+    self._under_way = {}  # {tile's id: (its image, row part, column part)}.
 
   def batches(
     self, images: Iterator[tuple[unlabelled.Photo, np.ndarray | DataError]], batch_size: int
@@ -194,7 +249,7 @@ class _Tiles:
       whole = _Whole(photo, image, len(rows) * len(cols))
       for row, col in itertools.product(rows, cols):
         index = next(ids)
-        self._places[index] = whole, row, col
+        self._under_way[index] = whole, row, col
         yield unlabelled.example(image[row.start : row.stop, col.start : col.stop], index)
 
   def join(self, index: int, result: dict[str, np.ndarray]) -> tuple[unlabelled.Photo, np.ndarray, dict] | None:
@@ -203,7 +258,7 @@ class _Tiles:
     Args:
       result: {name: [h, w]} of the tile.
     """
-    whole, row, col = self._places.pop(index)
+    whole, row, col = self._under_way.pop(index)
     whole.left -= 1
     for name, values in result.items():
       if name not in whole.result:

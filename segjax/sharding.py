@@ -4,8 +4,8 @@ Axes: `data` splits the batch, `space` the image height. Axis types are Auto: ar
 inserts the collectives, so batch norm and the loss are over the global batch by construction.
 
 Batches come with whole images on each device of `space`, and the height is split inside the jitted step, where a size
-need not divide. Left alone there, XLA splits some maps over a part of the axis, and its convolutions then have wrong
-kernel gradients (see `split_height`).
+need not divide. Left alone there, XLA splits some feature maps over a part of the axis, and its convolutions then have
+wrong gradients with respect to the kernel (see `split_height`).
 """
 
 import collections
@@ -112,12 +112,12 @@ def split_height(x: jax.Array, *others: int) -> jax.Array:
   """Pins [B, H, ...] to batch over `data` and height over `space`; x itself where there is no mesh (see `on`).
 
   Convolutions need it on both sides, for the value and, as its transpose is itself, for the gradient. XLA (jax 0.10.2
-  and 0.12.0) gives silently wrong gradients of a convolution whose map is split over a part of an axis (it multiplies
-  the kernel's by the size of the rest), as it chooses for 10 rows on 4 devices; or which leaves a device without rows.
-  So a map is split over all of `space`, each device having at least one row, or not at all.
+  and 0.12.0) gives silently wrong gradients of a convolution whose feature map is split over a part of an axis (it
+  multiplies the kernel's by the size of the rest), as it chooses for 10 rows on 4 devices; or which leaves a device
+  without rows. So a feature map is split over all of `space`, each device having at least one row, or not at all.
 
   Args:
-    others: heights of the maps that x becomes or came from in the same convolution: all are split, or none.
+    others: heights of the feature maps that x becomes or came from in the same convolution: all are split, or none.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

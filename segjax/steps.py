@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from segjax import augment, inference, metrics, sharding
+from segjax import inference, metrics, sharding
 from segjax import kernels as kernels_lib
 from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL
@@ -42,107 +42,134 @@ def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:
   return nnx.merge(graphdef, variables["params"], variables["batch_stats"], copy=True)
 
 
-def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
-                    state_sharding: TrainState, seed: int, crop_size: tuple[int, int], augmentation: dict,
-                    loss: Callable, auxiliary_weight: float, ema_decay: float, accumulate_steps: int = 1,
-                    kernels: str = "auto") -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
+def make_train_step(
+  graphdef: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  *,
+  state_sharding: TrainState,
+  seed: int,
+  augment_batch: Callable,
+  loss: Callable,
+  ema_decay: float,
+  accumulate_steps: int = 1,
+  kernels: str = "auto",
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
   """One update: augment -> normalise -> forward -> loss -> gradient -> optimiser (-> EMA).
-
-  Forward to gradient may happen in parts of the batch, one after another (`accumulate_steps`), each weighing as much as it
-  has labelled pixels. So a loss that is a mean over labelled pixels (cross_entropy, bce, focal) has the gradient of the
-  whole batch, as long as no layer mixes examples: batch norm sees the part, and its running statistics are updated by
-  each. Other losses (hard_fraction, dice, jaccard, lovasz) are means of those of the parts.
 
   Args:
     state_sharding: of the state at rest, from `sharding.of_state`. Parameters are gathered for the step, and each device
       updates what it keeps.
-    augmentation: keywords of `augment.augment_batch`: scale, scale_step, flip, brightness, ...
-    loss: loss(logits, label, step, border) -> scalar, from `losses.make_loss`.
-    auxiliary_weight: of the same loss on the logits of an auxiliary head, where the model has one.
+    augment_batch: augment_batch(key, batch) -> image, label, border; `augment.augment_batch` with its options.
+    loss: loss(logits, label, step, border, auxiliary) -> scalar, from `losses.make_loss`.
     ema_decay: 0 where the state has no `ema`.
-    accumulate_steps: number of parts; see `sharding.split_batch` for which rows they have.
-    kernels: which forms of operations, see `kernels.target`.
+    accumulate_steps: number of parts, see `_make_gradient`.
+    kernels: "auto" or "plain", see `kernels.target`.
 
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
     [B, H, W, 3] uint8, `label` [B, H, W] uint8 and `size` [B, 2] int32, and may have `border` [B, H, W], and `origin`
-    and `share` [B, 2] of images that are cut (`augment.random_crop`). Metrics are
-    scalars: `loss`, `grad_norm`, `pixel_accuracy` of the crops as trained on. A step whose loss or gradient is not finite
-    leaves the state as it was but for `failed_step`.
+    and `share` [B, 2] of images that are cut (`augment.random_crop`). Metrics are scalars: `loss`, `grad_norm`,
+    `pixel_accuracy` of the crops as trained on. A step whose loss or gradient is not finite leaves the state as it was
+    but for `failed_step`.
   """
-
   platform = kernels_lib.target(mesh, kernels)
+  gradient_of = _make_gradient(graphdef, mesh, loss, state_sharding.params, accumulate_steps)
 
   @sharding.on(mesh)
   @kernels_lib.on(platform)
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-    variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
-    network = merge(graphdef, variables)
-    border = batch["border"] if "border" in batch else None
-    window = (batch["origin"], batch["share"]) if "origin" in batch else None
-    image, label, border = augment.augment_batch(
-      augment_key, batch["image"], batch["label"], batch["size"], border, window, crop_size=crop_size, fill=network.mean,
-      ignore_label=IGNORE_LABEL, margin=network.margin, **augmentation,
-    )  # fmt: skip
-    context = dict(context=True) if network.margin else {}
-    labelled = jnp.maximum((label != IGNORE_LABEL).sum(), 1)
-
-    def loss_fn(params, batch_stats, image, label, border, key):
-      image, label = sharding.split_height(image), sharding.split_height(label)
-      model = merge(graphdef, dict(params=params, batch_stats=batch_stats))
-      endpoints = {}
-      logits = model(model.preprocess(image), train=True, key=key, endpoints=endpoints, **context)
-      value = loss(logits, label, state.step, border)
-      if "auxiliary" in endpoints:
-        auxiliary = resize.resize_bilinear(endpoints["auxiliary"], label.shape[1:], model.align_corners)
-        value += auxiliary_weight * loss(auxiliary, label, state.step, border)
-      valid = label != IGNORE_LABEL
-      correct = (valid & (inference.two_classes(logits).argmax(-1) == label)).sum()
-      share = valid.sum() / labelled  # 1 where there is one part.
-      return share * value, (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), correct)
-
-    def add_part(sums, part):
-      batch_stats, *before = sums
-      (value, (batch_stats, correct)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-        variables["params"], batch_stats, *part
-      )
-      gradient = jax.lax.with_sharding_constraint(gradient, state_sharding.params)
-      return (batch_stats, *jax.tree.map(jnp.add, before, [gradient, value, correct])), None
-
-    parts = sharding.split_batch((image, label, border), accumulate_steps, mesh)
-    keys = jax.random.split(dropout_key, accumulate_steps)
-    nothing = variables["batch_stats"], jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros((), int)
-    if accumulate_steps == 1:
-      # Not a loop of one turn: XLA:CPU brings convolutions into a form it has fast code for outside of loops only.
-      sums, _ = add_part(nothing, jax.tree.map(lambda x: x[0], (*parts, keys)))
-    else:
-      sums, _ = jax.lax.scan(add_part, nothing, (*parts, keys))
-    batch_stats, gradient, value, correct = sums
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))
-    ema = state.ema
-    if ema is not None:
-      # Warmed up as TensorFlow does it, so that the average forgets the random start: at most (1 + n) / (10 + n).
-      decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-      ema = optax.incremental_update(dict(params=params, batch_stats=batch_stats), ema, 1 - decay)
-    updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.failed_step, state.policy)
-
+    crops = augment_batch(augment_key, batch)
+    gradient, batch_stats, value, accuracy = gradient_of(state, crops, dropout_key)
     grad_norm = optax.tree.norm(gradient)
     sound = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.failed_step < 0)
-    failed = jnp.where(state.failed_step < 0, state.step, state.failed_step)
-    kept = TrainState(state.step, state.params, state.batch_stats, state.opt_state, state.ema, failed, state.policy)
-    state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, kept)
-
-    return state, dict(loss=value, grad_norm=grad_norm, pixel_accuracy=correct / labelled)
+    updated = _update(state, optimizer, gradient, batch_stats, ema_decay)
+    state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, _failed(state))
+    return state, dict(loss=value, grad_norm=grad_norm, pixel_accuracy=accuracy)
 
   out = state_sharding, sharding.replicated(mesh)
   return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=compiler.options("train", platform))
 
 
-def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
-                   protocol: dict, outside: str = "void", sigmoid: bool = False,
-                   threshold: float = 0.5, kernels: str = "auto") -> Callable[[dict, dict], dict]:  # fmt: skip
+def _make_gradient(graphdef: nnx.GraphDef, mesh: Mesh, loss: Callable, params_sharding, parts: int) -> Callable:
+  """gradient_of(state, crops, key) -> gradient, batch statistics, loss and pixel accuracy of a batch.
+
+  Forward to gradient may happen in `parts` of the batch, one after another, each weighing as much as it has labelled
+  pixels; `sharding.split_batch` says which rows each has. So a loss that is a mean over labelled pixels (cross_entropy,
+  bce, focal) has the gradient of the whole batch, as long as no layer mixes examples: batch norm sees the part, and its
+  running statistics are updated by each. Other losses (hard_fraction, dice, jaccard, lovasz) are means of those of the
+  parts.
+  """
+
+  def part_loss(params, batch_stats, part, step, labelled):
+    image, label, border, key = part
+    image, label = sharding.split_height(image), sharding.split_height(label)
+    model, endpoints = merge(graphdef, dict(params=params, batch_stats=batch_stats)), {}
+    logits = model(model.preprocess(image), train=True, key=key, endpoints=endpoints, context=model.margin > 0)
+    auxiliary = endpoints["auxiliary"] if "auxiliary" in endpoints else None
+    if auxiliary is not None:
+      auxiliary = resize.resize_bilinear(auxiliary, label.shape[1:], model.align_corners)
+    value = loss(logits, label, step, border, auxiliary)
+    valid = label != IGNORE_LABEL
+    correct = (valid & (inference.two_classes(logits).argmax(-1) == label)).sum()
+    share = valid.sum() / labelled  # 1 where there is one part.
+    return share * value, (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), correct)
+
+  def gradient_of(state: TrainState, crops, key):
+    variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
+    labelled = jnp.maximum((crops[1] != IGNORE_LABEL).sum(), 1)
+
+    def add_part(totals, part):
+      batch_stats, *before = totals
+      (value, (batch_stats, correct)), gradient = jax.value_and_grad(part_loss, has_aux=True)(
+        variables["params"], batch_stats, part, state.step, labelled
+      )
+      gradient = jax.lax.with_sharding_constraint(gradient, params_sharding)
+      return (batch_stats, *jax.tree.map(jnp.add, before, [gradient, value, correct])), None
+
+    split = (*sharding.split_batch(crops, parts, mesh), jax.random.split(key, parts))
+    zero = variables["batch_stats"], jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros((), int)
+    if parts == 1:
+      # Not a loop of one turn: XLA:CPU has its fast convolutions outside of loops only.
+      totals, _ = add_part(zero, jax.tree.map(lambda x: x[0], split))
+    else:
+      totals, _ = jax.lax.scan(add_part, zero, split)
+    batch_stats, gradient, value, correct = totals
+    return gradient, batch_stats, value, correct / labelled
+
+  return gradient_of
+
+
+def _update(state: TrainState, optimizer, gradient, batch_stats, ema_decay: float) -> TrainState:
+  """The state after the optimiser's step."""
+  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))
+  ema = state.ema
+  if ema is not None:
+    # Warmed up as TensorFlow does it, so that the average forgets the random start: at most (1 + n) / (10 + n).
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema = optax.incremental_update(dict(params=params, batch_stats=batch_stats), ema, 1 - decay)
+  return TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.failed_step, state.policy)
+
+
+def _failed(state: TrainState) -> TrainState:
+  """The same state, with the first step that failed: this one, if none has before."""
+  failed = jnp.where(state.failed_step < 0, state.step, state.failed_step)
+  return TrainState(state.step, state.params, state.batch_stats, state.opt_state, state.ema, failed, state.policy)
+
+
+def make_eval_step(
+  graphdef: nnx.GraphDef,
+  mesh: Mesh,
+  *,
+  num_classes: int,
+  protocol: dict,
+  outside: str = "void",
+  sigmoid: bool = False,
+  threshold: float = 0.5,
+  kernels: str = "auto",
+) -> Callable[[dict, dict], dict]:
   """Scores whole images at their own size against their own labels; labels are never resized.
 
   Labels outside `size` are void.
@@ -152,14 +179,13 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
     outside: what the canvas shows there: "void", the mean pixel, or "mirror".
     sigmoid: whether the model has one logit, that of the second of two classes,
     threshold: which is predicted where its probability lies above this.
-    kernels: which forms of operations, see `kernels.target`.
+    kernels: "auto" or "plain", see `kernels.target`.
 
   Returns:
     eval_step(variables, batch) -> {"confusion": [K, K] int32, "prediction": [B, H, W] uint8}, jitted; `variables` are
     {"params", "batch_stats"}. Of two classes also "probability", [B, H, W] uint8: the second's, 0 to 255 for 0 to 1.
     Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
   """
-
   platform = kernels_lib.target(mesh, kernels)
 
   @sharding.on(mesh)

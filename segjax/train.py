@@ -158,8 +158,15 @@ def resume_or_begin(experiment: Experiment, workdir: pathlib.Path, checkpoints: 
   return state
 
 
-def log(step: int, recent: list[dict], experiment: Experiment, state: TrainState, bad: BadExamples,
-        progress: report.Progress, writer: report.Writer) -> None:  # fmt: skip
+def log(
+  step: int,
+  recent: list[dict],
+  experiment: Experiment,
+  state: TrainState,
+  bad: BadExamples,
+  progress: report.Progress,
+  writer: report.Writer,
+) -> None:
   """Writes and says what the `recent` steps, up to `step`, brought: the means of their metrics, speed and learning rate."""
   recent = jax.device_get(recent)
   means = {f"train/{name}": float(np.mean([metrics[name] for metrics in recent])) for name in recent[0]}

@@ -75,7 +75,7 @@ def host_batches(config, num_steps):
   )  # fmt: skip
 
 
-def label_checksum(logits, label, step, border):
+def label_checksum(logits, label, step, border, auxiliary):
   """A loss that tells the labels which the step made, 20 bits at any precision: a random number per pixel and value."""
   bits = jax.random.bits(jax.random.key(1), (*label.shape, 8), jnp.uint32)
   chosen = jnp.take_along_axis(bits, jnp.minimum(label, 7)[..., None], axis=-1)

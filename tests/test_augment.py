@@ -11,25 +11,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from segjax import augment, sharding
 
-OFF = dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, hsv=(0.0, 0.0, 0.0))
-STILL = dict(rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0, outside="void")
 FILL = (10.0, 20.0, 30.0)
 
 
-def run(image, label, size=None, crop=(24, 24), seed=0, scale=(0.5, 2.0), step=0.0, flip=True, color=OFF):
-  size = np.array([image.shape[1:3]] * len(image), np.int32) if size is None else size
+def run_all(image, label, size=None, border=None, crop=(24, 24), margin=0, seed=0, **options):
+  """Crops of image, label and border under options of `Augmentation`."""
+  batch = dict(image=image, label=label)
+  batch["size"] = np.array([image.shape[1:3]] * len(image), np.int32) if size is None else size
+  batch |= {} if border is None else dict(border=border)
   function = functools.partial(
     augment.augment_batch,
+    options=augment.Augmentation(**options),
     crop_size=crop,
+    margin=margin,
     fill=FILL,
     ignore_label=255,
-    scale=scale,
-    scale_step=step,
-    flip=flip,
-    **(STILL | OFF | color),
   )
-  image, label, _ = jax.jit(function)(jax.random.key(seed), image, label, size)
-  return np.asarray(image), np.asarray(label)
+  return jax.tree.map(np.asarray, jax.jit(function)(jax.random.key(seed), batch))
+
+
+def run(image, label, **keywords):
+  return run_all(image, label, **keywords)[:2]
 
 
 def coordinates(batch, h, w):
@@ -111,7 +113,7 @@ def test_realised_scales_cover_the_configured_range():
 
 
 def test_scale_step_draws_the_seven_values_of_official_deeplab():
-  scales = realised_scales(scale=(0.5, 2.0), step=0.25)
+  scales = realised_scales(scale=(0.5, 2.0), scale_step=0.25)
   nearest = np.round(scales * 4) / 4
   # Aligned corners: 60 pixels at scale s are trunc(60 s), so the realised ratio is (trunc(60 s) - 1) / 59.
   np.testing.assert_allclose(scales, (np.trunc(60 * nearest) - 1) / 59, rtol=1e-3)
@@ -137,10 +139,10 @@ def test_resampling_equals_the_resize_of_official_deeplab(shared):
 def test_one_and_eight_devices_draw_the_same():
   image, label = coordinates(8, 32, 32)
   color = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
-  alone = run(image, label, color=color)
+  alone = run(image, label, **color)
   mesh = sharding.make_mesh()
   put = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "space"))) for x in (image, label)]
-  sharded = run(*put, color=color)
+  sharded = run(*put, **color)
   np.testing.assert_allclose(sharded[0], alone[0], atol=2e-2)  # Grey levels: XLA fuses each batch size differently.
   np.testing.assert_array_equal(sharded[1], alone[1])
 
@@ -160,7 +162,7 @@ def test_each_colour_option_changes_the_image_stays_in_range_and_spares_padding(
   image = rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
   label = np.zeros((4, 16, 16), np.uint8)
   plain, classes = run(image, label, crop=(24, 24))
-  out, _ = run(image, label, crop=(24, 24), color={name: (0.4, 0.4, 0.4) if name == "hsv" else 0.4})
+  out, _ = run(image, label, crop=(24, 24), **{name: (0.4, 0.4, 0.4) if name == "hsv" else 0.4})
   assert np.abs(out - plain).max() > 1 and out.min() >= 0 and out.max() <= 255.01
   assert (out[classes == 255] == FILL).all()
 
@@ -174,9 +176,9 @@ def test_hue_by_a_third_turns_red_into_green_and_a_full_turn_changes_nothing():
 
 def test_grey_has_no_hue_or_saturation_to_change():
   grey = jnp.full((3, 3, 3), 90.0)
-  color = dict(brightness=0.0, contrast=0.0, saturation=0.9, hue=0.5, hsv=(0.4, 0.4, 0.0))
+  options = augment.Augmentation(saturation=0.9, hue=0.5, hsv=(0.4, 0.4, 0.0))
   np.testing.assert_allclose(
-    augment.jitter_color(jax.random.key(0), grey, jnp.ones((3, 3), bool), **color), grey, atol=1e-3
+    augment.jitter_color(jax.random.key(0), grey, jnp.ones((3, 3), bool), options), grey, atol=1e-3
   )
 
 
@@ -190,14 +192,20 @@ def test_hsv_shifts_equal_colorsys():
     np.testing.assert_allclose(out, 255 * np.array(want), atol=0.01)
 
 
-WARPS = [dict(rotation=30.0), dict(shear=20.0), dict(shift=0.2), dict(zoom=0.3), dict(elastic=4.0),
-         dict(rotation=180.0, shear=10.0, shift=0.1, zoom=0.2, elastic=3.0)]  # fmt: skip
+WARPS = [
+  dict(rotation=30.0),
+  dict(shear=20.0),
+  dict(shift=0.2),
+  dict(zoom=0.3),
+  dict(elastic=4.0),
+  dict(rotation=180.0, shear=10.0, shift=0.1, zoom=0.2, elastic=3.0),
+]
 
 
 @pytest.mark.parametrize("warp", WARPS)
 def test_warped_images_and_labels_stay_aligned_and_labels_are_never_invented(warp):
   image, label = coordinates(16, 56, 48)
-  out, classes = run(image, label, crop=(40, 40), scale=(1.0, 1.0), color=warp)
+  out, classes = run(image, label, crop=(40, 40), scale=(1.0, 1.0), **warp)
   inside = classes != 255
   row, col = out[..., 0] / 4, out[..., 1] / 4  # Where each pixel came from.
   near_half = (np.abs(row % 1 - 0.5) < 0.02) | (np.abs(col % 1 - 0.5) < 0.02)
@@ -212,9 +220,7 @@ def test_warped_images_and_labels_stay_aligned_and_labels_are_never_invented(war
 
 def test_a_rotation_keeps_distances_and_the_centre():
   for seed in range(5):
-    rows, cols = augment.warp_field(
-      jax.random.key(seed), (21, 31), rotation=90.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0
-    )
+    rows, cols = augment.warp_field(jax.random.key(seed), (21, 31), augment.Augmentation(rotation=90.0))
     assert float(rows[10, 15]) == pytest.approx(10, abs=1e-4) and float(cols[10, 15]) == pytest.approx(15, abs=1e-4)
     away = np.hypot(rows - 10, cols - 15)
     y, x = np.mgrid[:21, :31]
@@ -222,12 +228,9 @@ def test_a_rotation_keeps_distances_and_the_centre():
 
 
 def test_elastic_displacements_have_their_deviation_at_the_grid_and_are_smooth_between():
-  fields = np.stack(
-    [
-      np.stack(augment.warp_field(jax.random.key(seed), (65, 65), rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=10.0))
-      for seed in range(60)
-    ]
-  ) - np.mgrid[:65, :65]  # fmt: skip
+  options = augment.Augmentation(elastic=10.0)
+  fields = np.stack([np.stack(augment.warp_field(jax.random.key(seed), (65, 65), options)) for seed in range(60)])
+  fields -= np.mgrid[:65, :65]
   knots = fields[:, :, ::32, ::32]
   assert knots.shape == (60, 2, 3, 3) and knots.std() == pytest.approx(10, rel=0.08)
   assert np.abs(np.diff(fields, 2, axis=-1)).max() < 0.2 and np.abs(np.diff(fields, axis=-1)).max() < 2.5
@@ -243,19 +246,15 @@ def test_bicubic_interpolation_meets_its_knots_and_keeps_straight_lines():
 
 def test_outside_the_image_mirrored_pixels_carry_their_labels():
   image, label = coordinates(8, 16, 16)
-  out, classes = run(image, label, crop=(24, 24), scale=(1.0, 1.0), flip=False, color=dict(outside="mirror"))
+  out, classes = run(image, label, crop=(24, 24), scale=(1.0, 1.0), flip=False, outside="mirror")
   folded = np.pad(image, ((0, 0), (0, 8), (0, 8), (0, 0)), mode="reflect")
   np.testing.assert_array_equal(out, folded)
   np.testing.assert_array_equal(classes, np.pad(label, ((0, 0), (0, 8), (0, 8)), mode="reflect"))
 
 
-def test_a_margin_shows_the_true_surroundings_and_mirrors_the_border():
+def test_a_margin_shows_the_true_surroundings_and_mirrors_them_at_the_edge():
   image, label = coordinates(8, 30, 30)
-  size = np.array([[30, 30]] * 8, np.int32)
-  out, classes, _ = augment.augment_batch(
-    jax.random.key(0), image, label, size, crop_size=(12, 12), fill=FILL, ignore_label=255, margin=6, scale=(1.0, 1.0),
-    scale_step=0.0, flip=False, **STILL, **OFF,
-  )  # fmt: skip
+  out, classes = run(image, label, crop=(12, 12), margin=6, scale=(1.0, 1.0), flip=False)
   assert out.shape == (8, 24, 24, 3) and classes.shape == (8, 12, 12)
   around = np.pad(image, ((0, 0), (6, 6), (6, 6), (0, 0)), mode="reflect")
   for i in range(8):
@@ -268,9 +267,6 @@ def test_a_border_map_goes_with_the_label():
   image, label = coordinates(8, 40, 40)
   border = (label / 64).astype(np.float16)
   for warp in (dict(), dict(rotation=20.0, elastic=2.0)):
-    _, classes, weight = augment.augment_batch(
-      jax.random.key(0), image, label, np.array([[40, 40]] * 8, np.int32), border, crop_size=(32, 32), fill=FILL,
-      ignore_label=255, scale=(0.5, 2.0), scale_step=0.0, flip=True, **(STILL | OFF | warp),
-    )  # fmt: skip
-    want = np.where(classes == 255, 0, (np.asarray(classes) / 64).astype(np.float16))
+    _, classes, weight = run_all(image, label, border=border, crop=(32, 32), **warp)
+    want = np.where(classes == 255, 0, (classes / 64).astype(np.float16))
     np.testing.assert_array_equal(weight, want)

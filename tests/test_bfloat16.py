@@ -1,4 +1,4 @@
-"""Compute in bfloat16: no sum of many numbers is taken in it, forward or backward."""
+"""Compute in bfloat16: no reduction over many elements is computed in it, forward or backward."""
 
 import contextlib
 

@@ -13,21 +13,18 @@ from segjax.input_pipeline import canvas
 from segjax.run import task
 from segjax.tools import dry_run
 
-OFF = dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, hsv=(0.0, 0.0, 0.0))
-STILL = dict(rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0)
+STILL = {}
 BENT = dict(rotation=20.0, shift=0.1, shear=8.0, zoom=0.2, elastic=1.5)
 
 
 def augmented(batch, draws, crop, margin=0, outside="void", scale=(0.5, 2.0), warp=STILL, cut=True):
   """The crops of a batch on its canvas."""
+  options = augment.Augmentation(scale=scale, outside=outside, **warp)
   function = functools.partial(
-    augment.augment_batch, crop_size=crop, fill=(1, 2, 3), ignore_label=255, margin=margin, scale=scale, scale_step=0.0,
-    flip=True, outside=outside, **OFF, **warp,
-  )  # fmt: skip
-  window = (batch["origin"], batch["share"]) if cut else None
-  return jax.jit(function)(
-    jax.random.key(draws), batch["image"], batch["label"], batch["size"], batch["border"], window
+    augment.augment_batch, options=options, crop_size=crop, margin=margin, fill=(1, 2, 3), ignore_label=255
   )
+  batch = {name: value for name, value in batch.items() if cut or name not in ("origin", "share")}
+  return jax.jit(function)(jax.random.key(draws), batch)
 
 
 @pytest.mark.parametrize("margin, outside, warp", [(0, "void", STILL), (7, "void", STILL), (3, "mirror", BENT)])
@@ -36,7 +33,7 @@ def test_a_crop_of_the_window_is_the_crop_of_the_whole_image_bit_for_bit(margin,
   rng, crop, scale, size = np.random.default_rng(0), (10, 14), (0.5, 2.0), (150, 260)
   if warp is BENT:
     size = (400, 500)
-  window, around = augment.crop_window(crop, margin, scale=scale, outside=outside, **warp)
+  window, around = augment.crop_window(crop, margin, augment.Augmentation(scale=scale, outside=outside, **warp))
   assert window[0] < size[0] and window[1] < size[1]
   image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
   whole = dict(
@@ -54,7 +51,7 @@ def test_a_crop_of_the_window_is_the_crop_of_the_whole_image_bit_for_bit(margin,
 
 def test_the_hosts_share_places_crops_as_evenly_as_the_devices_own_draw():
   """Of all places of 8 in 61 pixels at scale 1, each is as likely, first and last too."""
-  window, around = augment.crop_window((8, 8), 0, scale=(1.0, 1.0), **STILL)
+  window, around = augment.crop_window((8, 8), 0, augment.Augmentation(scale=(1.0, 1.0)))
   image = np.tile(np.arange(61, dtype=np.uint8)[:, None, None], (1, 61, 3))
   whole = dict(image=image, label=image[..., 0], border=image[..., 0], size=np.full(2, 61, np.int32))
   draws = [canvas.cut_window(whole, window, around, (5, step, row)) for step in range(40) for row in range(50)]
@@ -67,7 +64,7 @@ def test_the_hosts_share_places_crops_as_evenly_as_the_devices_own_draw():
 
 
 def test_sides_that_fit_are_drawn_by_the_device_as_ever():
-  window, around = augment.crop_window((8, 8), 0, scale=(0.5, 2.0), **STILL)
+  window, around = augment.crop_window((8, 8), 0, augment.Augmentation(scale=(0.5, 2.0)))
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
   small = dict(image=image, label=image[..., 0], border=image[..., 1], size=np.array([20, 24], np.int32))

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from segjax import config as config_lib
-from segjax import input_pipeline, losses, models, sharding
-from segjax.augment import augment_batch, jitter_color
+from segjax import input_pipeline, losses, models, optimizer, sharding
 from segjax.config import ConfigError, default_config, options
 from segjax.config import rules as config_rules
 from segjax.experiment import Experiment
@@ -132,7 +131,7 @@ def test_a_parameter_of_a_loss_reaches_it_and_acts_only_where_its_term_is_named(
   config.loss.terms, config.loss.focal_gamma = ("focal",), 3.5
   Experiment(config).make_train_step()
   expected = dict(config.loss, class_weights=None, ignore_label=config_lib.IGNORE_LABEL)
-  assert given == {name: value for name, value in expected.items() if name != "auxiliary_weight"}
+  assert given == expected
   rows = {row.field: row.when(config) for row in config_rules.ACTS if row.field.startswith("loss.focal")}
   assert rows == {"loss.focal_gamma": True}
 
@@ -164,19 +163,40 @@ def test_an_option_without_meaning_or_with_a_computed_default_is_refused(text, t
 
 
 def test_every_field_is_read_somewhere():
-  """A field is read as an attribute named like it; model, source and augmentation options by their constructors."""
-  read = set()
-  for path in (ROOT / "segjax").rglob("*.py"):
-    if path.parent.name != "config":
-      read |= {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+  """A field is read as an attribute named like it; options of models, sources, loss and optimiser by who takes them."""
+  attributes = {
+    path: {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+    for path in (ROOT / "segjax").rglob("*.py")
+    if path.parent.name != "config"
+  }
+  read, augmentation = set.union(*attributes.values()), attributes[ROOT / "segjax/augment.py"]
   of_loss = inspect.signature(losses.make_loss).parameters
-  augmentation = set(inspect.signature(augment_batch).parameters) | set(inspect.signature(jitter_color).parameters)
+  of_optimizer = {
+    *inspect.signature(optimizer.make_schedule).parameters,
+    *inspect.signature(optimizer.make_optimizer).parameters,
+  }
   for name in config_lib.SOURCES:
     for field in config_lib.fields(default_config(data=name)):
       section, _, leaf = field.rpartition(".")
       constructed = section == "model" or (section == "data" and leaf in config_lib.SOURCES[name])
-      constructed |= section == "loss" and leaf in of_loss
+      constructed |= (section == "loss" and leaf in of_loss) or (section == "optimizer" and leaf in of_optimizer)
       assert constructed or leaf in (augmentation if section == "augment" else read), f"nobody reads config.{field}"
+
+
+def test_every_option_of_schedule_and_optimizer_reaches_its_function_and_no_other(monkeypatch):
+  given = {}
+  for name in ("make_schedule", "make_optimizer"):
+    monkeypatch.setattr(optimizer, name, lambda *_, name=name, **keywords: given.update({name: keywords}))
+  config = default_config(data="synthetic")
+  config.optimizer.update(poly_power=0.7, momentum=0.6)
+  experiment = Experiment(config)
+  assert experiment.schedule is None and experiment.optimizer is None
+  of_schedule, of_optimizer = given["make_schedule"], given["make_optimizer"]
+  assert (of_schedule["poly_power"], of_optimizer["momentum"]) == (0.7, 0.6)
+  assert of_schedule.keys() | of_optimizer.keys() == set(config.optimizer) - {"name", "schedule", "ema_decay"} | {
+    "num_steps"
+  }
+  assert not of_schedule.keys() & of_optimizer.keys()
 
 
 # Of one model the others differ in the head, the loss, the augmentation and the protocol; a DeepLab takes longest to trace.

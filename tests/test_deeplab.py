@@ -118,8 +118,14 @@ def test_aspp_branches_look_as_far_as_their_rates(separable):
 def test_every_branch_changes_the_logits():
   run, image = lively_model(atrous_rates=(1, 2, 3), **SMALL), noise(1, 65, 65, 3)
   whole, _ = run(image)
-  for path in ("aspp/pooling/norm", "aspp/branch0/norm", "aspp/branch1/pointwise_norm", "aspp/branch2/pointwise_norm",
-               "aspp/branch3/pointwise_norm", "decoder/low_level/norm"):  # fmt: skip
+  for path in (
+    "aspp/pooling/norm",
+    "aspp/branch0/norm",
+    "aspp/branch1/pointwise_norm",
+    "aspp/branch2/pointwise_norm",
+    "aspp/branch3/pointwise_norm",
+    "decoder/low_level/norm",
+  ):
     assert float(jnp.abs(run(image, [path])[0] - whole).max()) > 1e-3 * float(whole.std()), path
 
 

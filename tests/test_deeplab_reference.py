@@ -108,9 +108,13 @@ def check(case, z):
     h, w = x.shape[1:3]
     rms = np.sqrt((x**2).mean())
     ours = dict(
-      stat=np.array([x.mean(), x.std(), x.min(), x.max(), abs(x).mean(), rms]), tl=x[0, :2, :2, :16],
-      br=x[0, -2:, -2:, -16:], mid=x[0, h // 2, w // 2, :64], chan_mean=x[0].mean((0, 1)), space_mean=x[0].mean(-1),
-    )  # fmt: skip
+      stat=np.array([x.mean(), x.std(), x.min(), x.max(), abs(x).mean(), rms]),
+      tl=x[0, :2, :2, :16],
+      br=x[0, -2:, -2:, -16:],
+      mid=x[0, h // 2, w // 2, :64],
+      chan_mean=x[0].mean((0, 1)),
+      space_mean=x[0].mean(-1),
+    )
     for part, got in ours.items():
       if f"ep/{name}/{part}" in z:
         want = z[f"ep/{name}/{part}"].reshape(got.shape)

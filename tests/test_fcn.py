@@ -105,11 +105,20 @@ def test_the_fused_score_is_the_sum_of_its_upsampled_parts_in_float64(options):
     np.testing.assert_allclose(total, forward(params, x), atol=1e-10)
 
 
-@pytest.mark.parametrize("options", [
-  dict(), dict(geometry="caffe"),
-  *full(dict(stride=16, geometry="caffe"), dict(stride=32), dict(stride=32, geometry="caffe"), dict(fuse="features"),
-        dict(upsampling="last_fixed")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "options",
+  [
+    dict(),
+    dict(geometry="caffe"),
+    *full(
+      dict(stride=16, geometry="caffe"),
+      dict(stride=32),
+      dict(stride=32, geometry="caffe"),
+      dict(fuse="features"),
+      dict(upsampling="last_fixed"),
+    ),
+  ],
+)
 def test_logits_cover_images_of_any_size(options):
   for size in ((33, 47), (1, 5)):
     logits, _ = run(build(**options), image(*size))
@@ -234,8 +243,11 @@ def test_each_stride_starts_from_the_one_before(tmp_path, capsys):
   config.data.image_size, config.data.num_train, config.data.num_val = (32, 32), 2, 2
   config.data.loader, config.eval.num_overlays = "grain", 0
   config.model.width, config.model.upsampling = 2, "last_fixed"
-  for before, stride, new in ((None, 32, ()), (32, 16, ("score_pool4", "upscore_fc7")),
-                              (16, 8, ("score_pool3", "upscore_pool4"))):  # fmt: skip
+  for before, stride, new in (
+    (None, 32, ()),
+    (32, 16, ("score_pool4", "upscore_fc7")),
+    (16, 8, ("score_pool3", "upscore_pool4")),
+  ):
     config.model.stride = stride
     config.init.path, config.init.exclude = (str(tmp_path / f"{before}s") if before else ""), new
     train.train(config, tmp_path / f"{stride}s")

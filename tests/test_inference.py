@@ -12,7 +12,7 @@ IMAGE = jax.random.normal(jax.random.key(0), (2, 23, 31, 3))
 
 
 def local(image, upsample=True):
-  """Logits that see 3x3 pixels and the mean of all that is shown, so that a window's borders and extent matter."""
+  """Logits that see 3x3 pixels and the mean of all that is shown, so that a window's edges and extent matter."""
   around = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
   h, w = image.shape[1:3]
   total = sum(around[:, a : a + h, b : b + w] * (3 * a + b + 1) for a in range(3) for b in range(3))

@@ -1,4 +1,4 @@
-"""Layers against plain XLA forms and PyTorch's numbers, values and gradients."""
+"""Layers against XLA's own operations and PyTorch's results, values and gradients."""
 
 import pathlib
 
@@ -10,6 +10,7 @@ from flax import nnx
 
 from segjax import kernels
 from segjax.models import layers, resize
+from segjax.models.backbones import resnet
 from tests.seeded import torch_weights
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -51,14 +52,14 @@ def test_3x3_max_pool_equals_torch_in_value_and_lax_in_gradient(name):
   z = np.load(DATA / "torch_resize_pool.npz")
   x = jnp.asarray(z[name].transpose(0, 2, 3, 1))  # 5x7 and 6x8.
   want = z["maxpool3_s2_p1" if name == "x" else "x8_maxpool3_s2_p1"]
-  np.testing.assert_array_equal(layers.max_pool_3x3(x).transpose(0, 3, 1, 2), want)
-  weight = random(*layers.max_pool_3x3(x).shape, seed=1)
+  np.testing.assert_array_equal(resnet.max_pool_3x3(x).transpose(0, 3, 1, 2), want)
+  weight = random(*resnet.max_pool_3x3(x).shape, seed=1)
 
   def plain(x):
     outside = ((0, 0), (1, 1), (1, 1), (0, 0))
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), outside)
 
-  got, want = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (layers.max_pool_3x3, plain))
+  got, want = (jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (resnet.max_pool_3x3, plain))
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -125,10 +126,10 @@ def test_overlapping_transposed_convolution_equals_torch(shared, name, stride):
 @pytest.mark.parametrize("stride", [2, 8, 32])
 def test_bilinear_kernel_interpolates_between_pixel_centres_and_fixed_equals_learnable(stride):
   layer, x = layers.ConvTranspose(2, 2, stride, rngs=nnx.Rngs(0)), random(1, 5, 4, 2)
-  fixed, half = layers.upsample_bilinear(x, stride), stride // 2
+  fixed, half = resize.upsample_bilinear(x, stride), stride // 2
   np.testing.assert_allclose(fixed, layer(x), atol=1e-6)
   want = jax.image.resize(x, (1, 5 * stride, 4 * stride, 2), "linear")
-  inner = np.s_[:, half:-half, half:-half]  # At the border jax repeats the last pixel; here zeros begin.
+  inner = np.s_[:, half:-half, half:-half]  # At the edge jax repeats the last pixel; here zeros begin.
   np.testing.assert_allclose(fixed[:, half:-half, half:-half][inner], want[inner], atol=1e-6)
 
 

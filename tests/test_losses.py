@@ -152,9 +152,12 @@ def binary_example(seed=0):
 
 
 FUNCTIONS = {
-  "bce": losses.binary_cross_entropy, "dice": losses.dice, "jaccard": losses.jaccard, "focal": losses.focal,
+  "bce": losses.binary_cross_entropy,
+  "dice": losses.dice,
+  "jaccard": losses.jaccard,
+  "focal": losses.focal,
   "lovasz": losses.lovasz,
-}  # fmt: skip
+}
 CASES = [(name, head) for name in FUNCTIONS for head in ("binary", "multi") if (name, head) != ("bce", "multi")]
 
 
@@ -198,6 +201,15 @@ def test_binary_cross_entropy_is_softmax_over_0_and_the_logit_weights_included()
   two = np.concatenate([np.zeros_like(logits), logits], -1)
   want = losses.softmax_cross_entropy(jnp.asarray(two), jnp.asarray(label), **options)
   np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_an_auxiliary_heads_loss_is_the_whole_sum_again_times_its_weight():
+  (logits, label), (auxiliary, _) = binary_example(0), binary_example(1)
+  terms, border = ("bce", "dice:0.5"), (label == 0).astype(np.float32)
+  alone = losses.make_loss(ignore_label=255, terms=terms, border_weight=3.0)
+  both = losses.make_loss(ignore_label=255, terms=terms, border_weight=3.0, auxiliary_weight=0.25)
+  want = alone(logits, label, 0, border) + 0.25 * alone(auxiliary, label, 0, border)
+  np.testing.assert_allclose(both(logits, label, 0, border, auxiliary), want, rtol=1e-6)
 
 
 def test_a_sum_of_terms_is_the_weighted_sum_and_the_border_map_weighs_pixels():

@@ -179,11 +179,11 @@ def test_a_canvas_follows_from_the_images_own_size():
   assert unlabelled.canvas_for((1500, 8000), (1025, 2049), 1025) == (1025, 2049)
 
 
-@pytest.mark.parametrize("canvas, stride, border", [(1025, 16, 0), (1025, 16, 188), (129, 32, 0), (65, 4, 20)])
-def test_tiles_keep_each_pixel_once_with_its_surroundings(canvas, stride, border):
-  margin = min(max(128, border), canvas // 4)
+@pytest.mark.parametrize("canvas, stride, model_margin", [(1025, 16, 0), (1025, 16, 188), (129, 32, 0), (65, 4, 20)])
+def test_tiles_keep_each_pixel_once_with_its_surroundings(canvas, stride, model_margin):
+  margin = min(max(128, model_margin), canvas // 4)
   for size in (1, canvas, canvas + 1, 2 * canvas, 6007):
-    parts = unlabelled.axis_parts(size, canvas, stride, border)
+    parts = unlabelled.axis_parts(size, canvas, stride, model_margin)
     assert parts[0].keep_start == 0 and parts[-1].keep_stop == parts[-1].stop == size
     assert all(part.start % stride == 0 and part.stop - part.start <= canvas for part in parts)
     for part, after in zip(parts, parts[1:]):

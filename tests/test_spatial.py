@@ -8,6 +8,7 @@ from flax import nnx
 
 from segjax import kernels, models, sharding
 from segjax.models import layers, resize
+from segjax.models.backbones import resnet
 from tests.marks import full
 
 SLOW = pytest.mark.slow
@@ -39,8 +40,8 @@ def layer_functions():
   factor = jnp.ones((1, 1, 1, 4), jnp.float64)
   for name, function in {
     "max pool 2x2": lambda x: layers.max_pool_2x2(x, ceil_mode=True),
-    "max pool 3x3": layers.max_pool_3x3,
-    "fixed upsampling": lambda x: layers.upsample_bilinear(x, 8),
+    "max pool 3x3": resnet.max_pool_3x3,
+    "fixed upsampling": lambda x: resize.upsample_bilinear(x, 8),
     "larger": lambda x: resize.resize_bilinear(x, (2 * x.shape[1] - 1, 11)),
     "smaller": lambda x: resize.resize_bilinear(x, (x.shape[1] // 2 + 1, 4)),
     "crop": lambda x: x[:, min(1, x.shape[1] - 1) :, 1:],

@@ -129,7 +129,7 @@ def test_unpadded_logits_are_lax_convolutions_without_padding():
   assert want.shape == (1, 4, 8, 3)
 
 
-def test_the_mirrored_border_equals_numpys_reflection():
+def test_the_mirrored_surroundings_equal_numpys_reflection():
   model, x = published(), image(8, 12, batch=1)
   assert model.margin == 20
   padded = np.pad(x, ((0, 0), (20, 20), (20, 20), (0, 0)), mode="reflect")

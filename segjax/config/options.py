@@ -105,9 +105,6 @@ LOSS = dict(
     '(): equal. ("median_frequency",), ("inverse_log",): from the training labels. Or one number per class. Of pixels in'
     " cross_entropy, bce and focal, of classes in dice, jaccard and lovasz.",
   ),
-  auxiliary_weight=Option(
-    0.4, "of a model's auxiliary head (PSPNet, arXiv 1612.01105, section 5.2), where it has one."
-  ),
 )
 OPTIMIZER = dict(
   name=Option("sgd", '"sgd" or "adamw".'),
@@ -151,7 +148,7 @@ def sections() -> dict[str, dict[str, Option]]:
   return {
     "": RUN,
     "mesh": MESH,
-    "augment": signature("augment.random_crop") | signature("augment.warp_field") | signature("augment.jitter_color"),
+    "augment": signature("augment.Augmentation"),
     "loss": signature("losses.make_loss") | LOSS,
     "optimizer": OPTIMIZER | signature("optimizer.make_schedule") | signature("optimizer.make_optimizer"),
     "policy": POLICY | signature("optimizer.update_policy"),

@@ -2,13 +2,16 @@
 
 import concurrent.futures
 import hashlib
+import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tqdm
 
-from segjax.config import IGNORE_LABEL
+from segjax.config import IGNORE_LABEL, ConfigError
+from segjax.files import atomic
 from segjax.input_pipeline.images import DataError
 
 
@@ -48,6 +51,23 @@ def scan_with_checksums(
     results = list(tqdm.tqdm(seen, progress, len(indices), unit=" images", disable=progress is None))
   counts, checksums, problems = zip(*results)
   return np.stack(counts), list(checksums), [problem for problem in problems if problem]
+
+
+def cached_statistics(source, cache: pathlib.Path) -> tuple[list[int], list[int]]:
+  """`label_statistics`, kept in a JSON file.
+
+  Raises:
+    ConfigError: the file is damaged.
+  """
+  if cache.exists():
+    try:
+      saved = json.loads(cache.read_text())
+      return list(saved["pixels"]), list(saved["images_with_class"])
+    except (ValueError, KeyError, TypeError) as error:
+      raise ConfigError(f"{cache}: damaged ({error}). Remove it: it is made again from the labels.") from error
+  pixels, images_with_class = (counts.tolist() for counts in label_statistics(source))
+  atomic.write_text(cache, json.dumps(dict(pixels=pixels, images_with_class=images_with_class)))
+  return pixels, images_with_class
 
 
 def label_statistics(source) -> tuple[np.ndarray, np.ndarray]:

@@ -7,9 +7,9 @@ from flax import nnx
 from segjax.models import layers
 from segjax.models.deeplab_details import Details
 
-# Standard deviations of the truncated normal that separable convolutions of head and decoder begin with (official).
+# How the separable convolutions of head and decoder are initialised (official).
 SEPARABLE_INIT = dict(
-  depthwise_init=nnx.initializers.truncated_normal(0.33), pointwise_init=nnx.initializers.truncated_normal(0.06)
+  depthwise_init=nnx.initializers.truncated_normal(0.33), kernel_init=nnx.initializers.truncated_normal(0.06)
 )
 HEAD_EPSILON = 1e-5  # Of the batch norms in head and decoder.
 
@@ -35,13 +35,13 @@ def run_conv(conv: nnx.Module, x: jax.Array, train: bool, endpoints: dict, name:
 
 
 class ASPP(layers.Block):
-  """The mean of the whole map, a 1x1 convolution and 3x3 convolutions at several rates, joined by a 1x1 convolution.
+  """Global mean pooling, a 1x1 convolution and 3x3 convolutions at several rates, joined by a 1x1 convolution.
 
   Args:
     in_features: channels of the backbone's features.
     rates: one branch each; () for none.
     separable: whether these are depthwise separable.
-    image_pooling: whether there is a branch for the mean, over all of the map including padded area.
+    image_pooling: whether there is a branch for the mean, over all pixels including padded ones.
     dropout: rate at the end.
     detail: separable_norm, separable_aspp, pooling_first, aspp_conv.
     options: norm, dtype, rngs.
@@ -74,7 +74,7 @@ class ASPP(layers.Block):
       branches.append(run_conv(getattr(self, f"branch{n}"), x, train, endpoints, f"aspp/branch{n}"))
     if self.pools:
       pooled = endpoints["aspp/pooling"] = self.pooling(x.mean((1, 2), keepdims=True), train)  # [B, 1, 1, 256]
-      # In the statistics' type, because the gradient is a sum over all pixels.
+      # In the statistics' type, because the gradient is a reduction over all pixels.
       pooled = jnp.broadcast_to(pooled.astype(layers.param_dtype(x.dtype)), branches[0].shape).astype(x.dtype)
       branches.insert(0 if self.pooling_first else len(branches), pooled)
     x = endpoints["aspp/concat"] = jnp.concatenate(branches, axis=-1)

@@ -13,7 +13,7 @@ class Network(layers.Block):
 
   Attributes:
     mean: the raw pixel that pads crops; `preprocess` maps it to 0.
-    stride: of its coarsest features.
+    coarsest_stride: of its coarsest features, pixels of the image.
     margin: pixels that it needs around a training crop; 0 but for an unpadded U-Net.
     align_corners: the convention of resizing its logits (`models/resize.py`).
     dtype: of the computation.
@@ -22,8 +22,16 @@ class Network(layers.Block):
   margin = 0
   align_corners = True
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, upsample: bool = True,
-               context: bool = False, endpoints: dict | None = None) -> jax.Array:  # fmt: skip
+  def __call__(
+    self,
+    image: jax.Array,
+    train: bool = False,
+    key: jax.Array | None = None,
+    *,
+    upsample: bool = True,
+    context: bool = False,
+    endpoints: dict | None = None,
+  ) -> jax.Array:
     """Preprocessed image [B, H, W, 3] -> logits [B, H, W, num_classes], float32 (float64 under float64).
 
     The network's own are `scores(image, size, train, key, endpoints)`, of an image in `dtype`, where `size` is (H, W) of
@@ -56,7 +64,7 @@ class Backbone(nnx.Module):
       classification. Those behind the output stride have that.
     low_levels: {end point: channels} of stride 4 that a decoder may take, the usual one first.
     low_level: the one that it takes.
-    auxiliary: the stride in `pyramid` whose features an auxiliary head takes; None where it has no place for one.
+    auxiliary: the stride in `pyramid` whose features an auxiliary head takes; None: it has none for one.
     normalization: what images it was first trained on, see `backbones.normalize`.
   """
 

@@ -8,15 +8,15 @@ from segjax.models import backbones, layers
 
 
 class Classifier(nnx.Module):
-  """A backbone, the mean over the map, and a linear layer.
+  """A backbone, the mean over height and width, and a linear layer.
 
   Its parameters are called as in the segmentation networks, `backbone/...` and `logits/...`, so the same weights fit
   those, less `logits`.
 
   Args:
     num_classes: channels of the logits.
-    backbone: one of `backbones.CLASSIFIERS`. The fully connected layers of "vgg_16" see every 7x7 pixels of its map; the
-      mean over these places is the paper's dense evaluation (arXiv 1409.1556, section 3.2).
+    backbone: one of `backbones.CLASSIFIERS`. The fully connected layers of "vgg_16" see every 7x7 pixels of its
+      features; the mean over these windows is the paper's dense evaluation (arXiv 1409.1556, section 3.2).
     output_stride: 8, 16 or 32; it changes no parameter. A VGG has 32.
     bn_momentum, frozen_bn: of batch norm; a VGG has none.
     dtype: of the computation.
@@ -27,8 +27,17 @@ class Classifier(nnx.Module):
     ValueError: an option out of range, with the values that are in it.
   """
 
-  def __init__(self, *, num_classes, backbone, output_stride=32, bn_momentum=0.9, frozen_bn=False, dtype=jnp.float32,
-               rngs: nnx.Rngs):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    num_classes,
+    backbone,
+    output_stride=32,
+    bn_momentum=0.9,
+    frozen_bn=False,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     if backbone not in backbones.CLASSIFIERS:
       raise ValueError(f"model.backbone = {backbone!r}: choose one of {', '.join(backbones.CLASSIFIERS)}.")
     self.backbone = backbones.CLASSIFIERS[backbone](
@@ -42,8 +51,9 @@ class Classifier(nnx.Module):
     """Raw RGB in [0, 255], [B, H, W, 3] -> float32 as the backbone wants it."""
     return backbones.normalize(image, self.backbone.normalization)
 
-  def __call__(self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *,
-               endpoints: dict | None = None) -> jax.Array:  # fmt: skip
+  def __call__(
+    self, image: jax.Array, train: bool = False, key: jax.Array | None = None, *, endpoints: dict | None = None
+  ) -> jax.Array:
     """Preprocessed image [B, H, W, 3] -> logits [B, num_classes], float32 (float64 under float64).
 
     Args:

@@ -1,4 +1,4 @@
-"""The details of DeepLabV3+ in which its re-implementations differ."""
+"""In what re-implementations of DeepLabV3+ differ: the section `config.model.details`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ class Details:
   Head:
     separable_norm: batch norm and ReLU also between the halves of a separable convolution. Off: only behind both.
     separable_aspp: off: the ASPP's branches are dense even where the option `separable` is on.
-    pooling_first: the whole map's mean comes first in the ASPP's concatenation. Off: last.
+    pooling_first: the mean over all pixels comes first in the ASPP's concatenation. Off: last.
     aspp_conv: one more 3x3 convolution behind the ASPP, of the decoder's kind.
     decoder_convs: number of 3x3 convolutions behind the decoder's concatenation.
     low_level_first: the low-level features come first in that concatenation. Off: last.
@@ -23,7 +23,7 @@ class Details:
     normalization: what `preprocess` does: "symmetric", to [-1, 1], or "imagenet", zero mean and unit variance over
       ImageNet. "auto": imagenet for a ResNet, else symmetric.
     mobilenet_padding: of a MobileNetV2: "same" (TensorFlow's), "fixed" (PyTorch's, symmetric), or "early": no padding in
-      the first layer, and each block's input is padded before its expansion, whose bias and ReLU6 the border then sees.
+      the first layer, and each block's input is padded before its expansion, whose bias and ReLU6 the padding then sees.
     mobilenet_epsilon: of a MobileNetV2's batch norms.
     mobilenet_last_conv: whether a MobileNetV2 keeps its last convolution, to 1280 channels.
   """
@@ -57,8 +57,9 @@ def resolve(details: Mapping, backbone: str) -> Details:
     raise ValueError(f"model.details has no {', '.join(unknown)}: choose from {', '.join(DETAILS)}.")
   result = Details(**details)
   for name, choices in (
-    ("normalization", ("auto", "symmetric", "imagenet")), ("mobilenet_padding", ("same", "fixed", "early"))
-  ):  # fmt: skip
+    ("normalization", ("auto", "symmetric", "imagenet")),
+    ("mobilenet_padding", ("same", "fixed", "early")),
+  ):
     if getattr(result, name) not in choices:
       raise ValueError(f"model.details.{name} = {getattr(result, name)!r}: choose one of {', '.join(choices)}.")
   if result.decoder_convs < 1:

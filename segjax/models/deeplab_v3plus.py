@@ -12,8 +12,18 @@ from segjax.models.deeplab_details import DETAILS, Details, resolve
 DEFAULT_RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}  # By output stride.
 
 
+def _atrous_rates(rates) -> tuple[int, ...] | None:
+  """What the option `atrous_rates` gives; None: by output stride. ValueError where it gives no rates."""
+  if rates == "auto" or tuple(rates or ()) == ("auto",):
+    return None
+  rates = tuple(rates or ())
+  if not all(isinstance(rate, int) and rate >= 1 for rate in rates):
+    raise ValueError(f'model.atrous_rates = {rates!r}: give whole numbers from 1, ("auto",), or () for none.')
+  return rates
+
+
 class Decoder(layers.Block):
-  """Joins the encoder's output with features of stride 4 and refines them by 3x3 convolutions (section 4.1).
+  """Concatenates the encoder's output with features of stride 4 and refines them by 3x3 convolutions (section 4.1).
 
   Args:
     in_features, low_level_features: channels of the two inputs.
@@ -56,10 +66,10 @@ class DeepLabV3Plus(base.Network):
     num_classes: channels of the logits.
     backbone: one of `backbones.BACKBONES`.
     output_stride: of the encoder: 8, 16 or 32. It changes no parameter, so a model trained at 16 can run at 8.
-    atrous_rates: of the ASPP branches, in pixels of the encoder's map. "auto" or ("auto",): by output stride, 3,6,9 at
+    atrous_rates: of the ASPP branches, in pixels of the encoder's features. "auto" or ("auto",): by output stride, 3,6,9 at
       32, 6,12,18 at 16, 12,24,36 at 8. () or None: no atrous branches, as the released MobileNetV2 models have it.
     separable: depthwise separable convolutions in ASPP and decoder (section 3.1).
-    image_pooling: the ASPP branch of the whole map's mean. The paper's best Cityscapes rows go without (table 7).
+    image_pooling: the ASPP branch of the mean over all pixels. The paper's best Cityscapes rows go without (table 7).
     decoder: off: logits of the encoder's output, as DeepLabV3.
     multi_grid: factors of the rates in the last block of an Xception or ResNet (arXiv 1706.05587, section 3.2.1).
     dropout: rate after the ASPP.
@@ -72,7 +82,7 @@ class DeepLabV3Plus(base.Network):
     details: fields of `deeplab_details.Details` that differ from the official code, for weights that were trained so.
     dtype: of the computation.
 
-  `stride` is that of the encoder, `align_corners` the convention of all resizing.
+  `coarsest_stride` is that of the encoder, `align_corners` the convention of all resizing.
 
   Differs from the paper: every detail that the paper leaves open is the official code's.
 
@@ -80,37 +90,52 @@ class DeepLabV3Plus(base.Network):
     ValueError: an option out of range, with the values that are in it.
   """
 
-  def __init__(self, *, num_classes, backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True,
-               image_pooling=True, decoder=True, multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997,
-               frozen_bn=False, auxiliary=False, details: Mapping = DETAILS, dtype=jnp.float32,
-               rngs: nnx.Rngs):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    num_classes,
+    backbone="xception_65",
+    output_stride=16,
+    atrous_rates=("auto",),
+    separable=True,
+    image_pooling=True,
+    decoder=True,
+    multi_grid=(1, 1, 1),
+    dropout=0.1,
+    bn_momentum=0.9997,
+    frozen_bn=False,
+    auxiliary=False,
+    details: Mapping = DETAILS,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     detail = resolve(details, backbone)
-    by_stride = atrous_rates == "auto" or tuple(atrous_rates or ()) == ("auto",)
-    atrous_rates = () if by_stride else tuple(atrous_rates or ())
-    if not all(isinstance(rate, int) and rate >= 1 for rate in atrous_rates):
-      raise ValueError(f'model.atrous_rates = {atrous_rates!r}: give whole numbers from 1, ("auto",), or () for none.')
     base.check_share(dropout=dropout)
+    rates = _atrous_rates(atrous_rates)
     self.backbone = backbones.build(
-      backbone, output_stride=output_stride, multi_grid=multi_grid, detail=detail, bn_momentum=bn_momentum,
-      frozen_bn=frozen_bn, auxiliary=auxiliary, dtype=dtype, rngs=rngs,
-    )  # fmt: skip
-    self.dtype, self.stride, self.align_corners = dtype, output_stride, detail.align_corners
+      backbone,
+      output_stride=output_stride,
+      multi_grid=multi_grid,
+      detail=detail,
+      bn_momentum=bn_momentum,
+      frozen_bn=frozen_bn,
+      auxiliary=auxiliary,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.dtype, self.coarsest_stride, self.align_corners = dtype, output_stride, detail.align_corners
     self.normalization = self.backbone.normalization if detail.normalization == "auto" else detail.normalization
     self.mean = backbones.MEANS[self.normalization]
     norm = dict(momentum=bn_momentum, epsilon=aspp.HEAD_EPSILON, frozen=frozen_bn)
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
-    self.aspp = aspp.ASPP(
-      self.backbone.features, rates=DEFAULT_RATES[output_stride] if by_stride else atrous_rates, separable=separable,
-      image_pooling=image_pooling, dropout=dropout, detail=detail, options=options,
-    )  # fmt: skip
+    shared = dict(separable=separable, detail=detail, options=options)
+    rates = DEFAULT_RATES[output_stride] if rates is None else rates
+    self.aspp = aspp.ASPP(self.backbone.features, rates=rates, image_pooling=image_pooling, dropout=dropout, **shared)
     low_level = self.backbone.low_levels[self.backbone.low_level]
-    self.decoder = (
-      Decoder(aspp.ASPP.features, low_level, separable=separable, detail=detail, options=options) if decoder else None
-    )
-    self.logits = layers.Conv(
-      Decoder.features if decoder else aspp.ASPP.features, num_classes, 1, use_bias=True,
-      kernel_init=nnx.initializers.truncated_normal(0.01), dtype=dtype, rngs=rngs,
-    )  # fmt: skip
+    self.decoder = Decoder(aspp.ASPP.features, low_level, **shared) if decoder else None
+    small = nnx.initializers.truncated_normal(0.01)
+    width = Decoder.features if decoder else aspp.ASPP.features
+    self.logits = layers.Conv(width, num_classes, 1, use_bias=True, kernel_init=small, dtype=dtype, rngs=rngs)
     self.auxiliary = dilated_fcn.AuxiliaryHead(self.backbone, num_classes, options=options) if auxiliary else None
 
   def preprocess(self, image: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The fully convolutional network in its ResNet form: a dilated backbone, one 3x3 convolution and a classifier.
+"""The fully convolutional network on a ResNet: a dilated backbone, one 3x3 convolution and a classifier.
 
 Long, Shelhamer & Darrell 2015 (arXiv 1411.4038) on a backbone of output stride 8 (Yu & Koltun 2017, arXiv 1705.09914), a
 common baseline, as torchvision has it. The FCN-8s of the paper is another network.
@@ -51,19 +51,36 @@ class DilatedFCN(base.Network):
     ValueError: an option out of range, with the values that are in it.
   """
 
-  def __init__(self, *, num_classes, backbone="resnet_50", output_stride=8, dropout=0.1, bn_momentum=0.9,
-               frozen_bn=False, auxiliary=False, align_corners=True, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    num_classes,
+    backbone="resnet_50",
+    output_stride=8,
+    dropout=0.1,
+    bn_momentum=0.9,
+    frozen_bn=False,
+    auxiliary=False,
+    align_corners=True,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     base.check_share(dropout=dropout)
     self.backbone = backbones.build(
-      backbone, output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, auxiliary=auxiliary,
-      dtype=dtype, rngs=rngs,
-    )  # fmt: skip
+      backbone,
+      output_stride=output_stride,
+      bn_momentum=bn_momentum,
+      frozen_bn=frozen_bn,
+      auxiliary=auxiliary,
+      dtype=dtype,
+      rngs=rngs,
+    )
     options = dict(norm=dict(momentum=bn_momentum, frozen=frozen_bn), dtype=dtype, rngs=rngs)
     width = self.backbone.features // 4
     self.head = layers.ConvNorm(self.backbone.features, width, 3, **options)
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
     self.auxiliary = AuxiliaryHead(self.backbone, num_classes, options=options) if auxiliary else None
-    self.dropout, self.dtype, self.stride, self.align_corners = dropout, dtype, output_stride, align_corners
+    self.dropout, self.dtype, self.coarsest_stride, self.align_corners = dropout, dtype, output_stride, align_corners
     self.mean = backbones.MEANS[self.backbone.normalization]
 
   def preprocess(self, image: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import base, layers
+from segjax.models import base, layers, resize
 from segjax.models.backbones import vgg
 
 # Mean of ImageNet's training images as Caffe's VGG-16 subtracts it, RGB in [0, 255]; nothing is divided.
@@ -36,27 +36,42 @@ class FCN(base.Network):
     normalization: "imagenet": mean and deviation, as torchvision's weights expect. "caffe": the mean only.
     dropout: rate after fc6 and fc7.
 
-  Parts are called as in the sum: `score_fc7`, `score_pool4`, `score_pool3` and `upscore_fc7`, `upscore_pool4` (from
-  stride 32 to 16 to 8), `upscore` (to the image). Score layers begin with zeros (section 4.3), those of "features" with
+  Layers are called `score_fc7`, `score_pool4`, `score_pool3`, and `upscore_fc7`, `upscore_pool4` (from stride 32 to 16
+  to 8), `upscore` (to the image). Score layers begin with zeros (section 4.3), those of "features" with
   small random numbers, since zeros would stop all gradients there.
 
   Raises:
     ValueError: an option out of range, with the values that are in it.
   """
 
-  stride = 32  # Of the coarsest features.
+  coarsest_stride = 32
   # `align_corners` is of resized views; its own upsampling is half-pixel centred.
 
-  def __init__(self, *, num_classes, stride=8, width=64, fuse="score", upsampling="learned", at_once=False,
-               geometry="same", normalization="imagenet", dropout=0.5, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    num_classes,
+    stride=8,
+    width=64,
+    fuse="score",
+    upsampling="learned",
+    at_once=False,
+    geometry="same",
+    normalization="imagenet",
+    dropout=0.5,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     if stride not in SKIPS:
       raise ValueError(f"model.stride = {stride!r}: choose 32, 16 or 8.")
     if width < 1:
       raise ValueError(f"model.width = {width} must be at least 1.")
     for name, value, choices in (
-      ("fuse", fuse, ("score", "features")), ("upsampling", upsampling, ("learned", "last_fixed", "fixed")),
-      ("geometry", geometry, ("same", "caffe")), ("normalization", normalization, ("imagenet", "caffe")),
-    ):  # fmt: skip
+      ("fuse", fuse, ("score", "features")),
+      ("upsampling", upsampling, ("learned", "last_fixed", "fixed")),
+      ("geometry", geometry, ("same", "caffe")),
+      ("normalization", normalization, ("imagenet", "caffe")),
+    ):
       if value not in choices:
         raise ValueError(f"model.{name} = {value!r}: choose one of {', '.join(choices)}.")
     if fuse == "features" and upsampling != "learned":
@@ -117,7 +132,7 @@ class FCN(base.Network):
 
 
 def _upsample(layer: layers.ConvTranspose | None, x: jax.Array, stride: int) -> jax.Array:
-  return layers.upsample_bilinear(x, stride) if layer is None else layer(x)
+  return resize.upsample_bilinear(x, stride) if layer is None else layer(x)
 
 
 def _crop(x: jax.Array, offset: int, size: tuple[int, int]) -> jax.Array:

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from segjax.kernels import batch_norm, conv_transpose, convolution, depthwise
+from segjax.models import resize
 
-# Mean and standard deviation of ImageNet's training images, RGB in [0, 255] (the field's customary numbers).
+# Mean and standard deviation of ImageNet's training images, RGB in [0, 255], as commonly used.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
 
@@ -49,15 +50,15 @@ def rematerialized(call: Callable) -> Callable:
       return call(self, *arguments)
 
     def pure(module, arrays):
-      arrays, found = iter(arrays), {}
-      of_kind = lambda a: next(arrays) if isinstance(a, jax.Array) else found if isinstance(a, dict) else a  # noqa: E731
-      return call(module, *map(of_kind, arguments)), found
+      arrays, filled = iter(arrays), {}
+      inner = (next(arrays) if isinstance(a, jax.Array) else filled if isinstance(a, dict) else a for a in arguments)
+      return call(module, *inner), filled
 
     # Without graph_updates it returns the variables that changed alone, not every parameter.
     remat = nnx.remat(pure, graph_updates=False)
-    result, found = remat(self, [a for a in arguments if isinstance(a, jax.Array)])
+    result, filled = remat(self, [a for a in arguments if isinstance(a, jax.Array)])
     for endpoints in (a for a in arguments if isinstance(a, dict)):
-      endpoints.update(found)  # What nobody reads of them is not kept either.
+      endpoints.update(filled)  # End points that nobody reads are not kept either.
     return result
 
   return run
@@ -71,16 +72,16 @@ def per_channel(variable: nnx.Variable) -> jax.Array:
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
   """x [B, H, W, C] + bias [C], in x's type.
 
-  The sum is taken in the bias' type, and so is the gradient, a sum over all pixels: in bfloat16 it would stall.
+  Computed in the bias' type, and so is its gradient, a reduction over all pixels, which in bfloat16 would stall.
   """
   return (x.astype(bias.dtype) + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
 
 
 def paddings(size: tuple[int, int], kernel_size: int, stride: int, rate: int, padding: str):
-  """Zeros around a map before an unpadded convolution, ((top, bottom), (left, right)).
+  """Zeros around a feature map before an unpadded convolution, ((top, bottom), (left, right)).
 
   Args:
-    size: (H, W) of the map.
+    size: (H, W) of the feature map.
     padding: "same": TensorFlow's rule, as many as the ceil(n / stride) outputs need, so it depends on the size.
       "fixed": (kernel_size - 1) * rate whatever the stride and size. Both put the smaller half first, and agree at
       stride 1 and for odd sizes at stride 2; for even sizes "same" looks one pixel further down and right.
@@ -104,8 +105,20 @@ class Conv(nnx.Module):
     use_bias: off where a batch norm follows, which would cancel it.
   """
 
-  def __init__(self, in_features, out_features, kernel_size=3, *, stride=1, rate=1, padding="same", use_bias=False,
-               kernel_init=he_normal, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+  def __init__(
+    self,
+    in_features,
+    out_features,
+    kernel_size=3,
+    *,
+    stride=1,
+    rate=1,
+    padding="same",
+    use_bias=False,
+    kernel_init=he_normal,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     shape = (kernel_size, kernel_size, in_features, out_features)
     self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype(dtype)))
     self.bias = nnx.Param(jnp.zeros(out_features, param_dtype(dtype))) if use_bias else None
@@ -125,8 +138,9 @@ class DepthwiseConv(nnx.Module):
   The parameter is called `depthwise_kernel`, [3, 3, 1, C], because weight decay leaves it alone (official DeepLab).
   """
 
-  def __init__(self, features, *, stride=1, rate=1, padding="same", kernel_init=he_normal, dtype=jnp.float32,
-               rngs: nnx.Rngs):  # fmt: skip
+  def __init__(
+    self, features, *, stride=1, rate=1, padding="same", kernel_init=he_normal, dtype=jnp.float32, rngs: nnx.Rngs
+  ):
     self.depthwise_kernel = nnx.Param(kernel_init(rngs.params(), (3, 3, 1, features), param_dtype(dtype)))
     self.stride, self.rate, self.padding, self.dtype = stride, rate, padding, dtype
 
@@ -155,11 +169,6 @@ class ConvTranspose2x2(nnx.Module):
     return add_bias(x, self.bias[...])
 
 
-def bilinear_filter(stride: int) -> np.ndarray:
-  """[2 stride] float64: how a transposed convolution interpolates linearly (Shelhamer et al. 2017, section 3.3)."""
-  return 1 - np.abs(np.arange(2 * stride) - (stride - 0.5)) / stride
-
-
 class ConvTranspose(nnx.Module):
   """Transposed convolution without bias whose kernel is twice its stride, as FCNs upsample their scores.
 
@@ -173,7 +182,7 @@ class ConvTranspose(nnx.Module):
   def __init__(self, in_features, out_features, stride, *, kernel_init=None, dtype=jnp.float32, rngs: nnx.Rngs):
     shape = (2 * stride, 2 * stride, in_features, out_features)
     if kernel_init is None:
-      line = jnp.asarray(bilinear_filter(stride), param_dtype(dtype))
+      line = jnp.asarray(resize.bilinear_filter(stride), param_dtype(dtype))
       plane = (line.reshape(-1, 1) * line.reshape(1, -1)).reshape(*shape[:2], 1, 1)
       self.kernel = nnx.Param(plane * jnp.eye(in_features, dtype=plane.dtype).reshape(1, 1, *shape[2:]))
     else:
@@ -183,22 +192,6 @@ class ConvTranspose(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, in] -> [B, (H + 1) stride, (W + 1) stride, out]."""
     return conv_transpose.conv_transpose(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
-
-
-def upsample_bilinear(x: jax.Array, stride: int) -> jax.Array:
-  """What a `ConvTranspose` gives that keeps its initial kernel: [B, H, W, C] -> [B, (H + 1) stride, (W + 1) stride, C].
-
-  Pixels have their values at their centres, and there are zeros around x.
-  """
-  line = bilinear_filter(stride)
-  for axis, spec in ((1, "oh,bhwc->bowc"), (2, "ow,bhwc->bhoc")):
-    n = x.shape[axis]
-    matrix = np.zeros((n + 1, stride, n))
-    matrix[np.arange(n), :, np.arange(n)] = line[:stride]
-    matrix[np.arange(1, n + 1), :, np.arange(n)] = line[stride:]
-    matrix = jnp.asarray(matrix.reshape(-1, n), x.dtype)
-    x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
-  return x
 
 
 def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
@@ -223,22 +216,8 @@ def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
   return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
 
 
-def max_pool_3x3(x: jax.Array) -> jax.Array:
-  """3x3 windows at stride 2, centred on every second pixel: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C].
-
-  Outside the image is -inf. Pairwise maxima, as in `max_pool_2x2`.
-  """
-  for axis in (1, 2):
-    size = x.shape[axis]
-    outside = [(1, 1) if n == axis else (0, 0) for n in range(4)]
-    padded = jnp.pad(x, outside, constant_values=-jnp.inf)
-    taps = [jax.lax.slice_in_dim(padded, k, k + 2 * ((size - 1) // 2) + 1, 2, axis) for k in range(3)]
-    x = jnp.maximum(jnp.maximum(taps[0], taps[1]), taps[2])
-  return x
-
-
 def linear(x: jax.Array) -> jax.Array:
-  """The activation that is none."""
+  """The identity, for a layer without an activation."""
   return x
 
 
@@ -273,7 +252,7 @@ class BatchNorm(nnx.Module):
     running ones.
 
     Args:
-      activation: of the result, a function of each number.
+      activation: of the result, elementwise.
 
     Raises:
       NoVariance: one image of one pixel, whose result would be `bias` whatever x is, while the running variance decays.
@@ -319,13 +298,12 @@ class ConvNorm(nnx.Module):
   Args:
     activation: of the result.
     norm: keywords of `BatchNorm`: momentum, epsilon, frozen.
-    conv: further keywords of `Conv`.
+    conv: further keywords of `Conv`: dtype, rngs, ....
   """
 
-  def __init__(self, in_features, out_features, kernel_size=1, *, activation=jax.nn.relu, norm: dict,
-               dtype=jnp.float32, rngs: nnx.Rngs, **conv):  # fmt: skip
-    self.conv = Conv(in_features, out_features, kernel_size, dtype=dtype, rngs=rngs, **conv)
-    self.norm = BatchNorm(out_features, dtype=dtype, **norm)
+  def __init__(self, in_features, out_features, kernel_size=1, *, activation=jax.nn.relu, norm: dict, **conv):
+    self.conv = Conv(in_features, out_features, kernel_size, **conv)
+    self.norm = BatchNorm(out_features, dtype=self.conv.dtype, **norm)
     self.activation = activation
 
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -339,17 +317,29 @@ class SeparableConv(nnx.Module):
     inner_norm: off: no batch norm and no activation between the two convolutions.
     activation: after each of the two batch norms.
     norm: keywords of `BatchNorm`.
-    depthwise_init, pointwise_init: initialisers.
+    kernel_init: of both convolutions.
+    depthwise_init: of the depthwise one, in its place.
+    depthwise: further keywords of `DepthwiseConv`: stride, rate, padding.
   """
 
-  def __init__(self, in_features, out_features, *, stride=1, rate=1, padding="same", inner_norm=True,
-               activation=jax.nn.relu, norm: dict, depthwise_init=he_normal, pointwise_init=he_normal, dtype=jnp.float32,
-               rngs: nnx.Rngs):  # fmt: skip
-    self.depthwise = DepthwiseConv(
-      in_features, stride=stride, rate=rate, padding=padding, kernel_init=depthwise_init, dtype=dtype, rngs=rngs
-    )
+  def __init__(
+    self,
+    in_features,
+    out_features,
+    *,
+    inner_norm=True,
+    activation=jax.nn.relu,
+    norm: dict,
+    kernel_init=he_normal,
+    depthwise_init=None,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+    **depthwise,
+  ):
+    options = dict(dtype=dtype, rngs=rngs)
+    self.depthwise = DepthwiseConv(in_features, kernel_init=depthwise_init or kernel_init, **options, **depthwise)
     self.depthwise_norm = BatchNorm(in_features, dtype=dtype, **norm) if inner_norm else None
-    self.pointwise = Conv(in_features, out_features, 1, kernel_init=pointwise_init, dtype=dtype, rngs=rngs)
+    self.pointwise = Conv(in_features, out_features, 1, kernel_init=kernel_init, **options)
     self.pointwise_norm = BatchNorm(out_features, dtype=dtype, **norm)
     self.activation = activation
 

@@ -42,6 +42,27 @@ def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = T
   return x
 
 
+def bilinear_filter(stride: int) -> np.ndarray:
+  """[2 stride] float64: how a transposed convolution interpolates linearly (Shelhamer et al. 2017, section 3.3)."""
+  return 1 - np.abs(np.arange(2 * stride) - (stride - 0.5)) / stride
+
+
+def upsample_bilinear(x: jax.Array, stride: int) -> jax.Array:
+  """A `layers.ConvTranspose` that keeps its initial kernel: [B, H, W, C] -> [B, (H + 1) stride, (W + 1) stride, C].
+
+  Pixels have their values at their centres, and there are zeros around x.
+  """
+  line = bilinear_filter(stride)
+  for axis, spec in ((1, "oh,bhwc->bowc"), (2, "ow,bhwc->bhoc")):
+    n = x.shape[axis]
+    matrix = np.zeros((n + 1, stride, n))
+    matrix[np.arange(n), :, np.arange(n)] = line[:stride]
+    matrix[np.arange(1, n + 1), :, np.arange(n)] = line[stride:]
+    matrix = jnp.asarray(matrix.reshape(-1, n), x.dtype)
+    x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
+  return x
+
+
 def resize_nearest(label: jax.Array, size: tuple[int, int]) -> jax.Array:
   """Resizes [B, h, w] of any type to [B, H, W], `size` = (H, W); the same convention, halves rounded up.
 
@@ -69,7 +90,7 @@ def mirror_index(index, length):
 
 
 def mirror(image: jax.Array, before: int, size: tuple[int, int]) -> jax.Array:
-  """[B, H, W, C] -> [B, *size, C]: the image from pixel (before, before) on, mirrored at its border pixels around it."""
+  """[B, H, W, C] -> [B, *size, C]: the image from pixel (before, before) on, mirrored at its edge pixels around it."""
   for axis, length in ((1, size[0]), (2, size[1])):
     image = jnp.take(image, mirror_index(np.arange(length) - before, image.shape[axis]), axis=axis)
   return image

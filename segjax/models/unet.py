@@ -1,4 +1,4 @@
-"""U-Net (Ronneberger, Fischer & Brox 2015, arXiv 1505.04597), as published and in the padded, batch-normed form in use."""
+"""U-Net (Ronneberger, Fischer & Brox 2015, arXiv 1505.04597), as published, and padded with batch norm, as mostly used."""
 
 import jax
 import jax.numpy as jnp
@@ -50,27 +50,39 @@ class UNet(base.Network):
 
   mean = layers.IMAGENET_MEAN  # The raw pixel that pads crops; `preprocess` maps it to 0.
 
-  def __init__(self, *, num_classes, width=64, depth=4, up="transposed", dropout=0.0, padding="same",
-               batch_norm=True, bn_momentum=0.9, dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    num_classes,
+    width=64,
+    depth=4,
+    up="transposed",
+    dropout=0.0,
+    padding="same",
+    batch_norm=True,
+    bn_momentum=0.9,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     if up not in ("transposed", "bilinear"):
       raise ValueError(f"model.up = {up!r}: choose transposed or bilinear.")
     if padding not in ("same", "valid"):
       raise ValueError(f"model.padding = {padding!r}: choose same or valid.")
     if padding == "valid" and up != "transposed":
       raise ValueError(
-        f"model.up = {up!r}: resizing depends on the size of the map, so unpadded tiles would not fit together; set it"
+        f"model.up = {up!r}: resizing depends on the feature map's size, so unpadded tiles would not fit together; set it"
         " to transposed, or model.padding to same."
       )
     if depth < 1 or width < 1:
       raise ValueError(f"model.depth = {depth} and model.width = {width} must be at least 1.")
     base.check_share(dropout=dropout, bn_momentum=bn_momentum)
     self.depth, self.up, self.dropout, self.dtype = depth, up, dropout, dtype
-    self.stride = 2**depth
+    self.coarsest_stride = 2**depth
     self.padding, self.margin = padding, 6 * 2**depth - 4 if padding == "valid" else 0
     options = dict(padding=padding, batch_norm=batch_norm, bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
     features = [width * 2**level for level in range(depth + 1)]
     if up == "bilinear":
-      features[-1] //= 2  # Resizing keeps the channels, so that what is concatenated has the same width in both forms.
+      features[-1] //= 2  # Resizing keeps the channels, so that what is concatenated is as wide as with "transposed".
 
     self.down0 = DoubleConv(3, width, width, **options)
     for level in range(1, depth + 1):
@@ -92,7 +104,7 @@ class UNet(base.Network):
 
   def scores(self, image, size, train, key, endpoints):
     """Under "same", sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped
-    back, so that skips always meet features of their own size. Under "valid" the image is mirrored around its border.
+    back, so that skips always meet features of their own size. Under "valid" the image is mirrored around its edges.
 
     End points are "down0", "down1", ... and "up0", ....
     """
@@ -126,4 +138,4 @@ class UNet(base.Network):
 
   def unpadded_size(self, size: int) -> int:
     """Input pixels along one axis for at least `size` logits under "valid", such that every pooling sees an even size."""
-    return -(-max(size - 4, 0) // self.stride) * self.stride + 4 + 2 * self.margin
+    return -(-max(size - 4, 0) // self.coarsest_stride) * self.coarsest_stride + 4 + 2 * self.margin

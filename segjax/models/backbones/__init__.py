@@ -30,10 +30,22 @@ OFFICIAL = Details()
 MEANS = {"symmetric": (127.5, 127.5, 127.5), "imagenet": layers.IMAGENET_MEAN}
 
 
-def build(name: str, *, output_stride: int, bn_momentum: float, frozen_bn: bool, dtype, rngs: nnx.Rngs,
-          multi_grid: Sequence[int] = (1, 1, 1), detail: Details = OFFICIAL,
-          auxiliary: bool = False) -> base.Backbone:  # fmt: skip
-  """A backbone, which may have to have a place for an auxiliary head.
+def build(
+  name: str,
+  *,
+  output_stride: int,
+  bn_momentum: float,
+  frozen_bn: bool,
+  dtype,
+  rngs: nnx.Rngs,
+  multi_grid: Sequence[int] = (1, 1, 1),
+  detail: Details = OFFICIAL,
+  auxiliary: bool = False,
+) -> base.Backbone:
+  """A backbone.
+
+  Args:
+    auxiliary: whether it must have features for an auxiliary head.
 
   Raises:
     ValueError: an option out of range, with the values that are in it.
@@ -48,9 +60,14 @@ def build(name: str, *, output_stride: int, bn_momentum: float, frozen_bn: bool,
     raise ValueError(f"model.auxiliary = {auxiliary}: only a ResNet has one, {name} has not.")
   base.check_share(bn_momentum=bn_momentum)
   backbone = BACKBONES[name](
-    output_stride=output_stride, multi_grid=tuple(multi_grid), detail=detail, bn_momentum=bn_momentum,
-    frozen_bn=frozen_bn, dtype=dtype, rngs=rngs,
-  )  # fmt: skip
+    output_stride=output_stride,
+    multi_grid=tuple(multi_grid),
+    detail=detail,
+    bn_momentum=bn_momentum,
+    frozen_bn=frozen_bn,
+    dtype=dtype,
+    rngs=rngs,
+  )
   choices = backbone.low_levels
   backbone.low_level = next(iter(choices)) if detail.low_level == "auto" else detail.low_level
   if backbone.low_level not in choices:

@@ -1,6 +1,6 @@
 """ResNet-50 and 101 (He et al. 2016, arXiv 1512.03385, table 1), with the stride in a unit's 3x3 convolution.
 
-The paper has the stride in the first 1x1 convolution; this is the form ("v1.5") of the weights in common use. Padding is
+The paper has the stride in the first 1x1 convolution; this variant ("v1.5") is that of the weights in common use. Padding is
 symmetric everywhere, as PyTorch's.
 """
 
@@ -14,6 +14,20 @@ from segjax.models.deeplab_details import Details
 
 UNITS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # Of the four blocks.
 EPSILON = 1e-5  # Of the batch norms.
+
+
+def max_pool_3x3(x: jax.Array) -> jax.Array:
+  """3x3 windows at stride 2, centred on every second pixel: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C].
+
+  Outside the image is -inf. Pairwise maxima, as in `layers.max_pool_2x2`.
+  """
+  for axis in (1, 2):
+    size = x.shape[axis]
+    outside = [(1, 1) if n == axis else (0, 0) for n in range(4)]
+    padded = jnp.pad(x, outside, constant_values=-jnp.inf)
+    taps = [jax.lax.slice_in_dim(padded, k, k + 2 * ((size - 1) // 2) + 1, 2, axis) for k in range(3)]
+    x = jnp.maximum(jnp.maximum(taps[0], taps[1]), taps[2])
+  return x
 
 
 class Bottleneck(layers.Block):
@@ -54,19 +68,20 @@ class ResNet(base.Backbone):
   auxiliary = 16
   normalization = "imagenet"
 
-  def __init__(self, depth, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn,
-               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+  def __init__(
+    self, depth, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn, dtype, rngs: nnx.Rngs
+  ):
     norm = dict(momentum=bn_momentum, epsilon=EPSILON, frozen=frozen_bn)
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
     self.low_levels = {"block1": 256}
     self.pyramid = {2 ** (block + 1): (f"block{block}", 128 * 2**block) for block in range(1, 5)}
     self.conv1 = layers.ConvNorm(3, 64, 7, stride=2, padding="fixed", **options)
     units = [(block, n) for block, count in enumerate(UNITS[depth], start=1) for n in range(1, count + 1)]
-    placed = strides.strides_to_rates(
+    strides_and_rates = strides.strides_to_rates(
       [2 if block > 1 and n == 1 else 1 for block, n in units], output_stride // 4, detail.dilate_first
     )
     in_features = 64
-    for (block, n), (stride, rate) in zip(units, placed):
+    for (block, n), (stride, rate) in zip(units, strides_and_rates):
       if n == 1:
         setattr(self, f"block{block}", nnx.Module())
       factor = multi_grid[n - 1] if block == 4 else 1
@@ -79,7 +94,7 @@ class ResNet(base.Backbone):
   def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] -> features [B, H / output_stride, W / output_stride, 2048], rounded up."""
     x = endpoints["conv1"] = self.conv1(image, train)
-    x = endpoints["pool1"] = layers.max_pool_3x3(x)
+    x = endpoints["pool1"] = max_pool_3x3(x)
     for block, n in self.units:
       x = getattr(getattr(self, f"block{block}"), f"unit{n}")(x, train)
       endpoints[f"block{block}/unit{n}"] = endpoints[f"block{block}"] = x

@@ -42,8 +42,9 @@ class VGG16(layers.Block):
     self.fc6 = layers.Conv(below, self.features, 7, padding=fc6_padding, **options)
     self.fc7 = layers.Conv(self.features, self.features, 1, **options)
 
-  def __call__(self, image: jax.Array, train: bool = False, endpoints: dict | None = None,
-               key: jax.Array | None = None) -> jax.Array:  # fmt: skip
+  def __call__(
+    self, image: jax.Array, train: bool = False, endpoints: dict | None = None, key: jax.Array | None = None
+  ) -> jax.Array:
     """Preprocessed image [B, H, W, 3] -> fc7 [B, h, w, 64 width].
 
     h and w are H / 32 and W / 32, rounded up at each pooling; 6 less with fc6_padding "valid".
@@ -69,7 +70,7 @@ class VGG16(layers.Block):
 
 
 def vgg_classifier(*, output_stride: int, bn_momentum: float, frozen_bn: bool, dtype, rngs: nnx.Rngs) -> VGG16:
-  """The VGG-16 of an image classifier, whose fc6 sees every 7x7 pixels of the map; it has no batch norm.
+  """The VGG-16 of an image classifier, whose fc6 sees every 7x7 pixels of pool5; it has no batch norm.
 
   Raises:
     ValueError: another output stride than 32.

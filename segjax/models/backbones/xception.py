@@ -6,7 +6,6 @@ shortcut sees the unit's input before any ReLU, and nothing is rectified after t
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from segjax.models import base, layers
@@ -42,11 +41,14 @@ class XceptionUnit(layers.Block):
   def __init__(self, in_features, features, *, stride, rate, shortcut, rectify, options):
     for n in range(3):
       separable = layers.SeparableConv(
-        in_features if n == 0 else features[n - 1], features[n], stride=stride if n == 2 else 1, rate=rate,
-        padding="fixed", activation=jax.nn.relu if rectify == "inside" else layers.linear,
-        depthwise_init=options["kernel_init"], pointwise_init=options["kernel_init"],
-        **{k: v for k, v in options.items() if k != "kernel_init"},
-      )  # fmt: skip
+        in_features if n == 0 else features[n - 1],
+        features[n],
+        stride=stride if n == 2 else 1,
+        rate=rate,
+        padding="fixed",
+        activation=jax.nn.relu if rectify == "inside" else layers.linear,
+        **options,
+      )
       setattr(self, f"sep{n + 1}", separable)
     if shortcut == "conv":
       self.shortcut = layers.ConvNorm(in_features, features[2], stride=stride, activation=layers.linear, **options)
@@ -80,24 +82,28 @@ class Xception(base.Backbone):
   decoder may take before their ReLU, as officially, or behind.
   """
 
-  def __init__(self, depth, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn,
-               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
-    options = dict(
-      norm=dict(momentum=bn_momentum, epsilon=1e-3, frozen=frozen_bn),
-      kernel_init=nnx.initializers.truncated_normal(0.09), dtype=dtype, rngs=rngs,
-    )  # fmt: skip
+  def __init__(
+    self, depth, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn, dtype, rngs: nnx.Rngs
+  ):
+    norm = dict(momentum=bn_momentum, epsilon=1e-3, frozen=frozen_bn)
+    options = dict(norm=norm, kernel_init=nnx.initializers.truncated_normal(0.09), dtype=dtype, rngs=rngs)
     self.conv1_1 = layers.ConvNorm(3, 32, 3, stride=2, padding="fixed", **options)
     self.conv1_2 = layers.ConvNorm(32, 64, 3, **options)
     table, in_features = blocks(depth), 64
-    placed = strides.strides_to_rates([block[3] for block in table], output_stride // 2, detail.dilate_first)
-    for (name, num_units, features, _, shortcut), (stride, rate) in zip(table, placed):
+    strides_and_rates = strides.strides_to_rates([block[3] for block in table], output_stride // 2, detail.dilate_first)
+    for (name, num_units, features, _, shortcut), (stride, rate) in zip(table, strides_and_rates):
       last = name == "exit_block2"
       setattr(self, name, nnx.Module())
       for n in range(num_units):
         unit = XceptionUnit(
-          in_features, features, stride=stride, rate=rate, shortcut=shortcut,
-          rectify="inside" if last else "before", options=options,
-        )  # fmt: skip
+          in_features,
+          features,
+          stride=stride,
+          rate=rate,
+          shortcut=shortcut,
+          rectify="inside" if last else "before",
+          options=options,
+        )
         setattr(getattr(self, name), f"unit{n + 1}", unit)
         in_features = features[-1]
     for n, factor in enumerate(multi_grid, start=1):
