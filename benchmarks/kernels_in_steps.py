@@ -15,31 +15,20 @@ import numpy as np
 
 from segjax import sharding
 from segjax.config import file as config_file
-from segjax.kernels import batch_norm, compiler, conv_transpose, convolution, depthwise, winograd
+from segjax.kernels import batch_norm, compiler, conv_transpose, convolution, depthwise
 from segjax.run import commandline
 from segjax.tools import step_speed
 
 
-def pointwise_as_convolution(x, kernel, *, stride, rate, padding):
-  """convolution._on_cpu without its own product for kernels of 1x1."""
-  options = dict(stride=stride, rate=rate, padding=padding)
-  fast = convolution._fast_forms(x, kernel, stride, rate, padding) if kernel.shape[0] > 1 else convolution.XLA
-  return convolution._by_forms(x, kernel, fast, tuple(options.items()))
-
-
-def only_forward_in_one_loop(by, x, scale, bias, epsilon, activation):
+def gradient_by_autodiff(by, x, scale, bias, epsilon, activation):
   """Batch norm whose gradient is autodiff's."""
   return batch_norm._plain(x, scale, bias, epsilon, activation)
 
 
 # What a step is without each kernel: (module, name, what stands there instead).
 WITHOUT = {
-  "1x1 as one product": (convolution, "_on_cpu", pointwise_as_convolution),
   "products over patches": (convolution, "PATCHES", convolution.XLA),
   "Winograd": (convolution, "_saved_by_winograd", lambda *_: 0.0),
-  "Winograd's kernel gradient": (convolution, "PAYS_FOR_KERNEL_GRADIENT", float("inf")),
-  "Winograd's products over patches": (winograd, "_back_over_patches", winograd._back_along_width),
-  "kernel gradient with both swapped": (convolution, "_kernel_gradient_of_g", convolution._kernel_gradient_by_xla),
   "feature maps computed before": (convolution, "_after_maps", lambda form, *maps, **options: form(*maps, **options)),
   "transposed convolution as one product": (conv_transpose, "_as_one_product", conv_transpose._plain),
   "depthwise by shifts": (depthwise, "ON_CPU", depthwise.PLAIN),
@@ -49,7 +38,7 @@ WITHOUT = {
     depthwise._Forms(depthwise._shifted, depthwise._kernel_gradient_by_sums),
   ),
   "batch norm in one loop": (batch_norm, "IN_ONE_LOOP", batch_norm.WHOLE),
-  "batch norm's own gradient": (batch_norm, "_own_gradient", only_forward_in_one_loop),
+  "batch norm's own gradient": (batch_norm, "_own_gradient", gradient_by_autodiff),
   "compiler's libraries and barriers": (compiler, "options", lambda kind, platform: {}),
 }
 STEPS = {
