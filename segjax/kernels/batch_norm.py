@@ -37,7 +37,7 @@ def by_batch_statistics(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon
   Returns:
     (activation(normalised), mean, variance), in the type of `scale`; the statistics are [1, 1, 1, C].
   """
-  forms = dict.fromkeys(("gpu", "cuda", "rocm", "tpu", "split_cpu"), functools.partial(_own_gradient, WHOLE))
+  forms = dict.fromkeys(("gpu", "tpu", "split_gpu", "split_tpu", "split_cpu"), functools.partial(_own_gradient, WHOLE))
   form = kernels.fastest(_plain, cpu=functools.partial(_own_gradient, IN_ONE_LOOP), **forms)
   return form(x, scale, bias, epsilon, activation)
 
