@@ -23,8 +23,8 @@ from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.config import rules as config_rules
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.sources.folder import FolderSource
 from segjax.pretrained import files
 
 SECONDS = 20  # Per input; a hang ends the process with a trace.

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from segjax import metrics
-from segjax.input_pipeline import CityscapesSource, DataError, cityscapes, datasets
+from segjax.input_pipeline import DataError
+from segjax.input_pipeline.sources import cityscapes, datasets
+from segjax.input_pipeline.sources.cityscapes import CityscapesSource
 from segjax.tools import prepare
 from tests import archives
 

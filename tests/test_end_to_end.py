@@ -142,7 +142,7 @@ def test_a_split_without_labels_is_refused_for_training_and_scoring(stores, tmp_
 def test_shards_are_read_without_importing_tensorflow(stores):
   code = f"""
 import sys
-from segjax.input_pipeline import VocSource
+from segjax.input_pipeline.sources.voc import VocSource
 data = VocSource(dir={str(stores["voc", "tfds"])!r}, split="trainaug", format="tfds")
 assert len(data) == 5 and data[0][0].ndim == 3
 assert not any(name.split(".")[0] in ("tensorflow", "jax") for name in sys.modules)

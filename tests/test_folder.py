@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from segjax.config import SOURCES
-from segjax.input_pipeline import DataError, FolderSource, datasets, images, scan
-from segjax.input_pipeline.source import held_out
+from segjax.input_pipeline import DataError, images, scan
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import held_out
+from segjax.input_pipeline.sources.folder import FolderSource
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 MASK = np.tile(np.array([0, 1, 2, 255], np.uint8), (6, 2))

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from segjax import config as config_lib
 from segjax import predict
-from segjax.input_pipeline import DataError, datasets, images, unlabelled
+from segjax.input_pipeline import DataError, images, unlabelled
+from segjax.input_pipeline.sources import datasets
 from segjax.run import task
 from segjax.tools import check_data
 from tests.test_folder import IMAGE, MASK, make, source, write

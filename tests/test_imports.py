@@ -156,7 +156,8 @@ def test_sources_and_order_import_no_jax():
 import sys
 sys.modules["jax"] = None  # Any import of it now raises.
 from segjax import input_pipeline
-source = input_pipeline.SyntheticSource(split="train", num_train=3, num_val=1, image_size=(8, 8))
+from segjax.input_pipeline.sources.synthetic import SyntheticSource
+source = SyntheticSource(split="train", num_train=3, num_val=1, image_size=(8, 8))
 assert input_pipeline.load_example(source, (9, 9), 1)["image"].shape == (8, 8, 3)
 assert not any(name.split(".")[0] in ("flax", "orbax", "tensorflow") for name in sys.modules)
 """

@@ -8,7 +8,10 @@ import pytest
 
 from segjax import input_pipeline
 from segjax.config import default_config
-from segjax.input_pipeline import CityscapesSource, DataError, KittiRoadSource, VocSource, images, inventory, unlabelled
+from segjax.input_pipeline import DataError, images, inventory, unlabelled
+from segjax.input_pipeline.sources.cityscapes import CityscapesSource
+from segjax.input_pipeline.sources.kitti_road import KittiRoadSource
+from segjax.input_pipeline.sources.voc import VocSource
 from segjax.tools import check_data
 from tests.test_folder import IMAGE, MASK, make, source, write
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from segjax import predict
 from segjax.config import ConfigError, default_config
-from segjax.input_pipeline import DataError, borders, datasets, images, scan, unlabelled
-from segjax.input_pipeline.source import Source
+from segjax.input_pipeline import DataError, borders, images, scan, unlabelled
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Source
 from segjax.run import examples, outputs, report
 from segjax.tools import submission
 from tests.test_examples import start

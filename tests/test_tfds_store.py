@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax.input_pipeline import images, tfds_store
+from segjax.input_pipeline import images
+from segjax.input_pipeline.sources import tfds_store
 
 
 def png(size):

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from segjax import metrics
-from segjax.input_pipeline import DataError, VocSource, datasets, voc
+from segjax.input_pipeline import DataError
+from segjax.input_pipeline.sources import datasets, voc
+from segjax.input_pipeline.sources.voc import VocSource
 from segjax.tools import prepare
 from tests import archives
 

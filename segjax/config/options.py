@@ -186,7 +186,7 @@ def models() -> dict[str, dict[str, Option]]:
 
 def sources() -> dict[str, dict[str, Option]]:
   """The options of each data source, beside those of all, `DATA`."""
-  return {name: signature(place) for name, place in _table("input_pipeline", "SOURCES").items()}
+  return {name: signature(place) for name, place in _table("input_pipeline.sources", "SOURCES").items()}
 
 
 def defaults(options: dict[str, Option]) -> dict:

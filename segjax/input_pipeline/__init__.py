@@ -1,7 +1,7 @@
 """From files to host batches. Nothing below this package imports JAX, so data workers stay free of it.
 
 A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the facts
-`classes`, `palette` [K, 3] uint8, `sizes`, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`); its class
+`classes`, `palette` [K, 3] uint8, `sizes`, `canvas_size`, `labelled`, `notes` and `submission` (see `sources.base.Source`); its class
 tells `named_classes` without any example. `order` says which examples a step sees. A loader reads them:
 
     batches(positions, load, canvas_size, batch_size, num_workers) -> iterator of dicts
@@ -18,51 +18,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from segjax import config as config_lib
-from segjax.input_pipeline import cache, canvas, datasets, order
+from segjax.input_pipeline import cache, canvas, order
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.input_pipeline.cityscapes import CityscapesSource
-from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.kitti_road import KittiRoadSource
-from segjax.input_pipeline.synthetic import SyntheticSource
-from segjax.input_pipeline.tfds_source import TfdsSource
-from segjax.input_pipeline.voc import VocSource
+from segjax.input_pipeline.sources import datasets, make_source, named_classes
 
-SOURCES = {
-  "synthetic": SyntheticSource, "folder": FolderSource, "voc": VocSource, "cityscapes": CityscapesSource,
-  "tfds": TfdsSource, "kitti_road": KittiRoadSource,
-}  # fmt: skip
 # Imported when asked for: a run with grain must not import TensorFlow, nor the other way round.
 _LOADERS = {"tf_data": "segjax.input_pipeline.tf_data", "grain": "segjax.input_pipeline.grain_loader"}
-
-
-def make_source(data, split: str, labels: bool = True):
-  """The source of one split from `config.data`.
-
-  Args:
-    labels: whether they are needed; predicting works without.
-
-  Raises:
-    DataError: the data set cannot be used, or has no public labels for this split; the message says why.
-  """
-  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
-  source = SOURCES[data.name](dir=data.dir, split=split, exif=data.exif, **options)
-  if labels and not source.labelled:
-    raise DataError(
-      f"Split {split!r} of {data.name} has no public labels, so it can neither train nor be scored here. Write its"
-      f" predictions for the benchmark's server: --mode=submit --config.data.eval_split={split}"
-    )
-  return source
-
-
-def named_classes(data) -> tuple[tuple[str, ...], np.ndarray]:
-  """Class names and palette [K, 3] uint8 of `config.data`, without reading the data set (but its classes.txt).
-
-  Raises:
-    DataError: nobody names the classes.
-  """
-  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
-  return SOURCES[data.name].named_classes(dir=data.dir, **options)
 
 
 def canvas_of(source, data) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def file_state(path: str | os.PathLike) -> str:
 def code_state() -> str:
   """Tells the code that reads files from every other version of it, so that what another one made is made again."""
   digest = hashlib.sha256(PIL.__version__.encode())
-  for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+  for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
     digest.update(path.read_bytes())
   return digest.hexdigest()[:16]
 
@@ -126,7 +126,7 @@ class Cached:
   """A source whose examples are decoded once; all that a loader asks of it is the same, bit for bit.
 
   Args:
-    source: a `source.Source`.
+    source: a `sources.base.Source`.
     cache: "memory", for as long as `source` lives, or "disk".
   """
 

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes, whatever their palette: the ground's is often black.
 

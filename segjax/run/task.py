@@ -13,7 +13,8 @@ from segjax import config as config_lib
 from segjax import input_pipeline
 from segjax.config import ConfigError
 from segjax.files import atomic
-from segjax.input_pipeline import datasets, images
+from segjax.input_pipeline import images
+from segjax.input_pipeline.sources import datasets
 
 TASK_FILE = "task.json"  # In the workdir, beside the config.
 

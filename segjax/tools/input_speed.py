@@ -16,7 +16,7 @@ from PIL import Image
 
 from segjax import input_pipeline
 from segjax.config import IGNORE_LABEL, ConfigError
-from segjax.input_pipeline import cityscapes, datasets, voc
+from segjax.input_pipeline.sources import cityscapes, datasets, voc
 from segjax.tools import prepare
 
 LOADERS = ("tf_data", "grain")

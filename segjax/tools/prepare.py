@@ -25,8 +25,9 @@ from PIL import Image
 
 from segjax.config import ConfigError
 from segjax.files import atomic
-from segjax.input_pipeline import DataError, cityscapes, datasets, images, voc
-from segjax.input_pipeline.source import held_out
+from segjax.input_pipeline import DataError, images
+from segjax.input_pipeline.sources import cityscapes, datasets, voc
+from segjax.input_pipeline.sources.base import held_out
 from segjax.run import commandline
 from segjax.tools import unpacking
 
@@ -182,7 +183,7 @@ def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool 
 
   Writes `out`/images, `out`/masks (0, 255), `out`/instances (16 bits: 1, 2, ... in the order of the nuclei's files;
   where two overlap, the later one), and train.txt and val.txt. A seventh is held out, by a hash of the names: as
-  `source.held_out` chooses fold 0 of 7.
+  `base.held_out` chooses fold 0 of 7.
 
   Args:
     stage1: stage1_train, with ID/images/ID.png and ID/masks/*.png.
@@ -253,7 +254,7 @@ def _write_list(path: pathlib.Path, names: list[str]) -> None:
 
 def store_voc(root: pathlib.Path, data_dir: str) -> None:
   """Stores a prepared VOC2012 folder as the TFDS data set `voc_segmentation` under `data_dir`."""
-  builder = _tfds_module("segjax.input_pipeline.voc_segmentation").VocSegmentation(
+  builder = _tfds_module("segjax.input_pipeline.sources.voc_segmentation").VocSegmentation(
     data_dir=data_dir, file_format="array_record"
   )
   _download_and_prepare(builder, root)

@@ -33,7 +33,7 @@ class Records:
     reading: how to read images and masks.
 
   Attributes:
-    exif: as of `source.Files`, though what masks tell is not kept in the index.
+    exif: as of `base.Files`, though what masks tell is not kept in the index.
 
   Raises:
     DataError: no such data set, split or feature, another file format than ArrayRecord, or TFDS not installed.
@@ -70,7 +70,7 @@ class Records:
     return f"{self._origins[part]}|{place}", self._state
 
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray]:
-    """As of `source.Files`."""
+    """As of `base.Files`."""
     part, place = self._places[index]
     record = _record(self._parts[part], place, self._dataset, self._features)
     image, mask = (io.BytesIO(record[feature]) for feature in self._features)

@@ -10,10 +10,11 @@ import numpy as np
 from scipy import ndimage
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import borders, datasets, inventory, mask_values
+from segjax.input_pipeline import borders, inventory, mask_values
 from segjax.input_pipeline import images as images_lib
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Files, Source, held_out
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Files, Source, held_out
 
 
 class MaskMeaning:

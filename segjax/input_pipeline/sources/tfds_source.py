@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from segjax.input_pipeline.folder import MaskMeaning
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Source
-from segjax.input_pipeline.tfds_store import Records
+from segjax.input_pipeline.sources.base import Source
+from segjax.input_pipeline.sources.folder import MaskMeaning
+from segjax.input_pipeline.sources.tfds_store import Records
 
 
 class TfdsSource(Source):

@@ -6,10 +6,11 @@ import re
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets, images, inventory, mask_values
+from segjax.input_pipeline import images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Files, Source, count_note
-from segjax.input_pipeline.tfds_store import Records
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Files, Source, count_note
+from segjax.input_pipeline.sources.tfds_store import Records
 
 CLASSES = tuple(name for name, _, _ in datasets.CITYSCAPES)
 # Of id 0 .. 255: its class, void for the ids that the benchmark ignores, -1 for what is no id.

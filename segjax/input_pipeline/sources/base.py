@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import cache, datasets, images, inventory
+from segjax.input_pipeline import cache, images, inventory
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.order import mix
+from segjax.input_pipeline.sources import datasets
 
 
 class Files:

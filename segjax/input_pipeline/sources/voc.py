@@ -4,10 +4,11 @@ import pathlib
 
 import numpy as np
 
-from segjax.input_pipeline import datasets, images, inventory, mask_values
+from segjax.input_pipeline import images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Files, Source, count_note
-from segjax.input_pipeline.tfds_store import Records
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Files, Source, count_note
+from segjax.input_pipeline.sources.tfds_store import Records
 
 AUG_FOLDER = "SegmentationClassAug"  # Masks that segjax.prepare made from SBD.
 # Splits of the TFDS data set `voc_segmentation`, which stores every image once.

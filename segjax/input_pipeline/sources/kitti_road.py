@@ -5,9 +5,10 @@ import re
 
 import numpy as np
 
-from segjax.input_pipeline import datasets, images, inventory, mask_values
+from segjax.input_pipeline import images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Files, Source, count_note, held_out
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Files, Source, count_note, held_out
 
 SPLITS = ("train", "val", "trainval", "test")
 _COLOR_TABLE = {int(color, 16): label for color, label in datasets.KITTI_ROAD_MASK_COLORS.items()}

@@ -7,8 +7,8 @@ are random, so that colour alone never gives a class away.
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets
 from segjax.input_pipeline.order import mix
+from segjax.input_pipeline.sources import datasets
 
 CLASSES = ("ground", "disk", "square", "triangle", "ring", "cross")
 
@@ -73,7 +73,7 @@ class SyntheticSource:
     return len(self.sizes)
 
   def files(self, border: bool = False) -> dict[str, list]:
-    """As of `source.Source.files`."""
+    """As of `base.Source.files`."""
     return dict(image=[])
 
   def describe(self, index: int) -> str:

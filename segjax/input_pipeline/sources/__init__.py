@@ -1,0 +1,53 @@
+"""Data sets: each module reads one, or one way to store any. The meaning of a split's files is here, their reading above.
+
+A new source is a module, and an entry in `SOURCES`; the options of `config.data` are its constructor's arguments.
+"""
+
+import numpy as np
+
+from segjax import config as config_lib
+from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.sources.cityscapes import CityscapesSource
+from segjax.input_pipeline.sources.folder import FolderSource
+from segjax.input_pipeline.sources.kitti_road import KittiRoadSource
+from segjax.input_pipeline.sources.synthetic import SyntheticSource
+from segjax.input_pipeline.sources.tfds_source import TfdsSource
+from segjax.input_pipeline.sources.voc import VocSource
+
+SOURCES = {
+  "synthetic": SyntheticSource,
+  "folder": FolderSource,
+  "voc": VocSource,
+  "cityscapes": CityscapesSource,
+  "tfds": TfdsSource,
+  "kitti_road": KittiRoadSource,
+}
+
+
+def make_source(data, split: str, labels: bool = True):
+  """The source of one split from `config.data`.
+
+  Args:
+    labels: whether they are needed; predicting works without.
+
+  Raises:
+    DataError: the data set cannot be used, or has no public labels for this split; the message says why.
+  """
+  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
+  source = SOURCES[data.name](dir=data.dir, split=split, exif=data.exif, **options)
+  if labels and not source.labelled:
+    raise DataError(
+      f"Split {split!r} of {data.name} has no public labels, so it can neither train nor be scored here. Write its"
+      f" predictions for the benchmark's server: --mode=submit --config.data.eval_split={split}"
+    )
+  return source
+
+
+def named_classes(data) -> tuple[tuple[str, ...], np.ndarray]:
+  """Class names and palette [K, 3] uint8 of `config.data`, without reading the data set (but its classes.txt).
+
+  Raises:
+    DataError: nobody names the classes.
+  """
+  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
+  return SOURCES[data.name].named_classes(dir=data.dir, **options)
