@@ -248,11 +248,20 @@ def tasks(folder):
 
 
 KINDS = {
-  "jpeg": pictures("JPEG", ".jpg"), "png": pictures("PNG", ".png"), "gif": pictures("GIF", ".gif"),
-  "tiff": pictures("TIFF", ".tif"), "lists": lists, "config": configs, "task": tasks,
-  "npz": weights(".npz", _npz), "safetensors": weights(".safetensors", _safetensors), "pth": weights(".pth", _torch),
-  "tf_checkpoint": weights("", _tensorflow), "frozen_graph": weights(".pb", _tensorflow), "checkpoint": checkpoints,
-}  # fmt: skip
+  "jpeg": pictures("JPEG", ".jpg"),
+  "png": pictures("PNG", ".png"),
+  "gif": pictures("GIF", ".gif"),
+  "tiff": pictures("TIFF", ".tif"),
+  "lists": lists,
+  "config": configs,
+  "task": tasks,
+  "npz": weights(".npz", _npz),
+  "safetensors": weights(".safetensors", _safetensors),
+  "pth": weights(".pth", _torch),
+  "tf_checkpoint": weights("", _tensorflow),
+  "frozen_graph": weights(".pb", _tensorflow),
+  "checkpoint": checkpoints,
+}
 
 
 def main(kind: str, count: int, folder: pathlib.Path) -> None:

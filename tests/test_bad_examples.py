@@ -78,9 +78,15 @@ def test_one_bad_example_too_many_stops_and_names_all(config, tmp_path, loader):
   rot(config, "05")
   source = input_pipeline.make_source(config.data, "train")
   found = input_pipeline.train_batches(
-    source, config.data, seed=0, batch_size=8, rows=np.arange(8), start_step=0, num_steps=3,
+    source,
+    config.data,
+    seed=0,
+    batch_size=8,
+    rows=np.arange(8),
+    start_step=0,
+    num_steps=3,
     bad=BadExamples(tmp_path, most=1),
-  )  # fmt: skip
+  )
   (tmp_path / "data/images/train/07.png").unlink()
   with pytest.raises(DataError, match=r"0[57].png: .*\nIt is bad example 2 \(the others: images/train/0[57]\)"):
     list(found)

@@ -21,9 +21,18 @@ BENT = dict(rotation=20.0, shift=0.1, shear=8.0, zoom=0.2, elastic=1.5)
 def augmented(batch, draws, crop, margin=0, outside="void", scale=(0.5, 2.0), warp=STILL, cut=True):
   """The crops of a batch on its canvas."""
   function = functools.partial(
-    augment.augment_batch, crop_size=crop, fill=(1, 2, 3), ignore_label=255, margin=margin, scale=scale, scale_step=0.0,
-    flip=True, outside=outside, **OFF, **warp,
-  )  # fmt: skip
+    augment.augment_batch,
+    crop_size=crop,
+    fill=(1, 2, 3),
+    ignore_label=255,
+    margin=margin,
+    scale=scale,
+    scale_step=0.0,
+    flip=True,
+    outside=outside,
+    **OFF,
+    **warp,
+  )
   window = (batch["origin"], batch["share"]) if cut else None
   return jax.jit(function)(
     jax.random.key(draws), batch["image"], batch["label"], batch["size"], batch["border"], window
@@ -40,9 +49,12 @@ def test_a_crop_of_the_window_is_the_crop_of_the_whole_image_bit_for_bit(margin,
   assert window[0] < size[0] and window[1] < size[1]
   image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
   whole = dict(
-    image=image, label=image[..., 0] % 5, border=image[..., 1].astype(np.float16), size=np.array(size, np.int32),
+    image=image,
+    label=image[..., 0] % 5,
+    border=image[..., 1].astype(np.float16),
+    size=np.array(size, np.int32),
     id=np.array(0, np.int32),
-  )  # fmt: skip
+  )
   for step in range(4):
     examples = [canvas.cut_window(whole, window, around, (0, step, row)) for row in range(24)]
     cut = canvas.pad_batch(examples, window)
@@ -167,8 +179,11 @@ def test_an_evaluation_shows_each_image_whole_and_once_large_ones_in_small_batch
   source = input_pipeline.make_source(data, "val")
   found = list(input_pipeline.eval_batches(source, data, batch_size=4, rows=np.arange(4), single=(1, np.arange(1))))
   assert [(b["image"].shape[:3], b["id"].tolist()) for b in found] == [
-    ((4, 20, 24), [1, 2, 3, 4]), ((4, 20, 24), [5, 6, 7, -1]), ((1, 310, 400), [0]), ((1, 310, 400), [8]),
-  ]  # fmt: skip
+    ((4, 20, 24), [1, 2, 3, 4]),
+    ((4, 20, 24), [5, 6, 7, -1]),
+    ((1, 310, 400), [0]),
+    ((1, 310, 400), [8]),
+  ]
   for batch in found:
     for row, index in enumerate(batch["id"]):
       h, w = batch["size"][row]

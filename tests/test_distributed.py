@@ -11,13 +11,20 @@ from segjax.config import ConfigError
 from segjax.run import cluster, distributed
 
 SLURM = dict(
-  SLURM_JOB_ID="123456", SLURM_STEP_NODELIST="gpu[03-04,7]", SLURM_STEP_NUM_TASKS="8", SLURM_PROCID="5",
-  SLURM_LOCALID="1", SLURM_NODEID="1", SLURM_STEP_TASKS_PER_NODE="4(x2)",
-)  # fmt: skip
+  SLURM_JOB_ID="123456",
+  SLURM_STEP_NODELIST="gpu[03-04,7]",
+  SLURM_STEP_NUM_TASKS="8",
+  SLURM_PROCID="5",
+  SLURM_LOCALID="1",
+  SLURM_NODEID="1",
+  SLURM_STEP_TASKS_PER_NODE="4(x2)",
+)
 JOBSET = dict(
-  JOBSET_COORDINATOR="segjax-workers-0-0.segjax", JOBSET_NUM_PROCESSES="2", JOB_COMPLETION_INDEX="1",
+  JOBSET_COORDINATOR="segjax-workers-0-0.segjax",
+  JOBSET_NUM_PROCESSES="2",
+  JOB_COMPLETION_INDEX="1",
   KUBERNETES_SERVICE_HOST="10.0.0.1",
-)  # fmt: skip
+)
 
 
 def place(found):

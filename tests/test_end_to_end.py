@@ -36,9 +36,15 @@ def stores(tmp_path_factory):
   archives.make_cityscapes(folder)
   for name in ("voc", "cityscapes"):
     command = [
-      sys.executable, "-m", "segjax.prepare", name, f"--archives={folder}", f"--out={folder / name}", "--allow_partial",
+      sys.executable,
+      "-m",
+      "segjax.prepare",
+      name,
+      f"--archives={folder}",
+      f"--out={folder / name}",
+      "--allow_partial",
       f"--tfds={folder / 'tfds'}",
-    ]  # fmt: skip
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and "train on it: --config.data.dir=" in result.stdout, result.stderr
   return {

@@ -161,13 +161,17 @@ def test_classes_from_a_file(tmp_path):
 @pytest.mark.parametrize(
   "mask, options, message",
   [
-    (np.full((6, 8), 7, np.uint8), {}, r"a\.png: label values outside the 3 classes .* 7 \(48 px\).* data.label_map, e.g. 7:255"),
+    (
+      np.full((6, 8), 7, np.uint8),
+      {},
+      r"a\.png: label values outside the 3 classes .* 7 \(48 px\).* data.label_map, e.g. 7:255",
+    ),
     (np.array([[0, 200]] * 3, np.uint8).repeat(2, 0).repeat(4, 1), dict(classes=("no", "yes")), "e.g. 200:1"),
     (np.array([[1, 2, 3]] * 6, np.uint8), {}, "e.g. 1:0,2:1,3:2"),
     (np.full((6, 8), -1, np.int32), {}, r"-1 \(48 px\)"),
     (np.tile(np.uint8([9, 8, 7]), (6, 8, 1)), {}, r"an RGB mask with colours that no class has: 090807 \(48 px\)"),
   ],
-)  # fmt: skip
+)
 def test_wrong_label_values_are_named_with_counts_and_remedy(tmp_path, mask, options, message):
   write(tmp_path / "images/train/a.png", np.zeros((*mask.shape[:2], 3), np.uint8))
   path = tmp_path / "masks/train/a.png"

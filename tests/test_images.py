@@ -47,8 +47,17 @@ def tiff(samples, bits, photometric):
   height, width, *channels = samples.shape
   count = channels[0] if channels else 1
   data = samples.tobytes()
-  tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8),
-          (277, 3, count), (278, 4, height), (279, 4, len(data))]  # fmt: skip
+  tags = [
+    (256, 4, width),
+    (257, 4, height),
+    (258, 3, bits),
+    (259, 3, 1),
+    (262, 3, photometric),
+    (273, 4, 8),
+    (277, 3, count),
+    (278, 4, height),
+    (279, 4, len(data)),
+  ]
   body, extra = b"", b""
   start = 8 + len(data)
   for tag, kind, value in tags:

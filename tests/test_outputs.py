@@ -48,11 +48,16 @@ def test_every_writer_stays_in_its_folder_whatever_an_id_says(tmp_path, monkeypa
   assert len(written) == 1 and written[0].parent == folder and ".." not in written[0].parts
 
 
-@pytest.mark.parametrize("names, message", [
-  (["../x"], "names no file below"), (["a" * 250, "b" * 252], r"^b{252}.png: too long for a file's name \(256 bytes of"),
-  (["ä" * 126], "256 bytes"), (["/".join(["d" * 250] * 17)], "the whole path of 4095"),
-  (["a", "b", "a"], "Several examples would be written as .*a.png. Rename"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "names, message",
+  [
+    (["../x"], "names no file below"),
+    (["a" * 250, "b" * 252], r"^b{252}.png: too long for a file's name \(256 bytes of"),
+    (["ä" * 126], "256 bytes"),
+    (["/".join(["d" * 250] * 17)], "the whole path of 4095"),
+    (["a", "b", "a"], "Several examples would be written as .*a.png. Rename"),
+  ],
+)
 def test_predictions_with_impossible_names_are_refused_before_the_work(tmp_path, monkeypatch, names, message):
   config = default_config(data="folder")
   config.data.eval_split = "val"

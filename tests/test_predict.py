@@ -100,9 +100,11 @@ FAMILIES = dict(
   unpadded_sigmoid=(dict(classes=2, width=4, depth=1, padding="valid", batch_norm=False), dict(threshold=0.45)),
   unpadded_tiles=(dict(width=4, depth=1, padding="valid"), dict(window=(16, 20), window_stride=(16, 20))),
   fcn=(dict(model="fcn", width=2), dict()),
-  deeplab=(dict(model="deeplab_v3plus", classes=2, backbone="mobilenet_v2", output_stride=16, atrous_rates=(),
-                decoder=False), dict(window=(33, 33), window_stride=(20, 20))),
-)  # fmt: skip
+  deeplab=(
+    dict(model="deeplab_v3plus", classes=2, backbone="mobilenet_v2", output_stride=16, atrous_rates=(), decoder=False),
+    dict(window=(33, 33), window_stride=(20, 20)),
+  ),
+)
 
 
 @pytest.mark.parametrize("family", ["unet", *full(*(name for name in FAMILIES if name != "unet"))])
@@ -254,8 +256,12 @@ def test_bad_files_are_named_and_skipped(data, run, tmp_path):
   for _ in range(2):
     code, output = command("--workdir", run, images, images / "nosuch.jpg", f"--out={out}", "--config.eval.flip=True")
     assert code == 1 and "4 file(s) skipped" in output and "flip True" in output and "notes.txt" not in output, output
-    for name, reason in (("bits", "more than 8 bits"), ("text", "not a readable image"), ("cut", "damaged or trunc"),
-                         ("nosuch", "no such file")):  # fmt: skip
+    for name, reason in (
+      ("bits", "more than 8 bits"),
+      ("text", "not a readable image"),
+      ("cut", "damaged or trunc"),
+      ("nosuch", "no such file"),
+    ):
       assert f"{name}." in output and reason in output, (name, output)
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
     assert names == {f"{kind}/deep/{n}.png" for kind in predict.KINDS for n in range(5)}

@@ -49,8 +49,13 @@ def start(config, workdir, *arguments):
   folder.mkdir(exist_ok=True)
   config_lib.save(config, folder)
   command = [
-    sys.executable, "-m", "segjax.main", f"--config={config_lib.__file__}:{folder}", f"--workdir={workdir}", *arguments
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "segjax.main",
+    f"--config={config_lib.__file__}:{folder}",
+    f"--workdir={workdir}",
+    *arguments,
+  ]
   return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -268,5 +273,7 @@ def test_a_checkpoint_restores_on_any_number_of_devices(tiny_config, tmp_path, d
   checkpoints = Checkpoints(tmp_path / "run", read_only=True)
   restored = checkpoints.restore(abstract, 6)
   assert int(restored.step) == 6 and len(restored.params["logits"]["kernel"].sharding.device_set) == devices
-  assert_identical(checkpoint(tmp_path / "run", 6)["params"] | {"x": checkpoint(tmp_path / "run", 6)["opt_state"]},
-                   restored.params | {"x": checkpoint(tmp_path / "run", 6)["opt_state"]})  # fmt: skip
+  assert_identical(
+    checkpoint(tmp_path / "run", 6)["params"] | {"x": checkpoint(tmp_path / "run", 6)["opt_state"]},
+    restored.params | {"x": checkpoint(tmp_path / "run", 6)["opt_state"]},
+  )

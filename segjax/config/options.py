@@ -237,8 +237,10 @@ def _table(package: str, name: str) -> dict[str, str]:
   module = _parse(package)
   origins = {
     alias.name: f"{node.module.removeprefix('segjax.')}.{alias.name}"
-    for node in module.body if isinstance(node, ast.ImportFrom) for alias in node.names
-  }  # fmt: skip
+    for node in module.body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+  }
   table = _assigned(module, name)
   return {key.value: origins[value.id] for key, value in zip(table.keys, table.values)}
 

@@ -203,8 +203,15 @@ def _is_size(size: tuple, least: int) -> bool:
 
 
 def _run(config) -> Rules:
-  for field in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-                "accumulate_steps"):  # fmt: skip
+  for field in (
+    "num_steps",
+    "batch_size",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "accumulate_steps",
+  ):
     yield config[field] >= 1, field, "must be at least 1."
   yield 0 <= config.seed < 2**31, "seed", "must lie in [0, 2^31)."
   yield config.mesh.space >= 1, "mesh.space", "must be at least 1."

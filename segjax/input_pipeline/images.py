@@ -48,9 +48,14 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 # What EXIF calls the orientation of the stored pixels: how to stand them upright.
 _UPRIGHT = {
-  2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-  6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: np.rot90,
-}  # fmt: skip
+  2: lambda a: a[:, ::-1],
+  3: lambda a: a[::-1, ::-1],
+  4: lambda a: a[::-1],
+  5: lambda a: a.swapaxes(0, 1),
+  6: lambda a: np.rot90(a, -1),
+  7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+  8: np.rot90,
+}
 _ORIENTATION = 274  # The number of EXIF's field.
 # What becomes of an image that EXIF wants turned, where its mask's size does not tell whether it was drawn on the turned
 # one: refuse it, turn it as viewers do, or take the pixels as stored.

@@ -23,8 +23,9 @@ def _close_all():
     iterator.close()
 
 
-def batches(positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int,
-            num_workers: int) -> Iterator[dict]:  # fmt: skip
+def batches(
+  positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int, num_workers: int
+) -> Iterator[dict]:
   """`load(position)` of consecutive positions, padded to the canvas, `batch_size` at a time.
 
   Args:

@@ -33,11 +33,13 @@ def data_lines(data, splits: dict) -> str:
   train, evaluated, loader = splits[data.train_split], splits[data.eval_split], input_pipeline.loader_of(data)
   reason = ", because TensorFlow is not installed" if loader != data.loader else ""
   notes = dict.fromkeys((*train.notes, *evaluated.notes, *inventory.notes(splits)))
-  return "\n".join([
-    f"data: {len(train)} images in {data.train_split!r}, {len(evaluated)} in {data.eval_split!r},"
-    f" {len(train.classes)} classes, loader {loader}{reason}",
-    *(f"note: {note}" for note in notes),
-  ])  # fmt: skip
+  return "\n".join(
+    [
+      f"data: {len(train)} images in {data.train_split!r}, {len(evaluated)} in {data.eval_split!r},"
+      f" {len(train.classes)} classes, loader {loader}{reason}",
+      *(f"note: {note}" for note in notes),
+    ]
+  )
 
 
 def complete_lines(config, workdir, start: int, best: float | None) -> str:

@@ -50,9 +50,11 @@ class Validation:
     # Patience counts evaluations, so how often they are belongs to it. An int32, as arrays hold it.
     self._regime = zlib.crc32(json.dumps([self._measure, config.eval_every]).encode()) >> 1
     remember = functools.partial(
-      optimizer_lib.update_policy, min_gain=p.min_gain, plateau_factor=p.plateau_factor,
+      optimizer_lib.update_policy,
+      min_gain=p.min_gain,
+      plateau_factor=p.plateau_factor,
       plateau_patience=p.plateau_patience,
-    )  # fmt: skip
+    )
     self._remember = jax.jit(remember, out_shardings=sharding.replicated(self._mesh))
 
   def pending(self, step: int, checkpoints: Checkpoints) -> bool:

@@ -33,8 +33,8 @@ WHAT = ("train", "eval", "compile", "input")
 def processor() -> str:
   """The name of the CPU."""
   info = pathlib.Path("/proc/cpuinfo")
-  names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-    if info.exists() else []  # fmt: skip
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
   return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -69,11 +69,11 @@ def main(argv: list[str]) -> None:
 def _steps(config, kinds: list[str], dtypes: list[str]) -> str:
   import jax
 
-  from segjax.tools import step_speed
+  from segjax.tools import step_speed, torch_process
 
   commandline.keep_freed_memory()
   jax.config.update("jax_enable_compilation_cache", False)  # Compilation is measured too.
-  forms = tuple(_TORCH_FORMS.value or step_speed.TORCH_FORMS) if _COMPARE.value else ()
+  forms = tuple(_TORCH_FORMS.value or torch_process.FORMS) if _COMPARE.value else ()
   rows, compilations = [], []
   for config.dtype in dtypes:
     for kind in kinds:

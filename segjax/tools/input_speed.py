@@ -63,9 +63,14 @@ def input_table(config, formats: dict[str, str], seconds: float) -> str:
       if input_pipeline.loader_of(data) != data.loader:
         continue
       batches = input_pipeline.train_batches(
-        source, data, seed=config.seed, batch_size=config.batch_size, rows=np.arange(config.batch_size), start_step=0,
+        source,
+        data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        rows=np.arange(config.batch_size),
+        start_step=0,
         num_steps=1 << 30,
-      )  # fmt: skip
+      )
       first = 2 + (len(source) // config.batch_size + 1) * (data.cache != "none")
       row(data.loader, data.workers or os.cpu_count(), speed(batches, config.batch_size, seconds, first))
       batches.close()

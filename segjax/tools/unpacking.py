@@ -18,8 +18,15 @@ from segjax.files import atomic
 from segjax.input_pipeline.images import DataError
 
 # What damaged archives raise, and those packed as Python cannot unpack.
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError,
-           NotImplementedError)  # fmt: skip
+DAMAGE = (
+  tarfile.TarError,
+  zipfile.BadZipFile,
+  zlib.error,
+  lzma.LZMAError,
+  gzip.BadGzipFile,
+  EOFError,
+  NotImplementedError,
+)
 
 
 @contextlib.contextmanager

@@ -29,8 +29,13 @@ class Files:
     others: () -> what else lies in their folders; see `inventory.search`.
   """
 
-  def __init__(self, names: Sequence[str], pairs: Sequence[tuple[pathlib.Path, pathlib.Path | None]],
-               reading: images.Reading, others: Callable[[], dict[pathlib.Path, inventory.Unused]]):  # fmt: skip
+  def __init__(
+    self,
+    names: Sequence[str],
+    pairs: Sequence[tuple[pathlib.Path, pathlib.Path | None]],
+    reading: images.Reading,
+    others: Callable[[], dict[pathlib.Path, inventory.Unused]],
+  ):
     self.names = list(names)
     self._pairs = list(pairs)
     self._reading, self._others = reading, others
@@ -111,9 +116,18 @@ class Source:
     submission: how predictions are written.
   """
 
-  def __init__(self, store, classes: Sequence[str], palette: np.ndarray, to_label: Callable, *, meaning: str = "",
-               labelled: bool = True, notes: Sequence[str] = (),
-               submission: datasets.Submission = datasets.PLAIN_SUBMISSION):  # fmt: skip
+  def __init__(
+    self,
+    store,
+    classes: Sequence[str],
+    palette: np.ndarray,
+    to_label: Callable,
+    *,
+    meaning: str = "",
+    labelled: bool = True,
+    notes: Sequence[str] = (),
+    submission: datasets.Submission = datasets.PLAIN_SUBMISSION,
+  ):
     self._store, self._to_label, self._meaning = store, to_label, meaning
     self.kept = {}  # {index: (state, example)} of `cache.Cached`.
     self.classes, self.palette = tuple(classes), palette

@@ -22,9 +22,11 @@ IMAGES = "leftImg8bit"
 IMAGE_SUFFIX = "_leftImg8bit.png"
 _LABEL_FORMS = r"(?:labelIds|labelTrainIds|instanceIds|instanceTrainIds|color)\.png|polygons\.json"
 _ZIPS = {
-  (IMAGES, "train_extra"): "leftImg8bit_trainextra.zip", (IMAGES, None): "leftImg8bit_trainvaltest.zip",
-  ("gtFine", None): "gtFine_trainvaltest.zip", ("gtCoarse", None): "gtCoarse.zip",
-}  # fmt: skip
+  (IMAGES, "train_extra"): "leftImg8bit_trainextra.zip",
+  (IMAGES, None): "leftImg8bit_trainvaltest.zip",
+  ("gtFine", None): "gtFine_trainvaltest.zip",
+  ("gtCoarse", None): "gtCoarse.zip",
+}
 _TFDS_SPLITS = {"train": "train", "val": "validation", "test": "test", "train_extra": "train_extra"}
 
 
@@ -123,7 +125,7 @@ def _existing(root: pathlib.Path, kind: str, split: str) -> pathlib.Path:
 
 def _notes(names: list[str], split: str) -> list[str]:
   notes = count_note(split, len(names), datasets.CITYSCAPES_COUNTS[split])
-  absent = set(datasets.CITYSCAPES_CITIES[split]) - {name.rsplit("_", 2)[0] for name in names}
+  absent = set(datasets.CITYSCAPES_CITIES[split].split()) - {name.rsplit("_", 2)[0] for name in names}
   return notes + ([f"split {split!r} lacks the cities {', '.join(sorted(absent))}"] if absent else [])
 
 

@@ -121,10 +121,28 @@ class FolderSource(Source):
       remedy.
   """
 
-  def __init__(self, *, dir: str, split: str, images: str = "images/{split}", masks: str = "masks/{split}",
-               mask_suffix: str = "", list: str = "", holdout: float = 0.1, folds: int = 0, fold: int = 0,
-               split_seed: int = 0, group: str = "", classes: tuple = (), colors: tuple = (), void_colors: tuple = (),
-               label_map: str = "", instances: str = "", border_sigma: float = 5.0, exif: str = "refuse"):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    dir: str,
+    split: str,
+    images: str = "images/{split}",
+    masks: str = "masks/{split}",
+    mask_suffix: str = "",
+    list: str = "",
+    holdout: float = 0.1,
+    folds: int = 0,
+    fold: int = 0,
+    split_seed: int = 0,
+    group: str = "",
+    classes: tuple = (),
+    colors: tuple = (),
+    void_colors: tuple = (),
+    label_map: str = "",
+    instances: str = "",
+    border_sigma: float = 5.0,
+    exif: str = "refuse",
+  ):
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")

@@ -96,8 +96,18 @@ class KittiRoadSource(Source):
     DataError: another split, a wrong root, or files that are missing, named.
   """
 
-  def __init__(self, *, dir: str, split: str, labels: str = "road", holdout: float = 0.2, folds: int = 0, fold: int = 0,
-               split_seed: int = 0, exif: str = "refuse"):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    dir: str,
+    split: str,
+    labels: str = "road",
+    holdout: float = 0.2,
+    folds: int = 0,
+    fold: int = 0,
+    split_seed: int = 0,
+    exif: str = "refuse",
+  ):
     if split not in SPLITS:
       raise DataError(f"KITTI road has no split {split!r}: choose one of {', '.join(SPLITS)}.")
     root, part = find_root(dir), "testing" if split == "test" else "training"
@@ -107,9 +117,8 @@ class KittiRoadSource(Source):
       missing = [mask_name(name, labels) for name in found if not (masks / mask_name(name, labels)).is_file()]
       if missing:
         other = "lane" if labels == "road" else "road"
-        hint = f" The masks of the {other} are there: data.labels={other}" if all(
-          (masks / mask_name(name, other)).is_file() for name in found
-        ) else ""  # fmt: skip
+        others_there = all((masks / mask_name(name, other)).is_file() for name in found)
+        hint = f" The masks of the {other} are there: data.labels={other}" if others_there else ""
         raise DataError(
           f"{masks}: {len(missing)} of {len(found)} masks are missing: {images.listed(missing)}. Unzip data_road.zip"
           f" again.{hint}"

@@ -55,8 +55,16 @@ class SyntheticSource:
     dir, exif: unused, there are no files.
   """
 
-  def __init__(self, *, split: str, dir: str = "", exif: str = "refuse", num_train: int = 512,
-               num_val: int = 64, image_size: tuple[int, int] = (64, 64)):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    split: str,
+    dir: str = "",
+    exif: str = "refuse",
+    num_train: int = 512,
+    num_val: int = 64,
+    image_size: tuple[int, int] = (64, 64),
+  ):
     self.classes, self.palette = self.named_classes()
     self.canvas_size = tuple(image_size)
     self.sizes = [self.canvas_size] * (num_train if split == "train" else num_val)

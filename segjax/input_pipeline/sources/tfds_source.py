@@ -23,9 +23,21 @@ class TfdsSource(Source):
     DataError: no such data set, split or feature, another file format, or options that contradict each other.
   """
 
-  def __init__(self, *, dir: str, split: str, dataset: str = "", image_feature: str = "image",
-               mask_feature: str = "segmentation_mask", id_feature: str = "", classes: tuple = (), colors: tuple = (),
-               void_colors: tuple = (), label_map: str = "", exif: str = "refuse"):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    dir: str,
+    split: str,
+    dataset: str = "",
+    image_feature: str = "image",
+    mask_feature: str = "segmentation_mask",
+    id_feature: str = "",
+    classes: tuple = (),
+    colors: tuple = (),
+    void_colors: tuple = (),
+    label_map: str = "",
+    exif: str = "refuse",
+  ):
     if not dataset:
       raise DataError("data.dataset: name a TFDS data set, e.g. --config.data.dataset=oxford_iiit_pet.")
     meaning = MaskMeaning(tuple(classes), colors, void_colors, label_map)

@@ -39,8 +39,9 @@ class Records:
     DataError: no such data set, split or feature, another file format than ArrayRecord, or TFDS not installed.
   """
 
-  def __init__(self, dir: str, dataset: str, splits: tuple[str, ...], *, image: str, mask: str, id: str,
-               reading: images.Reading):  # fmt: skip
+  def __init__(
+    self, dir: str, dataset: str, splits: tuple[str, ...], *, image: str, mask: str, id: str, reading: images.Reading
+  ):
     self._dataset, self._features, self._reading, self.exif = dataset, (image, mask), reading, reading.exif
     folder = _find_version(pathlib.Path(dir).expanduser(), dataset)
     builder = _open_builder(folder)

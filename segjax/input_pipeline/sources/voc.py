@@ -13,8 +13,12 @@ from segjax.input_pipeline.sources.tfds_store import Records
 AUG_FOLDER = "SegmentationClassAug"  # Masks that segjax.prepare made from SBD.
 # Splits of the TFDS data set `voc_segmentation`, which stores every image once.
 TFDS_SPLITS = {
-  "train": ("train",), "val": ("val",), "trainval": ("train", "val"), "trainaug": ("train", "sbd"), "test": ("test",),
-}  # fmt: skip
+  "train": ("train",),
+  "val": ("val",),
+  "trainval": ("train", "val"),
+  "trainaug": ("train", "sbd"),
+  "test": ("test",),
+}
 _REMEDY = (
   "VOC's masks are palette PNGs that hold 0 to 20 and 255: restore the file from VOC's archive or segjax.prepare."
 )
@@ -50,9 +54,9 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
   path = list_file(root, split)
   if not path.is_file():
     archive = "VOC2012test.tar" if split == "test" else "VOCtrainval_11-May-2012.tar"
-    remedy = f"Unpack {archive} there." if split != "trainaug" else (
-      "Make it from VOC and SBD: python -m segjax.prepare voc --devkit=VOCdevkit/VOC2012 --sbd=benchmark_RELEASE/dataset"
-    )  # fmt: skip
+    remedy = f"Unpack {archive} there."
+    if split == "trainaug":
+      remedy = "Make it from VOC and SBD: python -m segjax.prepare voc --devkit=VOCdevkit/VOC2012 --sbd=benchmark_RELEASE/dataset"
     raise DataError(f"{path}: no such list. {remedy}")
   names = images.read_lines(path)
   if not names:
