@@ -22,6 +22,7 @@ from PIL import Image
 from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.config import rules as config_rules
+from segjax.input_pipeline import sources
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.sources.folder import FolderSource
@@ -98,7 +99,7 @@ def open_folder(folder, **options):
   data = config_lib.default_config(data="folder").data
   known = {name: data[name] for name in config_lib.SOURCES["folder"]}
   known |= dict(images="images", masks="masks", classes=("a", "b", "c"), holdout=1e-9) | options
-  return FolderSource(dir=str(folder), split="train", **known)
+  return FolderSource(split="train", **sources.arguments(FolderSource, known | dict(dir=str(folder))))
 
 
 def lists(folder):

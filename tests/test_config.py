@@ -1,6 +1,7 @@
 """The schema: what is refused, what is saved, and that every field means something."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import pathlib
@@ -118,9 +119,11 @@ def test_model_and_source_options_are_their_constructors_arguments():
     for option, value in values.items():
       assert value == parameters[option].default, (name, option)
   for name, values in config_lib.SOURCES.items():
-    parameters = inspect.signature(sources.SOURCES[name].__init__).parameters
-    assert {"dir", "split", "exif", *values} == set(parameters) - {"self"}, name
-    assert all(values[option] == parameters[option].default for option in values), name
+    taken = {p.name: p.default for p in inspect.signature(sources.SOURCES[name]).parameters.values()}
+    for group in [group for group, default in taken.items() if dataclasses.is_dataclass(default)]:
+      taken |= dataclasses.asdict(taken.pop(group))
+    assert {"dir", "split", "exif", *values} == set(taken), name
+    assert all(values[option] == taken[option] for option in values), name
   assert config_lib.MODELS.keys() == models.MODELS.keys()
   assert config_lib.SOURCES.keys() == sources.SOURCES.keys()
 

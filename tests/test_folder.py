@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from segjax.config import SOURCES
-from segjax.input_pipeline import DataError, images, scan
+from segjax.input_pipeline import DataError, images, scan, sources
 from segjax.input_pipeline.sources import datasets
-from segjax.input_pipeline.sources.base import held_out
 from segjax.input_pipeline.sources.folder import FolderSource
+from segjax.input_pipeline.sources.holdout import HoldOut
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 MASK = np.tile(np.array([0, 1, 2, 255], np.uint8), (6, 2))
@@ -34,7 +34,7 @@ def make(root, names=("a", "b"), split="train", mask=MASK):
 
 def source(root, split="train", **options):
   options = dict(SOURCES["folder"], classes=("ground", "road", "car")) | options
-  return FolderSource(dir=str(root), split=split, **options)
+  return FolderSource(split=split, **sources.arguments(FolderSource, options | dict(dir=str(root))))
 
 
 def test_pairs_by_name_whatever_the_extension(tmp_path):
@@ -88,14 +88,14 @@ def test_holdout_splits_all_images_once_and_stays_when_more_come(tmp_path):
     source(tmp_path, "test", **layout)
 
 
-def split(names, **options):
-  return held_out(names, **(dict(holdout=0.1, folds=0, fold=0, seed=0, group="") | options))
+def split(names, group="", **options):
+  return HoldOut(**options).choose(names, group)
 
 
 def test_a_holdout_from_1_on_is_a_number_of_images():
   names = [f"{i:03d}" for i in range(97)]
   first = split(names, holdout=20.0)
-  assert len(first) == 20 and first == split(names[::-1], holdout=20.0) != split(names, holdout=20.0, seed=1)
+  assert len(first) == 20 and first == split(names[::-1], holdout=20.0) != split(names, holdout=20.0, split_seed=1)
   assert first > split(names, holdout=7.0) and len(split(names, holdout=1.0)) == 1
   with pytest.raises(DataError, match="data.holdout = 97 holds out all of the 97 images.*Hold out fewer"):
     split(names, holdout=97.0)
@@ -260,7 +260,7 @@ def test_empty_split(tmp_path):
 
 def test_camvid_is_read_with_the_published_pixel_shares(shared):
   options = dict(SOURCES["folder"], **datasets.CAMVID)
-  data = FolderSource(dir=str(shared / "data/camvid"), split="train", **options)
+  data = source(shared / "data/camvid", **options)
   assert len(data) == 367 and data.canvas_size == (360, 480)
   counts, problems = scan.scan(data, range(0, 367))
   shares = 100 * counts.sum(0) / counts.sum()

@@ -10,6 +10,7 @@ from segjax import input_pipeline
 from segjax.config import default_config
 from segjax.input_pipeline import DataError, images, inventory, unlabelled
 from segjax.input_pipeline.sources.cityscapes import CityscapesSource
+from segjax.input_pipeline.sources.holdout import HoldOut
 from segjax.input_pipeline.sources.kitti_road import KittiRoadSource
 from segjax.input_pipeline.sources.voc import VocSource
 from segjax.tools import check_data
@@ -182,7 +183,7 @@ def test_kitti_leaves_nothing_unused_without_a_word(tmp_path):
       write(masks / f"um_{kind}_00000{number}.png", np.zeros((6, 8, 3), np.uint8))
 
   def open_sources():
-    options = dict(dir=str(tmp_path), labels="road", holdout=1.0, folds=0, fold=0, split_seed=0)
+    options = dict(dir=str(tmp_path), hold_out=HoldOut(holdout=1.0))
     return {split: KittiRoadSource(split=split, **options) for split in ("train", "val")}
 
   assert not inventory.unused(open_sources())

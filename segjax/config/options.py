@@ -202,7 +202,8 @@ def defaults(options: dict[str, Option]) -> dict:
 def signature(origin: str) -> dict[str, Option]:
   """The arguments with a default of a function or class of segjax ("losses.make_loss"), or the fields of a dataclass.
 
-  Their meaning is what its docstring says of them, as "NAME: text" or "NAME, OTHER: text".
+  Their meaning is what its docstring says of them, as "NAME: text" or "NAME, OTHER: text". An argument whose default is
+  `Group(...)`, a dataclass, stands for its fields, with the defaults that this call gives them.
 
   Raises:
     TypeError: a default that is no literal, or an argument that the docstring leaves out.
@@ -216,8 +217,17 @@ def signature(origin: str) -> dict[str, Option]:
       fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
       return {field.target.id: _option(origin, field.target.id, field.value, told) for field in fields}
     node = made[0]
-  pairs = zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults)
-  return {name: _option(origin, name, value, told) for name, value in pairs if value and name not in _NONE}
+  found = {}
+  for name, value in zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults):
+    if isinstance(value, ast.Call):  # A dataclass, whose fields are options of the same section.
+      own = {keyword.arg: ast.literal_eval(keyword.value) for keyword in value.keywords}
+      fields = signature(_origins(module)[value.func.id])
+      found |= {
+        field: option._replace(default=own[field]) if field in own else option for field, option in fields.items()
+      }
+    elif value and name not in _NONE:
+      found[name] = _option(origin, name, value, told)
+  return found
 
 
 def _option(origin: str, name: str, value: ast.expr, told: dict[str, str]) -> Option:
@@ -234,15 +244,16 @@ def _parse(module: str) -> ast.Module:
 
 def _table(package: str, name: str) -> dict[str, str]:
   """A package's dict {option: class}, as {option: "package.module.class"}."""
-  module = _parse(package)
-  origins = {
-    alias.name: f"{node.module.removeprefix('segjax.')}.{alias.name}"
-    for node in module.body
-    if isinstance(node, ast.ImportFrom)
-    for alias in node.names
-  }
-  table = _assigned(module, name)
+  table, origins = _assigned(_parse(package), name), _origins(package)
   return {key.value: origins[value.id] for key, value in zip(table.keys, table.values)}
+
+
+def _origins(module: str) -> dict[str, str]:
+  """{name: "module.name"} of the classes that a module defines or imports from segjax."""
+  body = _parse(module).body
+  own = {node.name: f"{module}.{node.name}" for node in body if isinstance(node, ast.ClassDef)}
+  imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module.startswith("segjax")]
+  return own | {a.name: f"{node.module.removeprefix('segjax.')}.{a.name}" for node in imports for a in node.names}
 
 
 def _assigned(module: ast.Module, name: str) -> ast.expr:

@@ -27,7 +27,7 @@ from segjax.config import ConfigError
 from segjax.files import atomic
 from segjax.input_pipeline import DataError, images
 from segjax.input_pipeline.sources import cityscapes, datasets, voc
-from segjax.input_pipeline.sources.base import held_out
+from segjax.input_pipeline.sources.holdout import HoldOut
 from segjax.run import commandline
 from segjax.tools import unpacking
 
@@ -183,7 +183,7 @@ def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool 
 
   Writes `out`/images, `out`/masks (0, 255), `out`/instances (16 bits: 1, 2, ... in the order of the nuclei's files;
   where two overlap, the later one), and train.txt and val.txt. A seventh is held out, by a hash of the names: as
-  `base.held_out` chooses fold 0 of 7.
+  `HoldOut` chooses fold 0 of 7.
 
   Args:
     stage1: stage1_train, with ID/images/ID.png and ID/masks/*.png.
@@ -215,7 +215,7 @@ def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool 
       for path, values in ((mask, (numbers > 0).astype(np.uint8) * 255), (instances, numbers)):
         with atomic.whole_file(path) as file:
           Image.fromarray(values).save(file, "PNG")
-    val = held_out(names, holdout=0.1, folds=7, fold=0, seed=0)
+    val = HoldOut(folds=7).choose(names)
     for split in ("train", "val"):
       _write_list(out / f"{split}.txt", [name for name in names if (name in val) == (split == "val")])
   print(f"{out}: {len(names)} images, {len(val)} of them in val.txt")

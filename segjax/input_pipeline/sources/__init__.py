@@ -3,9 +3,12 @@
 A new source is a module, and an entry in `SOURCES`; the options of `config.data` are its constructor's arguments.
 """
 
+import dataclasses
+import inspect
+from collections.abc import Mapping
+
 import numpy as np
 
-from segjax import config as config_lib
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.sources.cityscapes import CityscapesSource
 from segjax.input_pipeline.sources.folder import FolderSource
@@ -24,6 +27,19 @@ SOURCES = {
 }
 
 
+def arguments(source: type, options: Mapping) -> dict:
+  """The arguments of a source's constructor among `options`, which hold a dataclass's fields side by side."""
+  found = {}
+  for name, parameter in inspect.signature(source).parameters.items():
+    if dataclasses.is_dataclass(group := parameter.default):
+      found[name] = dataclasses.replace(
+        group, **{field.name: options[field.name] for field in dataclasses.fields(group)}
+      )
+    elif name in options:
+      found[name] = options[name]
+  return found
+
+
 def make_source(data, split: str, labels: bool = True):
   """The source of one split from `config.data`.
 
@@ -33,8 +49,7 @@ def make_source(data, split: str, labels: bool = True):
   Raises:
     DataError: the data set cannot be used, or has no public labels for this split; the message says why.
   """
-  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
-  source = SOURCES[data.name](dir=data.dir, split=split, exif=data.exif, **options)
+  source = SOURCES[data.name](split=split, **arguments(SOURCES[data.name], data))
   if labels and not source.labelled:
     raise DataError(
       f"Split {split!r} of {data.name} has no public labels, so it can neither train nor be scored here. Write its"
@@ -49,5 +64,4 @@ def named_classes(data) -> tuple[tuple[str, ...], np.ndarray]:
   Raises:
     DataError: nobody names the classes.
   """
-  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
-  return SOURCES[data.name].named_classes(dir=data.dir, **options)
+  return SOURCES[data.name].named_classes(**arguments(SOURCES[data.name], data))

@@ -7,7 +7,6 @@ adds what the numbers in the masks mean.
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,7 +14,6 @@ import numpy as np
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import cache, images, inventory
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.order import mix
 from segjax.input_pipeline.sources import datasets
 
 
@@ -198,50 +196,6 @@ class Source:
     if image.shape[:2] != label.shape:
       raise DataError(images.size_problem(image_path, image.shape[:2], mask_path, label.shape))
     return image, label
-
-
-def held_out(names: Sequence[str], *, holdout: float, folds: int, fold: int, seed: int, group: str = "") -> set[str]:
-  """The names that are "val" where all images share a folder; the others are "train".
-
-  Args:
-    holdout: share of all, below 1. By a hash of each name, so that adding images moves no other image to the other side.
-      From 1 on: so many of them.
-    folds, fold: with folds > 0, instead: part `fold` of as many parts, whose sizes differ by one at most and which
-      together are all names.
-    seed: another one makes another choice.
-    group: regular expression. Names in which it finds the same text are one, and stay together: all of the above is then
-      said of groups.
-
-  Raises:
-    DataError: a group that is no regular expression or is not in every name, or nothing left to train on.
-  """
-  try:
-    found = {name: re.search(group, name) if group else None for name in names}
-  except re.error as error:
-    raise DataError(f"data.group = {group!r}: no regular expression ({error}).") from error
-  if group and (without := [name for name in names if not found[name]]):
-    raise DataError(
-      f"data.group = {group!r} finds nothing in {len(without)} of {len(names)} names: {images.listed(without)}. Correct"
-      " it, or rename them."
-    )
-  unit_of = {name: found[name].group() if group else name for name in names}
-  hashes = {
-    unit: int(mix(*((seed,) if seed else ()), *unit.encode(errors="surrogateescape"))) for unit in unit_of.values()
-  }
-  ranked = sorted(hashes, key=hashes.__getitem__)
-  if folds:
-    held = set(ranked[fold::folds])
-  elif holdout < 1:
-    held = {unit for unit in ranked if hashes[unit] / 2**64 < holdout}
-  else:
-    held = set(ranked[: int(holdout)])
-  if names and len(held) == len(hashes):
-    what = f"data.folds = {folds}" if folds else f"data.holdout = {holdout:g}"
-    raise DataError(
-      f"{what} holds out all of the {len(hashes)} {'groups' if group else 'images'}, so there is none left to train on."
-      " Hold out fewer, or add images."
-    )
-  return {name for name in names if unit_of[name] in held}
 
 
 def count_note(split: str, count: int, official: int) -> list[str]:

@@ -8,7 +8,8 @@ import numpy as np
 from segjax.input_pipeline import images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.sources import datasets
-from segjax.input_pipeline.sources.base import Files, Source, count_note, held_out
+from segjax.input_pipeline.sources.base import Files, Source, count_note
+from segjax.input_pipeline.sources.holdout import HoldOut
 
 SPLITS = ("train", "val", "trainval", "test")
 _COLOR_TABLE = {int(color, 16): label for color, label in datasets.KITTI_ROAD_MASK_COLORS.items()}
@@ -86,10 +87,10 @@ class KittiRoadSource(Source):
 
   Args:
     dir: data_road, or the folder above it.
-    split: "train" and "val" share the training images, which have no official split: what `held_out` chooses is "val".
+    split: "train" and "val" share the training images, which have no official split: what `hold_out` chooses is "val".
       "trainval" is all of them, "test" the testing images (no public labels).
     labels: "road", or "lane", which the car is on: then only the images um_* count, as the others have no such masks.
-    holdout, folds, fold, split_seed: as of the folder source.
+    hold_out: how "val" is chosen.
     exif: see `images.Reading`.
 
   Raises:
@@ -102,10 +103,7 @@ class KittiRoadSource(Source):
     dir: str,
     split: str,
     labels: str = "road",
-    holdout: float = 0.2,
-    folds: int = 0,
-    fold: int = 0,
-    split_seed: int = 0,
+    hold_out: HoldOut = HoldOut(holdout=0.2),
     exif: str = "refuse",
   ):
     if split not in SPLITS:
@@ -127,7 +125,7 @@ class KittiRoadSource(Source):
     official = sum(datasets.KITTI_ROAD_COUNTS[category][split == "test"] for category in categories)
     notes = count_note(part, len(found), official)
     if split in ("train", "val"):
-      held = held_out(list(found), holdout=holdout, folds=folds, fold=fold, seed=split_seed)
+      held = hold_out.choose(list(found))
       found = {name: path for name, path in found.items() if (name in held) == (split == "val")}
     if not found:
       raise DataError(f"split {split!r} of {root} is empty. Hold out more images: data.holdout or data.folds.")
