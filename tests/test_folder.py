@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from segjax.config import SOURCES
-from segjax.input_pipeline import DataError, images, scan, sources
+from segjax.input_pipeline import DataError, images, masks, scan, sources
 from segjax.input_pipeline.sources import datasets
 from segjax.input_pipeline.sources.folder import FolderSource
 from segjax.input_pipeline.sources.holdout import HoldOut
@@ -283,7 +283,7 @@ def png_that_claims(height, width):
 def test_an_image_that_claims_too_many_pixels_is_refused_before_it_takes_memory(tmp_path, size):
   path = tmp_path / "bomb.png"
   path.write_bytes(png_that_claims(*size))
-  for read in (images.read_size, images.read_image, images.read_mask):
+  for read in (images.read_size, images.read_image, masks.read_mask):
     tracemalloc.start()
     with pytest.raises(DataError, match=r"bomb.png: (claims \d+x\d+ pixels, more than|not a readable|damaged)"):
       read(path)
@@ -294,4 +294,4 @@ def test_an_image_that_claims_too_many_pixels_is_refused_before_it_takes_memory(
 def test_masks_of_other_colour_modes_are_refused(tmp_path):
   Image.new("CMYK", (4, 4)).save(tmp_path / "m.tif")
   with pytest.raises(DataError, match="m.tif: CMYK pixels are no labels"):
-    images.read_mask(tmp_path / "m.tif")
+    masks.read_mask(tmp_path / "m.tif")

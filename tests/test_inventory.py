@@ -8,7 +8,7 @@ import pytest
 
 from segjax import input_pipeline
 from segjax.config import default_config
-from segjax.input_pipeline import DataError, images, inventory, unlabelled
+from segjax.input_pipeline import DataError, images, inventory, masks, unlabelled
 from segjax.input_pipeline.sources.cityscapes import CityscapesSource
 from segjax.input_pipeline.sources.holdout import HoldOut
 from segjax.input_pipeline.sources.kitti_road import KittiRoadSource
@@ -97,7 +97,7 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(root, capsys, fol
   special(path)
   count, output = findings(root, capsys)
   assert count == 1 and f"{path}: no regular file" in output
-  for read in (images.read_size, images.read_image, images.read_mask, images.read_lines):
+  for read in (images.read_size, images.read_image, masks.read_mask, images.read_lines):
     with pytest.raises(DataError, match="no regular file"):
       read(path)
   found, problems = unlabelled.find_photos([str(path.parent)], [], "refuse")

@@ -25,7 +25,7 @@ from PIL import Image
 
 from segjax.config import ConfigError
 from segjax.files import atomic
-from segjax.input_pipeline import DataError, images
+from segjax.input_pipeline import DataError, images, masks
 from segjax.input_pipeline.sources import cityscapes, datasets, voc
 from segjax.input_pipeline.sources.holdout import HoldOut
 from segjax.run import commandline
@@ -225,9 +225,9 @@ def _nuclei(paths: list[pathlib.Path], image: pathlib.Path) -> np.ndarray:
   """[H, W] uint16, 0 or the number of the nucleus, from one mask file each."""
   numbers = np.zeros(images.read_size(image), np.uint16)
   for number, path in enumerate(paths, start=1):
-    nucleus = images.read_mask(path)
+    nucleus = masks.read_mask(path)
     if nucleus.shape[:2] != numbers.shape:
-      raise DataError(images.size_problem(image, numbers.shape, path, nucleus.shape))
+      raise DataError(masks.size_problem(image, numbers.shape, path, nucleus.shape))
     numbers[(nucleus if nucleus.ndim == 2 else nucleus.any(-1)) > 0] = number
   return numbers
 

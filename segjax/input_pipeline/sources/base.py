@@ -14,6 +14,7 @@ import numpy as np
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import cache, images, inventory
 from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.masks import read_mask, read_sizes, size_problem
 from segjax.input_pipeline.sources import datasets
 
 
@@ -67,24 +68,9 @@ class Files:
     return next(iter(told)) if len(told) == 1 else self._reading.exif
 
   @functools.cached_property
-  def _headers(self) -> tuple[tuple[int, int], set[str]]:
-    """The canvas, and all that masks' sizes tell about EXIF."""
-    masks, sizes, told, problems = images.MaskHeaders(self._reading.same_colors), [], set(), []
-    for image_path, mask_path in self._pairs:
-      try:
-        header = images.read_header(image_path)
-        mask_size = masks.size(mask_path) if mask_path else None
-        size = header.size_by(self._reading.exif, mask_size)
-        if mask_size and size != mask_size:
-          raise DataError(images.size_problem(image_path, size, mask_path, mask_size))
-        told.add(header.told_by(mask_size))
-        sizes.append(size)
-      except DataError as error:
-        problems.append(str(error))
-    if problems:
-      shown = "\n  ".join(problems[:20])
-      raise DataError(f"{len(problems)} of {len(self._pairs)} examples cannot be used:\n  {shown}")
-    return sizes, told - {None}
+  def _headers(self) -> tuple[list[tuple[int, int]], set[str]]:
+    """See `masks.read_sizes`."""
+    return read_sizes(((image, None, mask, None) for image, mask in self._pairs), self._reading)
 
   def identity(self, index: int) -> tuple[str, str]:
     """See `Source.identity`: the paths of its files, and their sizes times of change, and how they are read."""
@@ -94,7 +80,7 @@ class Files:
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray | None]:
     """Image's path and pixels [H, W, 3] uint8, mask's path and stored numbers [H, W] (RGB: [H, W, 3]) or None."""
     image_path, mask_path = self._pairs[index]
-    mask = images.read_mask(mask_path, by_color=self._reading.by_color) if mask_path else None
+    mask = read_mask(mask_path, by_color=self._reading.by_color) if mask_path else None
     mask_size = None if mask is None else mask.shape[:2]
     image = images.read_image(image_path, exif=self._reading.exif, mask_size=mask_size)
     return str(image_path), image, str(mask_path), mask
@@ -194,7 +180,7 @@ class Source:
       return image, np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
     label = self._to_label(mask_path, mask)
     if image.shape[:2] != label.shape:
-      raise DataError(images.size_problem(image_path, image.shape[:2], mask_path, label.shape))
+      raise DataError(size_problem(image_path, image.shape[:2], mask_path, label.shape))
     return image, label
 
 

@@ -14,6 +14,7 @@ from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import borders, inventory
 from segjax.input_pipeline import images as images_lib
 from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.masks import read_mask, size_problem
 from segjax.input_pipeline.sources.base import Files, Source
 from segjax.input_pipeline.sources.holdout import HoldOut
 from segjax.input_pipeline.sources.mask_labels import MaskLabels, MaskMeaning, with_class_names
@@ -145,7 +146,7 @@ class FolderSource(Source):
       return ndimage.label((label != 0) & (label != IGNORE_LABEL))[0]
 
     def numbers():
-      mask = images_lib.read_mask(path)
+      mask = read_mask(path)
       if mask.ndim != 2 or mask.min() < 0:
         raise DataError(f"{path}: no mask of instances. Store one number per instance, and 0 where there is none.")
       if mask.max() == IGNORE_LABEL and not ((mask > 0) & (mask < IGNORE_LABEL)).any():
@@ -155,7 +156,7 @@ class FolderSource(Source):
         )
       image, mask_path = self._pairs[index]
       if mask.shape != (size := images_lib.read_size(mask_path)):  # The image's, as it is shown.
-        raise DataError(images_lib.size_problem(image, size, path, mask.shape))
+        raise DataError(size_problem(image, size, path, mask.shape))
       return np.unique(mask, return_inverse=True)[1].reshape(mask.shape) + (mask.min() > 0)
 
     read = components if self._instances == "components" else numbers

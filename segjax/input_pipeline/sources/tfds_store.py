@@ -16,6 +16,7 @@ import tqdm
 from segjax.files import atomic
 from segjax.input_pipeline import cache, images
 from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.masks import read_mask, read_sizes
 
 
 class Records:
@@ -76,7 +77,7 @@ class Records:
     record = _record(self._parts[part], place, self._dataset, self._features)
     image, mask = (io.BytesIO(record[feature]) for feature in self._features)
     where = [f"{self._dataset}: {feature} of {self.names[index]}" for feature in self._features]
-    labels = images.read_mask(where[1], mask, by_color=self._reading.by_color)
+    labels = read_mask(where[1], mask, by_color=self._reading.by_color)
     pixels = images.read_image(where[0], image, exif=self._reading.exif, mask_size=labels.shape[:2])
     return where[0], pixels, where[1], labels
 
@@ -158,24 +159,17 @@ def _index(
   path = folder / f"segjax_index_{urllib.parse.quote('-'.join(filter(None, parts)), safe='-')}.json"
   if index := _read_index(path, len(part)):
     return index
-  masks, names, sizes, problems = images.MaskHeaders(reading.same_colors), [], [], []
-  what, few = f"indexing {folder.parent.name} {split}", len(part) < 100
-  for i in tqdm.tqdm(range(len(part)), what, unit=" images", disable=few):
-    record = _record(part, i, f"{folder} {split}", [f for f in (image, mask, id) if f])
-    name = record[id].decode(errors="surrogateescape") if id else f"{split}_{i:06d}"
-    try:
-      mask_size = masks.size(f"{folder}: {mask} of {name}", io.BytesIO(record[mask]))
-      header = images.read_header(f"{folder}: {image} of {name}", io.BytesIO(record[image]))
-      size = header.size_by(reading.exif, mask_size)
-      if size != mask_size:
-        raise DataError(images.size_problem(f"{image} of {name}", size, f"{folder}: {mask} of {name}", mask_size))
-    except DataError as error:
-      problems.append(str(error))
-    else:
-      names.append(name)
-      sizes.append(size)
-  if problems:
-    raise DataError(f"{len(problems)} of {len(part)} examples cannot be used:\n  " + "\n  ".join(problems[:20]))
+  names, features = [], [feature for feature in (image, mask, id) if feature]
+
+  def examples():
+    what = f"indexing {folder.parent.name} {split}"
+    for i in tqdm.tqdm(range(len(part)), what, unit=" images", disable=len(part) < 100):
+      record = _record(part, i, f"{folder} {split}", features)
+      names.append(record[id].decode(errors="surrogateescape") if id else f"{split}_{i:06d}")
+      image_name, mask_name = (f"{folder}: {feature} of {names[-1]}" for feature in (image, mask))
+      yield image_name, io.BytesIO(record[image]), mask_name, io.BytesIO(record[mask])
+
+  sizes, _ = read_sizes(examples(), reading)
   index = dict(names=names, sizes=sizes)
   try:
     atomic.write_text(path, json.dumps(index))

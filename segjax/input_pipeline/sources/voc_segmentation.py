@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import images
+from segjax.input_pipeline import images, masks
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.sources import voc
 
@@ -55,5 +55,5 @@ class VocSegmentation(tfds.core.GeneratorBasedBuilder):
       if mask_path is None:
         label = np.full(images.read_size(image_path), IGNORE_LABEL, np.uint8)
       else:  # As an array: a palette file would be stored as it is, and TensorFlow would read its colours.
-        label = voc.to_label(str(mask_path), images.read_mask(mask_path))
+        label = voc.to_label(str(mask_path), masks.read_mask(mask_path))
       yield name, dict(id=name, image=str(image_path), label=label[..., None])
