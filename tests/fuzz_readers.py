@@ -235,15 +235,15 @@ def checkpoints(folder):
 
 
 def tasks(folder):
-  from segjax.run import task
+  from segjax.run import prediction_info
 
-  sound = task.Task(("a", "b"), np.zeros((2, 3), np.uint8), (24, 32), "refuse")
+  sound = prediction_info.PredictionInfo(("a", "b"), np.zeros((2, 3), np.uint8), (24, 32), "refuse")
   sound.save(folder)
-  content = (folder / task.TASK_FILE).read_bytes()
+  content = (folder / prediction_info.INFO_FILE).read_bytes()
 
   def read(draw):
-    (folder / task.TASK_FILE).write_bytes(mutate(content, draw))
-    return task.load(folder)
+    (folder / prediction_info.INFO_FILE).write_bytes(mutate(content, draw))
+    return prediction_info.load(folder)
 
   return read
 

@@ -10,7 +10,7 @@ from PIL import Image
 from segjax import augment, evaluate, input_pipeline, train
 from segjax.config import IGNORE_LABEL, default_config
 from segjax.input_pipeline import canvas
-from segjax.run import task
+from segjax.run import prediction_info
 from segjax.tools import dry_run
 
 OFF = dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, hsv=(0.0, 0.0, 0.0))
@@ -206,7 +206,7 @@ def test_a_run_with_one_huge_image_trains_on_its_windows_and_scores_every_pixel(
   out = capsys.readouterr().out
   assert "canvas: in training 30x30, " in out and "data.canvas_size=300,400" in out and "2: 20x24, 300x400" in out
   assert np.isfinite(scores["val/mean_iou"])
-  assert task.load(tmp_path / "run").canvas_size == (20, 24)
+  assert prediction_info.load(tmp_path / "run").canvas_size == (20, 24)
   assert evaluate.evaluate(config, tmp_path / "run") == scores
   config.eval.batch_size = 16
   assert evaluate.evaluate(config, tmp_path / "run") == scores

@@ -14,7 +14,7 @@ from segjax import config as config_lib
 from segjax import predict
 from segjax.input_pipeline import DataError, images, masks, unlabelled
 from segjax.input_pipeline.sources import datasets
-from segjax.run import task
+from segjax.run import prediction_info
 from segjax.tools import check_data
 from tests.test_folder import IMAGE, MASK, make, source, write
 
@@ -281,20 +281,20 @@ def test_prediction_turns_images_as_the_runs_masks_told(tmp_path):
   config = config_lib.default_config(data="folder")
   config.data.dir, config.data.classes = str(tmp_path), ("x", "y", "z")
   photo = str(tmp_path / "images/val/a.jpg")
-  seen, problems = unlabelled.find_photos([photo], [], task.exif_rule(config, None))
+  seen, problems = unlabelled.find_photos([photo], [], prediction_info.exif_rule(config, None))
   assert not seen and "a.jpg: EXIF gives it orientation 6" in problems[0] and "no mask tells" in problems[0]
   run = tmp_path / "run"
   run.mkdir()
   config_lib.save(config, run)
-  task.of_split(source(tmp_path, "val"), config.data).save(run)
-  (seen,), problems = unlabelled.find_photos([photo], [], task.exif_rule(config, run))
-  ((_, pixels),) = unlabelled.read_ahead([seen], 1, task.exif_rule(config, run))
+  prediction_info.of_split(source(tmp_path, "val"), config.data).save(run)
+  (seen,), problems = unlabelled.find_photos([photo], [], prediction_info.exif_rule(config, run))
+  ((_, pixels),) = unlabelled.read_ahead([seen], 1, prediction_info.exif_rule(config, run))
   assert seen.size == pixels.shape[:2] == (8, 6) and not problems
   np.testing.assert_array_equal(pixels, source(tmp_path, "val")[0][0])
   config.data.exif = "ignore"  # Said for this prediction.
-  assert unlabelled.find_photos([photo], [], task.of_run(config, run).exif)[0][0].size == (6, 8)
-  saved_task = json.loads((run / task.TASK_FILE).read_text())
-  (run / task.TASK_FILE).write_text(json.dumps(saved_task | dict(exif="perhaps")))
+  assert unlabelled.find_photos([photo], [], prediction_info.of_run(config, run).exif)[0][0].size == (6, 8)
+  saved_task = json.loads((run / prediction_info.INFO_FILE).read_text())
+  (run / prediction_info.INFO_FILE).write_text(json.dumps(saved_task | dict(exif="perhaps")))
   with pytest.raises(config_lib.ConfigError, match="exif 'perhaps'"):
     predict.predict(config, run, [photo], tmp_path / "out")
 

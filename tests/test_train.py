@@ -19,7 +19,7 @@ from segjax import evaluate as evaluate_lib
 from segjax import train as train_lib
 from segjax.config import ConfigError
 from segjax.experiment import Experiment
-from segjax.run import task
+from segjax.run import prediction_info
 from segjax.run.checkpoint import Checkpoints
 from tests.marks import full
 
@@ -117,7 +117,7 @@ def test_a_run_leaves_scores_pictures_and_a_config(tiny_config, tmp_path, capsys
   assert len(pictures) == 2 and Image.open(pictures[0]).size == (3 * 32, 24)
   assert config_lib.fields(config_lib.load(workdir)) == config_lib.fields(tiny_config)
   assert any(workdir.glob("events.out.tfevents*"))
-  found = task.load(workdir)
+  found = prediction_info.load(workdir)
   assert found.classes[1] == "disk" and len(found.palette) == 6 and found.canvas_size == (24, 32)
 
   # Again: complete, and how to go on.
