@@ -1,4 +1,4 @@
-"""Data that goes bad in mid-run: what a run puts up with, that it stays repeatable, and what it leaves to look at."""
+"""Data that becomes unreadable during a run: how much of it a run tolerates, and that it stays repeatable."""
 
 import json
 import shutil

@@ -3,7 +3,7 @@
 A config file starts from `default_config(model=..., data=...)` and sets what differs. The result is locked and
 typed, so a misspelt field or a wrong type stops in the file as on the command line. `model` and `data` choose which
 `config.model.*` and `config.data.*` fields exist: they are exactly the constructor arguments of that model and
-that data source, so an option that nothing reads cannot be set; one that other values keep from acting must stay at its
+that data source, so an option that nothing reads cannot be set; one that cannot act under the others must stay at its
 default. Ranges and combinations: rules.py.
 """
 
@@ -27,7 +27,7 @@ MODELS = {name: options.defaults(of_model) for name, of_model in options.models(
 SOURCES = {name: options.defaults(of_source) for name, of_source in options.sources().items()}
 
 # What a resumed run may change: none of these alters the updates from here on (num_steps does so through the
-# schedule, and what is evaluated how often through a plateau policy, which then counts anew; both are said aloud).
+# schedule, and what is evaluated how often through a plateau policy, which then starts to count again; both are printed).
 HARMLESS = (
   "num_steps",
   "log_every",

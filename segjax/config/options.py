@@ -54,7 +54,7 @@ RUN = dict(
   ),
   kernels=Option(
     "auto",
-    '"auto": forms of operations that are fast on the mesh\'s platform (segjax/kernels); "plain": none, textbook code.'
+    '"auto": kernels that are fast on the mesh\'s platform (segjax/kernels); "plain": textbook code alone.'
     " Results differ by rounding.",
   ),
   profile_steps=Option(
@@ -84,12 +84,12 @@ DATA = dict(
   ),
   max_bad_examples=Option(
     0,
-    "training examples that may turn out unreadable in mid-run; each is all void in its step, and counted. One more stops the"
+    "training examples that may become unreadable during a run; each is all void in its step, and counted. One more stops the"
     " run. Evaluation always stops at the first.",
   ),
   exif=Option(
     "refuse",
-    "images that EXIF wants turned, where the mask's size does not tell whether it was drawn on the turned image, and in"
+    "images that EXIF wants turned, where the mask's size does not show whether it was drawn on the turned image, and in"
     ' predict, where the run\'s masks did not: "refuse", "apply" (turn them, as viewers do), "ignore" (pixels as stored).',
   ),
   canvas_size=Option(
@@ -186,7 +186,7 @@ def models() -> dict[str, dict[str, Option]]:
 
 def sources() -> dict[str, dict[str, Option]]:
   """The options of each data source, beside those of all, `DATA`."""
-  return {name: signature(place) for name, place in _table("input_pipeline.sources", "SOURCES").items()}
+  return {name: signature(origin) for name, origin in _table("input_pipeline.sources", "SOURCES").items()}
 
 
 def defaults(options: dict[str, Option]) -> dict:
@@ -210,12 +210,12 @@ def signature(origin: str) -> dict[str, Option]:
   """
   module, _, name = origin.rpartition(".")
   node = next(node for node in _parse(module).body if getattr(node, "name", None) == name)
-  told = _meanings(ast.get_docstring(node) or "")
+  meanings = _meanings(ast.get_docstring(node) or "")
   if isinstance(node, ast.ClassDef):
     made = [part for part in node.body if getattr(part, "name", None) == "__init__"]
     if not made:
       fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-      return {field.target.id: _option(origin, field.target.id, field.value, told) for field in fields}
+      return {field.target.id: _option(origin, field.target.id, field.value, meanings) for field in fields}
     node = made[0]
   found = {}
   for name, value in zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults):
@@ -226,13 +226,13 @@ def signature(origin: str) -> dict[str, Option]:
         field: option._replace(default=own[field]) if field in own else option for field, option in fields.items()
       }
     elif value and name not in _NONE:
-      found[name] = _option(origin, name, value, told)
+      found[name] = _option(origin, name, value, meanings)
   return found
 
 
-def _option(origin: str, name: str, value: ast.expr, told: dict[str, str]) -> Option:
+def _option(origin: str, name: str, value: ast.expr, meanings: dict[str, str]) -> Option:
   try:
-    return Option(ast.literal_eval(value), told[name])
+    return Option(ast.literal_eval(value), meanings[name])
   except (ValueError, KeyError) as error:
     raise TypeError(f"{origin}: {name} needs a literal default, and an entry in the docstring's Args.") from error
 

@@ -65,7 +65,7 @@ class Acts(NamedTuple):
 
 
 # Fields without a row always act, or are refused by the model's constructor (multi_grid, auxiliary, details.mobilenet_*).
-# init.* has none: a config file names the scheme of weights that the command line may add. Nor have facts of a data set
+# init.* has none: a config file names the scheme of weights that the command line may add. Nor have properties of a data set
 # of which evaluation may show a part: a row must not depend on data.eval_split.
 ACTS = (
   Acts("shard_state", ("mesh.data",), lambda c: c.mesh.data != 1, "set mesh.data to -1 or above 1"),

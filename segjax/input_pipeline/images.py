@@ -1,10 +1,10 @@
-"""Reading image and mask files as they are stored, with errors that name the file and the remedy.
+"""Reading image files as they are stored, with errors that name the file and the remedy. Masks: masks.py.
 
 One reader serves both loaders, so their pixels are the same by construction, and Pillow gives palette masks as
 indices, where TensorFlow's PNG decoder would expand the palette to colours (class 1 would arrive as grey 38). JPEGs are
-decoded by simplejpeg, to the same bits a sixth faster, because it also tells damage: Pillow ignores libjpeg's warnings,
-and reads a file whose second half is zeros without a word. What would reach the network other than it is stored (16-bit
-colours, all frames but the first, ...) is refused.
+decoded by simplejpeg, to the same bits a sixth faster, because it also detects damage: Pillow ignores libjpeg's warnings,
+and reads a file whose second half is zeros without a word. What would reach the network altered (16-bit colours) or
+in part (all frames but the first) is refused.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ _UPRIGHT = {
   8: np.rot90,
 }
 _ORIENTATION = 274  # The number of EXIF's field.
-# What becomes of an image that EXIF wants turned, where its mask's size does not tell whether it was drawn on the turned
-# one: refuse it, turn it as viewers do, or take the pixels as stored.
+# How to treat an image that EXIF wants turned, where its mask's size does not show whether the mask was drawn on the
+# turned image: refuse it, turn it as viewers do, or take the pixels as stored.
 EXIF_RULES = ("refuse", "apply", "ignore")
 
 
@@ -151,19 +151,19 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """Of an image.
+  """What an image's header says.
 
   Attributes:
     size: (H, W) as stored.
-    orientation: as of EXIF, 1 to 8; 1 is upright. (A TIFF's is part of its format, and Pillow turns it.)
+    orientation: EXIF's, 1 to 8; 1 is upright. (A TIFF's is part of its format, and Pillow turns it.)
   """
 
   path: pathlib.Path | str
   size: tuple[int, int]
   orientation: int
 
-  def told_by(self, mask_size: tuple[int, int] | None) -> str | None:
-    """What to do about EXIF as of `Reading.exif`, if the mask's size tells; None where it does not."""
+  def rule_by(self, mask_size: tuple[int, int] | None) -> str | None:
+    """The rule for EXIF (see `Reading.exif`) that the mask's size implies; None where it implies none."""
     turned = self._turned()
     if mask_size is None or turned == self.size:
       return None
@@ -173,15 +173,15 @@ class Header:
     """Whether to stand the pixels upright.
 
     Args:
-      exif: of `Reading`, for what the mask does not tell.
+      exif: of `Reading`, where the mask's size implies no rule.
       mask_size: (H, W); None without a mask.
 
     Raises:
-      DataError: nobody tells.
+      DataError: neither mask nor `exif` decides.
     """
     if self.orientation == 1:
       return False
-    rule = self.told_by(mask_size) or exif
+    rule = self.rule_by(mask_size) or exif
     if rule == "refuse":
       drawn = "the mask's size does not tell which of the two it was drawn on" if mask_size else "no mask tells"
       raise DataError(
@@ -191,7 +191,7 @@ class Header:
     return rule == "apply"
 
   def size_by(self, exif: str, mask_size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(H, W) as `read_image` gives it; arguments and errors as of `must_turn`."""
+    """(H, W) as `read_image` gives it; arguments and errors: see `must_turn`."""
     return self._turned() if self.must_turn(exif, mask_size) else self.size
 
   def _turned(self) -> tuple[int, int]:
@@ -209,7 +209,7 @@ def header_of(path, image: ImageFile.ImageFile) -> Header:
 
 
 def read_header(path: pathlib.Path | str, file: BinaryIO | None = None) -> Header:
-  """Of an image, without decoding; arguments as of `read_image`.
+  """The header of an image, without decoding; arguments: see `read_image`.
 
   Raises:
     DataError: missing, not an image, one of several frames, or of more than `MAX_PIXELS`, which none of these functions
@@ -220,7 +220,7 @@ def read_header(path: pathlib.Path | str, file: BinaryIO | None = None) -> Heade
 
 
 def read_size(path: pathlib.Path | str, file: BinaryIO | None = None) -> tuple[int, int]:
-  """(H, W) as stored; arguments and errors as of `read_header`."""
+  """(H, W) as stored; arguments and errors: see `read_header`."""
   return read_header(path, file).size
 
 
@@ -258,7 +258,7 @@ def read_image(
   Args:
     path: of the file, or its name in messages where `file` holds the bytes.
     file: an open file, for images inside other files.
-    exif, mask_size: as of `Header.must_turn`.
+    exif, mask_size: see `Header.must_turn`.
 
   Raises:
     DataError: missing, damaged, one of several frames, with more than 8 bits per channel, which RGB conversion would

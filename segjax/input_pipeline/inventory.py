@@ -1,7 +1,6 @@
 """What lies in the folders of a data set: the images, and what is not used, with the reason.
 
-check_data names each of these, and a run tells their number when it starts: what is skipped without a word is missing
-from the results without a word.
+check_data names each of these, and a run prints their number when it starts, so that nothing is skipped in silence.
 """
 
 import collections

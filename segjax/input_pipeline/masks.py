@@ -22,7 +22,7 @@ from segjax.input_pipeline.images import (
 
 
 def _check_mask(path, image: ImageFile.ImageFile) -> None:
-  """Raises DataError where labels cannot be read from the file as they were meant."""
+  """Raises DataError where a file cannot give its labels as they were meant."""
   if image.format in JPEGS or ("compression" in image.info and "jpeg" in str(image.info["compression"])):
     raise DataError(f"{path}: a JPEG cannot hold labels, its compression blurs them. Export masks as PNG.")
   if re.search(r";\d?I", storage(image)[0]):
@@ -61,7 +61,7 @@ def read_mask(path: pathlib.Path | str, file: BinaryIO | None = None, *, by_colo
   Grey of 1, 2 or 4 bits gives what is stored, 0 to 1, 3 or 15, not spread over 0 to 255 as for a picture.
 
   Args:
-    path, file: as of `read_image`.
+    path, file: see `images.read_image`.
     by_color: whether palette files are RGB too.
 
   Raises:
@@ -89,7 +89,7 @@ def read_mask(path: pathlib.Path | str, file: BinaryIO | None = None, *, by_colo
 
 
 class MaskHeaders:
-  """Sees from their headers that the masks of a split mean the same by their numbers.
+  """Checks by their headers that the masks of a split mean the same by the same numbers.
 
   Args:
     same_colors: see `Reading`.
@@ -101,7 +101,7 @@ class MaskHeaders:
     self._depths = {}  # {whether grey has fewer than 8 bits: the file that has it}
 
   def size(self, path: pathlib.Path | str, file: BinaryIO | None = None) -> tuple[int, int]:
-    """(H, W) of one more mask; arguments as of `read_image`.
+    """(H, W) of one more mask; arguments: see `images.read_image`.
 
     Raises:
       DataError: what `read_header` raises, or a mask that contradicts an earlier one, which is named too.
@@ -149,7 +149,7 @@ def size_problem(image_path, image_size, mask_path, mask_size) -> str:
 
 
 def read_sizes(examples: Iterable[tuple], reading: Reading) -> tuple[list[tuple[int, int]], set[str]]:
-  """(h, w) of each image as `read_image` gives it, from the headers of all; and all that masks' sizes tell about EXIF.
+  """(h, w) of each image as `images.read_image` gives it, from their headers; and the EXIF rules that the masks' sizes imply.
 
   Args:
     examples: (image's path, its open file or None, mask's path, its open file or None); a mask's path is None without one.
@@ -157,7 +157,7 @@ def read_sizes(examples: Iterable[tuple], reading: Reading) -> tuple[list[tuple[
   Raises:
     DataError: every header that cannot be read, and every mask of another size than its image; the first 20 are named.
   """
-  masks, sizes, told, problems = MaskHeaders(reading.same_colors), [], set(), []
+  masks, sizes, rules, problems = MaskHeaders(reading.same_colors), [], set(), []
   for image_path, image_file, mask_path, mask_file in examples:
     try:
       header = read_header(image_path, image_file)
@@ -165,11 +165,11 @@ def read_sizes(examples: Iterable[tuple], reading: Reading) -> tuple[list[tuple[
       size = header.size_by(reading.exif, mask_size)
       if mask_size and size != mask_size:
         raise DataError(size_problem(image_path, size, mask_path, mask_size))
-      told.add(header.told_by(mask_size))
+      rules.add(header.rule_by(mask_size))
       sizes.append(size)
     except DataError as error:
       problems.append(str(error))
   if problems:
     shown = "\n  ".join(problems[:20])
     raise DataError(f"{len(problems)} of {len(problems) + len(sizes)} examples cannot be used:\n  {shown}")
-  return sizes, told - {None}
+  return sizes, rules - {None}

@@ -33,7 +33,7 @@ def scan_with_checksums(
   if border:
     source.border_files  # noqa: B018 - once, not for every example.
 
-  def look(index):
+  def read(index):
     try:
       if border:
         source.border(int(index))
@@ -44,7 +44,7 @@ def scan_with_checksums(
     return np.bincount(label.reshape(-1), minlength=256), checksum, None
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    seen = pool.map(look, indices)
+    seen = pool.map(read, indices)
     results = list(tqdm.tqdm(seen, progress, len(indices), unit=" images", disable=progress is None))
   counts, checksums, problems = zip(*results)
   return np.stack(counts), list(checksums), [problem for problem in problems if problem]
@@ -72,7 +72,7 @@ def share_table(source, counts: np.ndarray) -> str:
 
 
 def warnings(source, counts: np.ndarray) -> list[str]:
-  """What is legal and yet surely unintended, seen in the labels."""
+  """What the labels show that is legal, and surely not meant."""
   counts, found = counts.sum(0), []
   if len(source.classes) == 2 and counts[0] and not counts[1] and counts[IGNORE_LABEL]:
     found.append(
@@ -106,14 +106,14 @@ def probe(source, count: int = 16, border: bool = False, most_bad: int = 0) -> s
   return text + "".join(f"\n  note: {line}" for line in found)
 
 
-def repeated(places: Mapping[bytes, Sequence[tuple[str, str]]]) -> list[str]:
+def repeated(occurrences: Mapping[bytes, Sequence[tuple[str, str]]]) -> list[str]:
   """A line for each image that occurs several times.
 
   Args:
-    places: {checksum: (split, name) of each example}.
+    occurrences: {checksum: (split, name) of each example}.
   """
   found = []
-  for examples in places.values():
+  for examples in occurrences.values():
     splits = dict.fromkeys(split for split, _ in examples)
     if len(examples) > 1:
       where = "in " + " and ".join(splits) if len(splits) > 1 else f"{len(examples)} times in {examples[0][0]}"

@@ -20,7 +20,7 @@ def heat_table() -> np.ndarray:
   """[256, 3] uint8, colours of rising brightness from black over blue, green and red to white, for probabilities.
 
   Cubehelix with its default numbers (Green 2011, "A colour scheme for the display of astronomical intensity images",
-  section 3): grey prints of it, and eyes that tell no red from green, still see the order.
+  section 3): the order is visible in grey prints too, and without telling red from green.
   """
   share = np.linspace(0, 1, 256)[:, None]
   angle = 2 * np.pi * (0.5 / 3 - 1.5 * share)

@@ -127,10 +127,10 @@ def generate_cityscapes(folder: pathlib.Path, count: int) -> dict[str, str]:
     zipfile.ZipFile(folder / prepare.CITYSCAPES_ZIPS[1], "w") as fine,
   ):
     for i, split in enumerate(["train"] * count + ["val", "test"]):
-      place = f"{split}/aachen/aachen_{i:06d}_000019"
+      stem = f"{split}/aachen/aachen_{i:06d}_000019"
       for archive, name, pixels in (
-        (left, f"{cityscapes.IMAGES}/{place}{cityscapes.IMAGE_SUFFIX}", _picture(rng, (1024, 2048), 1)),
-        (fine, f"gtFine/{place}_gtFine_labelIds.png", _mask(rng, (1024, 2048), np.arange(34))),
+        (left, f"{cityscapes.IMAGES}/{stem}{cityscapes.IMAGE_SUFFIX}", _picture(rng, (1024, 2048), 1)),
+        (fine, f"gtFine/{stem}_gtFine_labelIds.png", _mask(rng, (1024, 2048), np.arange(34))),
       ):
         with archive.open(name, "w") as file:
           Image.fromarray(pixels).save(file, "PNG")

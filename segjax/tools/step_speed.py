@@ -28,7 +28,7 @@ class Measured:
 
   Attributes:
     size: (H, W) of the images that the network sees. batch_size: of all devices.
-    program: the compiler's account of it.
+    program: the compiled step, with its memory and work.
     forward: multiply-adds of its forward passes, all devices.
     run, wait_share: `wait_share(seconds)` runs on the config's data for that long, and gives the share of the time that
       was spent waiting for it; None without data.
@@ -164,7 +164,7 @@ def measure(
   Args:
     kind: "train" or "eval".
     seconds: of measurement, at least, after warm-up.
-    torch_forms: PyTorch's best of these is measured in turn with segjax.
+    torch_forms: PyTorch's fastest of these is measured in turn with segjax.
     torch_python: see `Torch`.
 
   Returns:
@@ -214,7 +214,7 @@ def measure(
 
 
 def _in_turn(run, count: int, torch: torch_process.Torch, forms: tuple[str, ...], seconds: float) -> tuple[list, dict]:
-  """Seconds of our steps, and the names and numbers of PyTorch's best form, in `ROUNDS` turns of `seconds` each."""
+  """Seconds of our steps, and the row's entries on PyTorch's fastest form, in `ROUNDS` turns of `seconds` each."""
   ours, theirs = [], []
   try:
     trials = {form: float(np.median(torch.steps(form, 3))) for form in forms}
@@ -231,7 +231,7 @@ def _in_turn(run, count: int, torch: torch_process.Torch, forms: tuple[str, ...]
 
 
 def measure_compilation(config, kind: str) -> dict:
-  """One row of --what=compile: the step compiled anew, and once more from JAX's cache on disk.
+  """One row of --what=compile: the step compiled from scratch, and again from JAX's cache on disk.
 
   Returns:
     Names and numbers: compile_s, from_cache_s, memory of one device, multiply-adds (backward pass included), bytes of the

@@ -8,7 +8,7 @@ from segjax import config as config_lib
 from segjax.config import ConfigError
 
 PROGRAM = pathlib.Path(__file__).parents[2] / "benchmarks" / "torch_speed.py"
-# As FORMS of benchmarks/torch_speed.py, and the options of config.model that its networks follow.
+# Ways to run a network, as FORMS of benchmarks/torch_speed.py; and the options of config.model that its networks follow.
 FORMS = ("nchw", "channels_last", "compiled", "compiled_channels_last")
 OPTIONS = {
   "unet": ("width", "depth"),
@@ -47,7 +47,7 @@ class Torch:
     self.version = json.loads(line)["torch"]
 
   def steps(self, form: str, count: int) -> list[float]:
-    """Seconds of each of so many steps in one of `FORMS`.
+    """Seconds of each of `count` steps in one of `FORMS`.
 
     Raises:
       ConfigError: PyTorch cannot run it.

@@ -1,4 +1,4 @@
-"""Archives, unpacked without trusting what they claim: names, sizes, and that they are whole."""
+"""Unpacks archives without trusting them: their names and sizes are checked, and that they are complete."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Data sets: each module reads one, or one way to store any. The meaning of a split's files is here, their reading above.
+"""Data sets: a module reads one of them, or any that is stored in one way.
 
 A new source is a module, and an entry in `SOURCES`; the options of `config.data` are its constructor's arguments.
 """

@@ -41,12 +41,12 @@ class Files:
 
   @functools.cached_property
   def others(self) -> dict[pathlib.Path, inventory.Unused]:
-    """As of `Source.others`."""
+    """See `Source.others`."""
     return self._others()
 
   @property
   def files(self) -> dict[str, list[pathlib.Path]]:
-    """As of `Source.files`."""
+    """See `Source.files`."""
     return dict(image=[image for image, _ in self._pairs], mask=[mask for _, mask in self._pairs if mask])
 
   @functools.cached_property
@@ -60,12 +60,11 @@ class Files:
 
   @property
   def exif(self) -> str:
-    """What becomes of images without a mask that EXIF wants turned, as of `images.Reading.exif`.
-
-    What the masks of this split tell, where they agree, or else what was configured.
+    """The EXIF rule for images without a mask, see `images.Reading.exif`: that of this split's masks where they agree,
+    else the configured one.
     """
-    told = self._headers[1]
-    return next(iter(told)) if len(told) == 1 else self._reading.exif
+    rules = self._headers[1]
+    return next(iter(rules)) if len(rules) == 1 else self._reading.exif
 
   @functools.cached_property
   def _headers(self) -> tuple[list[tuple[int, int]], set[str]]:
@@ -73,7 +72,7 @@ class Files:
     return read_sizes(((image, None, mask, None) for image, mask in self._pairs), self._reading)
 
   def identity(self, index: int) -> tuple[str, str]:
-    """See `Source.identity`: the paths of its files, and their sizes times of change, and how they are read."""
+    """See `Source.identity`: the paths of its files, their sizes and times of change, and how they are read."""
     paths = [os.path.abspath(path) for path in self._pairs[index] if path is not None]
     return "|".join([*paths, repr(self._reading)]), " ".join(map(cache.file_state, paths))
 
@@ -145,12 +144,12 @@ class Source:
 
   @property
   def exif(self) -> str:
-    """What becomes of images without a mask that EXIF wants turned: "refuse", "apply" or "ignore"; see `Files.exif`."""
+    """The EXIF rule for images without a mask: "refuse", "apply" or "ignore"; see `Files.exif`."""
     return self._store.exif
 
   @property
   def others(self) -> dict[pathlib.Path, inventory.Unused]:
-    """What lies in the split's folders beside its own files, and why; may be another split's (`inventory.unused`).
+    """What lies in the split's folders beside its own files, and why it is not used; may be another split's (`inventory.unused`).
 
     Raises:
       DataError: a folder that may not be read.

@@ -20,7 +20,7 @@ LABEL_MAP |= {label_id: train_id for train_id, (_, label_id, _) in enumerate(dat
 
 IMAGES = "leftImg8bit"
 IMAGE_SUFFIX = "_leftImg8bit.png"
-_LABEL_FORMS = r"(?:labelIds|labelTrainIds|instanceIds|instanceTrainIds|color)\.png|polygons\.json"
+_LABEL_FILES = r"(?:labelIds|labelTrainIds|instanceIds|instanceTrainIds|color)\.png|polygons\.json"
 _ZIPS = {
   (IMAGES, "train_extra"): "leftImg8bit_trainextra.zip",
   (IMAGES, None): "leftImg8bit_trainvaltest.zip",
@@ -89,7 +89,7 @@ def _is_image(path: pathlib.Path, folder: pathlib.Path) -> bool:
 
 
 def others(root: pathlib.Path, split: str, labels: str) -> dict[pathlib.Path, inventory.Unused]:
-  """What lies beside the split's files; other forms of its labels are the zips' own, and nothing is wrong with them."""
+  """What lies beside the split's files; its other label files belong to the zips, and nothing is wrong with them."""
   folder, mask_folder = root / IMAGES / split, root / labels / split
   photos, found = inventory.search(folder, levels=1)
   found |= dict.fromkeys(photos, inventory.MISNAMED)
@@ -99,10 +99,10 @@ def others(root: pathlib.Path, split: str, labels: str) -> dict[pathlib.Path, in
   masks, unknown = inventory.search(mask_folder, levels=1)
   found |= unknown | dict.fromkeys(masks, inventory.MISNAMED)
   for path in (*masks, *unknown):
-    if form := re.fullmatch(rf"([^.].*)_{labels}_({_LABEL_FORMS})", path.name):
-      if form[1] not in names and split != "test":
+    if match := re.fullmatch(rf"([^.].*)_{labels}_({_LABEL_FILES})", path.name):
+      if match[1] not in names and split != "test":
         found[path] = inventory.NO_IMAGE
-      elif form[2] != "labelIds.png" or split == "test":  # A second one of the same name is not used.
+      elif match[2] != "labelIds.png" or split == "test":  # A second one of the same name is not used.
         del found[path]
   return found
 

@@ -1,4 +1,4 @@
-"""Facts of data sets, once: class names, colours, label values. Plain values, so configs and sources can share them."""
+"""Class names, colours, label values and sizes of data sets, as plain values, so that configs and sources share them."""
 
 import dataclasses
 

@@ -41,8 +41,8 @@ class Layout:
 class FolderSource(Source):
   """Random access to image and mask files.
 
-  All files are paired at construction, and `canvas_size` compares their headers, so that what is missing or of another
-  size is told before training, all of it at once.
+  All files are paired at construction, and `canvas_size` compares their headers, so that all files that are missing or of
+  another size are named before training.
 
   Args:
     dir: root folder.

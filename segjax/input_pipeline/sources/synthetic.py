@@ -81,7 +81,7 @@ class SyntheticSource:
     return len(self.sizes)
 
   def files(self, border: bool = False) -> dict[str, list]:
-    """As of `base.Source.files`."""
+    """See `base.Source.files`."""
     return dict(image=[])
 
   def describe(self, index: int) -> str:

@@ -34,7 +34,7 @@ class Records:
     reading: how to read images and masks.
 
   Attributes:
-    exif: as of `base.Files`, though what masks tell is not kept in the index.
+    exif: the configured rule; the index keeps none that masks imply (see `base.Files`).
 
   Raises:
     DataError: no such data set, split or feature, another file format than ArrayRecord, or TFDS not installed.
@@ -53,7 +53,7 @@ class Records:
         )
     self._parts = [_open_split(builder, folder, split) for split in splits]
     shards = {pathlib.Path(path) for split in splits for path in builder.info.splits[split].filepaths}
-    self.files, self.others = dict(image=[], shard=sorted(shards)), {}  # As of `Source`.
+    self.files, self.others = dict(image=[], shard=sorted(shards)), {}  # See `Source`.
     indices = [_index(folder, split, part, image, mask, id, reading) for split, part in zip(splits, self._parts)]
     rows = [(name, part, i) for part, index in enumerate(indices) for i, name in enumerate(index["names"])]
     if id:
@@ -61,20 +61,20 @@ class Records:
     if not rows:
       raise DataError(f"{folder}: the split {'+'.join(splits)} is empty. Build the data set again.")
     self.names = [name for name, _, _ in rows]
-    self._places = [(part, i) for _, part, i in rows]
-    self.sizes = [tuple(indices[part]["sizes"][i]) for part, i in self._places]
+    self._records = [(part, i) for _, part, i in rows]
+    self.sizes = [tuple(indices[part]["sizes"][i]) for part, i in self._records]
     self._origins = [f"{os.path.abspath(folder)}|{split}|{image}|{mask}" for split in splits]
     self._state = " ".join(map(cache.file_state, sorted(folder.glob("*array_record*"))))
 
   def identity(self, index: int) -> tuple[str, str]:
-    """See `Source.identity`: the place of its record, and all shards' sizes and times of change at the start."""
-    part, place = self._places[index]
-    return f"{self._origins[part]}|{place}", self._state
+    """See `Source.identity`: the number of its record, and all shards' sizes and times of change at the start."""
+    part, number = self._records[index]
+    return f"{self._origins[part]}|{number}", self._state
 
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray]:
-    """As of `base.Files`."""
-    part, place = self._places[index]
-    record = _record(self._parts[part], place, self._dataset, self._features)
+    """See `base.Files`."""
+    part, number = self._records[index]
+    record = _record(self._parts[part], number, self._dataset, self._features)
     image, mask = (io.BytesIO(record[feature]) for feature in self._features)
     where = [f"{self._dataset}: {feature} of {self.names[index]}" for feature in self._features]
     labels = read_mask(where[1], mask, by_color=self._reading.by_color)
@@ -121,18 +121,18 @@ def _open_split(builder, folder: pathlib.Path, split: str):
     raise DataError(f"{folder}: no split {split!r}; it has {known}. Correct the split.") from error
 
 
-def _record(part, place: int, where: str, features) -> dict[str, bytes]:
-  """The record at a place, its images encoded.
+def _record(part, number: int, where: str, features) -> dict[str, bytes]:
+  """A record by its number, its images encoded.
 
   Raises:
     DataError: it cannot be read, or lacks a feature.
   """
   try:
-    record = part[place]
+    record = part[number]
   except Exception as error:  # ArrayRecord and TFDS name no classes of their own.
-    raise DataError(f"{where}: record {place} is damaged ({error}). Build the data set again.") from error
+    raise DataError(f"{where}: record {number} is damaged ({error}). Build the data set again.") from error
   if lost := [feature for feature in features if not record[feature]]:
-    raise DataError(f"{where}: record {place} is damaged, without {', '.join(lost)}. Build the data set again.")
+    raise DataError(f"{where}: record {number} is damaged, without {', '.join(lost)}. Build the data set again.")
   return record
 
 
