@@ -217,7 +217,7 @@ def test_real_voc_images_go_through_check_train_eval_and_predict(shared, tmp_pat
   output = capsys.readouterr().out
   assert "val: 8 examples" in output and "no pixel of" in output and "canvas" not in output
   assert "note: split 'val' has 8 images, the official one 1449" in output
-  counts, problems = scan.scan(input_pipeline.make_source(config.data, "val"), range(8))
+  counts, _, problems = scan.scan(input_pipeline.make_source(config.data, "val"), range(8))
   assert not problems and counts.sum() == 7 * 513 * 513 + 334 * 500
   scores = train_lib.train(config, tmp_path / "run")
   assert evaluate_lib.evaluate(config, tmp_path / "run")["val/mean_iou"] == scores["val/mean_iou"]

@@ -262,7 +262,7 @@ def test_camvid_is_read_with_the_published_pixel_shares(shared):
   options = dict(SOURCES["folder"], **datasets.CAMVID)
   data = source(shared / "data/camvid", **options)
   assert len(data) == 367 and data.canvas_size == (360, 480)
-  counts, problems = scan.scan(data, range(0, 367))
+  counts, _, problems = scan.scan(data, range(0, 367))
   shares = 100 * counts.sum(0) / counts.sum()
   want = [16.845, 23.259, 0.983, 31.658, 4.486, 9.724, 1.173, 1.127, 5.866, 0.639, 0.292]
   np.testing.assert_allclose(shares[:11], want, atol=6e-4)

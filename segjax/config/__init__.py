@@ -29,26 +29,9 @@ SOURCES = {name: options.defaults(of_source) for name, of_source in options.sour
 # What a resumed run may change: none of these alters the updates from here on (num_steps does so through the
 # schedule, and what is evaluated how often through a plateau policy, which then starts to count again; both are printed).
 HARMLESS = (
-  "num_steps",
-  "log_every",
-  "eval_every",
-  "checkpoint_every",
-  "keep_checkpoints",
-  "mesh",
-  "shard_state",
-  "remat",
-  "kernels",
-  "profile_steps",
-  "eval",
-  "init",
-  "data.dir",
-  "data.eval_split",
-  "data.loader",
-  "data.workers",
-  "data.cache",
-  "data.max_bad_examples",
-  "data.format",
-  "policy.early_stop",
+  *("num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "profile_steps"),
+  *("mesh", "shard_state", "remat", "kernels", "eval", "init", "policy.early_stop"),
+  *(f"data.{field}" for field in ("dir", "eval_split", "loader", "workers", "cache", "max_bad_examples", "format")),
 )
 
 PATHS = ("data.dir", "init.path", "compilation_cache")  # Fields in which ~ is the home folder.

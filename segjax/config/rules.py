@@ -203,15 +203,8 @@ def _is_size(size: tuple, least: int) -> bool:
 
 
 def _run(config) -> Rules:
-  for field in (
-    "num_steps",
-    "batch_size",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "accumulate_steps",
-  ):
+  counts = ("num_steps", "batch_size", "accumulate_steps", "keep_checkpoints")
+  for field in (*counts, "log_every", "eval_every", "checkpoint_every"):
     yield config[field] >= 1, field, "must be at least 1."
   yield 0 <= config.seed < 2**31, "seed", "must lie in [0, 2^31)."
   yield config.mesh.space >= 1, "mesh.space", "must be at least 1."

@@ -21,7 +21,7 @@ def check(config) -> int:
     try:
       source = input_pipeline.make_source(config.data, split)
       border = config.loss.border_weight > 0 and split == config.data.train_split
-      counts, checksums, found = scan.scan_with_checksums(source, range(len(source)), f"checking {split}", border)
+      counts, checksums, found = scan.scan(source, range(len(source)), f"checking {split}", border)
       sources[split] = source
       for index, checksum in enumerate(checksums):
         if checksum:

@@ -186,3 +186,22 @@ class Source:
 def count_note(split: str, count: int, official: int) -> list[str]:
   """A note where a benchmark's split is not the official one, whose scores would not compare."""
   return [] if count == official else [f"split {split!r} has {count} images, the official one {official}"]
+
+
+def find_folder(dir: str, names: Sequence[str], *, holds: str, archive: str) -> pathlib.Path:
+  """A benchmark's folder: `dir`, or one of `names` below it, whichever holds the folder `holds`.
+
+  Args:
+    archive: that unpacks to it, for the message.
+
+  Raises:
+    DataError: there is none.
+  """
+  given = pathlib.Path(dir).expanduser()
+  for root in (given, *(given / name for name in names)):
+    if (root / holds).is_dir():
+      return root
+  raise DataError(
+    f"data.dir = {dir}: no folder {holds} there, nor in {' or '.join(names)} below it. Name the folder {names[0]} that"
+    f" {archive} unpacks to."
+  )

@@ -8,7 +8,7 @@ import numpy as np
 from segjax.input_pipeline import images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.sources import datasets
-from segjax.input_pipeline.sources.base import Files, Source, count_note
+from segjax.input_pipeline.sources.base import Files, Source, count_note, find_folder
 from segjax.input_pipeline.sources.holdout import HoldOut
 
 SPLITS = ("train", "val", "trainval", "test")
@@ -29,22 +29,6 @@ def to_label(path: str, mask: np.ndarray) -> np.ndarray:
   if mask.ndim == 2:
     raise DataError(f"{path}: not an RGB file. {_REMEDY}")
   return mask_values.map_colors(path, mask, _COLOR_TABLE, _REMEDY).astype(np.uint8)
-
-
-def find_root(dir: str) -> pathlib.Path:
-  """The folder data_road at, or below, `dir`.
-
-  Raises:
-    DataError: there is none.
-  """
-  given = pathlib.Path(dir).expanduser()
-  for root in (given, given / "data_road"):
-    if (root / "training" / "image_2").is_dir():
-      return root
-  raise DataError(
-    f"data.dir = {dir}: no folder training/image_2 there, nor in data_road below it. Name the folder data_road that"
-    " data_road.zip unpacks to."
-  )
 
 
 def find_images(root: pathlib.Path, part: str) -> dict[str, pathlib.Path]:
@@ -108,7 +92,8 @@ class KittiRoadSource(Source):
   ):
     if split not in SPLITS:
       raise DataError(f"KITTI road has no split {split!r}: choose one of {', '.join(SPLITS)}.")
-    root, part = find_root(dir), "testing" if split == "test" else "training"
+    part = "testing" if split == "test" else "training"
+    root = find_folder(dir, ("data_road",), holds="training/image_2", archive="data_road.zip")
     found = {name: path for name, path in find_images(root, part).items() if labels == "road" or name.startswith("um_")}
     masks = root / "training" / "gt_image_2"
     if split != "test":

@@ -9,6 +9,7 @@ import numpy as np
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline.order import mix
 from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Source
 
 CLASSES = ("ground", "disk", "square", "triangle", "ring", "cross")
 
@@ -44,7 +45,40 @@ def _texture(rng, kind: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
   return rng.uniform(50, 205, 3) + pattern[..., None] * rng.uniform(20, 50, 3)
 
 
-class SyntheticSource:
+class _Generator:
+  """A store of generated examples; see `base.Files`."""
+
+  def __init__(self, split: str, count: int, size: tuple[int, int], exif: str):
+    self.names, self.sizes = [f"synthetic_{index:05d}" for index in range(count)], [size] * count
+    self.files, self.others, self.exif = dict(image=[]), {}, exif
+    self._seed = int.from_bytes(split.encode()[:7], "little")
+
+  def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray]:
+    """See `base.Files`; labels are void along every outline, 2 pixels wide."""
+    rng = np.random.Generator(np.random.PCG64(int(mix(self._seed, index))))
+    h, w = self.sizes[index]
+    y, x = np.mgrid[:h, :w].astype(np.float32)
+    image = _texture(rng, 0, y, x)
+    label = np.zeros((h, w), np.uint8)
+    for _ in range(rng.integers(3, 7)):  # Later shapes hide parts of earlier ones.
+      kind, radius = int(rng.integers(1, len(CLASSES))), rng.uniform(0.15, 0.3) * min(h, w)
+      angle = rng.uniform(0, 2 * np.pi)
+      centre_y, centre_x, reach = rng.uniform(0, h), rng.uniform(0, w), 1.3 * radius + 2  # No shape is wider.
+      top, left = max(int(centre_y - reach), 0), max(int(centre_x - reach), 0)
+      box = np.s_[top : int(centre_y + reach) + 1, left : int(centre_x + reach) + 1]
+      dy, dx = (y[box] - centre_y) / radius, (x[box] - centre_x) / radius
+      distance = radius * _inside(
+        kind, np.cos(angle) * dy - np.sin(angle) * dx, np.sin(angle) * dy + np.cos(angle) * dx
+      )
+      texture = _texture(rng, kind, y[box], x[box])
+      image[box] = np.where((distance < 0)[..., None], texture, image[box])
+      label[box] = np.where(np.abs(distance) < 1, IGNORE_LABEL, np.where(distance < 0, kind, label[box]))
+    image += rng.normal(0, 6, image.shape)
+    name = self.names[index]
+    return name, np.clip(image, 0, 255).astype(np.uint8), name, label
+
+
+class SyntheticSource(Source):
   """Random access to generated examples; example i of a split is a pure function of (split, i).
 
   Args:
@@ -65,48 +99,12 @@ class SyntheticSource:
     num_val: int = 64,
     image_size: tuple[int, int] = (64, 64),
   ):
-    self.classes, self.palette = self.named_classes()
-    self.canvas_size = tuple(image_size)
-    self.sizes = [self.canvas_size] * (num_train if split == "train" else num_val)
-    self.labelled, self.notes, self.submission = True, (), datasets.PLAIN_SUBMISSION
-    self.others, self.exif = {}, exif
-    self._seed = int.from_bytes(split.encode()[:7], "little")
+    count = num_train if split == "train" else num_val
+    super().__init__(
+      _Generator(split, count, tuple(image_size), exif), *self.named_classes(), lambda path, label: label
+    )
 
   @staticmethod
   def named_classes(**_) -> tuple[tuple[str, ...], np.ndarray]:
     """See `input_pipeline.named_classes`."""
     return CLASSES, datasets.palette(len(CLASSES))
-
-  def __len__(self) -> int:
-    return len(self.sizes)
-
-  def files(self, border: bool = False) -> dict[str, list]:
-    """See `base.Source.files`."""
-    return dict(image=[])
-
-  def describe(self, index: int) -> str:
-    """A name for messages and pictures."""
-    return f"synthetic_{index:05d}"
-
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """image [H, W, 3] uint8, label [H, W] uint8 (void along every outline, 2 pixels wide)."""
-    rng = np.random.Generator(np.random.PCG64(int(mix(self._seed, index))))
-    h, w = self.canvas_size
-    y, x = np.mgrid[:h, :w].astype(np.float32)
-    image = _texture(rng, 0, y, x)
-    label = np.zeros((h, w), np.uint8)
-    for _ in range(rng.integers(3, 7)):  # Later shapes hide parts of earlier ones.
-      kind, radius = int(rng.integers(1, len(CLASSES))), rng.uniform(0.15, 0.3) * min(h, w)
-      angle = rng.uniform(0, 2 * np.pi)
-      centre_y, centre_x, reach = rng.uniform(0, h), rng.uniform(0, w), 1.3 * radius + 2  # No shape is wider.
-      top, left = max(int(centre_y - reach), 0), max(int(centre_x - reach), 0)
-      box = np.s_[top : int(centre_y + reach) + 1, left : int(centre_x + reach) + 1]
-      dy, dx = (y[box] - centre_y) / radius, (x[box] - centre_x) / radius
-      distance = radius * _inside(
-        kind, np.cos(angle) * dy - np.sin(angle) * dx, np.sin(angle) * dy + np.cos(angle) * dx
-      )
-      texture = _texture(rng, kind, y[box], x[box])
-      image[box] = np.where((distance < 0)[..., None], texture, image[box])
-      label[box] = np.where(np.abs(distance) < 1, IGNORE_LABEL, np.where(distance < 0, kind, label[box]))
-    image += rng.normal(0, 6, image.shape)
-    return np.clip(image, 0, 255).astype(np.uint8), label

@@ -7,7 +7,7 @@ import numpy as np
 from segjax.input_pipeline import images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.sources import datasets
-from segjax.input_pipeline.sources.base import Files, Source, count_note
+from segjax.input_pipeline.sources.base import Files, Source, count_note, find_folder
 from segjax.input_pipeline.sources.tfds_store import Records
 
 AUG_FOLDER = "SegmentationClassAug"  # Masks that segjax.prepare made from SBD.
@@ -30,14 +30,8 @@ def find_root(dir: str) -> pathlib.Path:
   Raises:
     DataError: there is none.
   """
-  given = pathlib.Path(dir).expanduser()
-  for root in (given, given / "VOC2012", given / "VOCdevkit" / "VOC2012"):
-    if (root / "JPEGImages").is_dir():
-      return root
-  raise DataError(
-    f"data.dir = {dir}: no folder JPEGImages there, in VOC2012 or in VOCdevkit/VOC2012 below it. Name the folder VOC2012"
-    " that VOCtrainval_11-May-2012.tar unpacks to."
-  )
+  folders, archive = ("VOC2012", "VOCdevkit/VOC2012"), "VOCtrainval_11-May-2012.tar"
+  return find_folder(dir, folders, holds="JPEGImages", archive=archive)
 
 
 def list_file(root: pathlib.Path, split: str) -> pathlib.Path:
