@@ -10,11 +10,7 @@ from segjax.config import ConfigError
 PROGRAM = pathlib.Path(__file__).parents[2] / "benchmarks" / "torch_speed.py"
 # Ways to run a network, as FORMS of benchmarks/torch_speed.py; and the options of config.model that its networks follow.
 FORMS = ("nchw", "channels_last", "compiled", "compiled_channels_last")
-OPTIONS = {
-  "unet": ("width", "depth"),
-  "fcn": ("width", "stride"),
-  "deeplab_v3plus": ("backbone", "output_stride"),
-}
+OPTIONS = {"unet": ("width", "depth"), "fcn": ("width", "stride"), "deeplab_v3plus": ("backbone", "output_stride")}
 
 
 class Torch:

@@ -120,20 +120,11 @@ CARVANA = dict(
 
 # TGS Salt Identification Challenge (kaggle.com/c/tgs-salt-identification-challenge): 4000 seismic images of 101x101 in
 # train.zip; the PNGs of the masks have 16 bits, 65535 being salt, or 8 where they were saved again. 39 % hold no salt.
-SALT = dict(
-  images="images",
-  masks="masks",
-  classes=("sediment", "salt"),
-  label_map="65535:1,255:1",
-)
+SALT = dict(images="images", masks="masks", classes=("sediment", "salt"), label_map="65535:1,255:1")
 
 # 97 photographs of chairs, and masks of two colours (RGB, or grey 0 and 255).
 CHAIRS = dict(
-  images="images",
-  masks="masks",
-  classes=("background", "chair"),
-  colors=("000000", "FFFFFF"),
-  label_map="255:1",
+  images="images", masks="masks", classes=("background", "chair"), colors=("000000", "FFFFFF"), label_map="255:1"
 )
 
 # (H, W) that holds every image of a source, where nobody has to look.

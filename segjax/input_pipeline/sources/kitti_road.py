@@ -82,13 +82,7 @@ class KittiRoadSource(Source):
   """
 
   def __init__(
-    self,
-    *,
-    dir: str,
-    split: str,
-    labels: str = "road",
-    hold_out: HoldOut = HoldOut(holdout=0.2),
-    exif: str = "refuse",
+    self, *, dir: str, split: str, labels: str = "road", hold_out: HoldOut = HoldOut(holdout=0.2), exif: str = "refuse"
   ):
     if split not in SPLITS:
       raise DataError(f"KITTI road has no split {split!r}: choose one of {', '.join(SPLITS)}.")
