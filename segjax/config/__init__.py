@@ -1,4 +1,4 @@
-"""The config of a run: its fields, which stand in options.py and in constructors' signatures, each once; saved and loaded.
+"""The config of a run: its schema, made from options.py and from constructors' signatures; how it is saved and loaded.
 
 A config file starts from `default_config(model=..., data=...)` and sets what differs. The result is locked and
 typed, so a misspelt field or a wrong type stops in the file as on the command line. `model` and `data` choose which

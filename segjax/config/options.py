@@ -1,8 +1,8 @@
 """Every option, once: default and meaning. Its type is its default's.
 
-What a constructor or function takes stands there alone, in its signature and docstring; here stand the others. This is the
-lowest layer, and data workers and --help shall not wait for JAX: so those signatures are read from the text of the files
-(`ast`), which imports nothing.
+An option that a constructor or function takes is defined there alone, in its signature and docstring; the others are
+defined here. This is the lowest layer, and data workers and --help must not wait for JAX: so signatures are read from the
+text of the files (`ast`), without an import.
 """
 
 import ast
@@ -30,7 +30,7 @@ RUN = dict(
   ),
   accumulate_steps=Option(
     1,
-    "each update in so many parts, one after another, for batches that do not fit into memory. Without batch norm (or with"
+    "parts of an update, computed one after another, for batches that do not fit into memory. Without batch norm (or with"
     " frozen ones) and dropout the update is that of the whole batch under cross_entropy, bce and focal; batch norm sees the"
     " part, and hard_fraction, dice, jaccard and lovasz rank and compare its pixels only. Slow on CPU, whose fast"
     " convolutions XLA does not use in loops.",
@@ -40,7 +40,9 @@ RUN = dict(
   log_every=Option(20, "steps between progress lines."),
   eval_every=Option(500, "steps between evaluations; each also saves a checkpoint. The last step always does."),
   checkpoint_every=Option(500, "steps between checkpoints."),
-  keep_checkpoints=Option(2, "the last so many, beside the best by policy.metric. 1: the last, to resume from."),
+  keep_checkpoints=Option(
+    2, "how many of the last ones are kept, beside the best by policy.metric. 1: the last, to resume from."
+  ),
   head=Option("softmax", 'over all classes, or "sigmoid": one logit, for two classes, the second being foreground.'),
   shard_state=Option(
     False,
@@ -73,7 +75,7 @@ DATA = dict(
   eval_split=Option("val", "split that is scored."),
   loader=Option(
     "tf_data",
-    '"tf_data", or "grain", which never imports TensorFlow, and is taken where that is not installed. Batches are the same,'
+    '"tf_data", or "grain", which never imports TensorFlow, and is used where TensorFlow is not installed. Batches are the same,'
     " bit for bit.",
   ),
   workers=Option(0, "threads that read and decode, per host. 0: one per core."),
@@ -95,8 +97,8 @@ DATA = dict(
   canvas_size=Option(
     (0, 0),
     "(H, W) that images are padded to on the host. (0, 0): the largest of the split; but where that would be mostly padding,"
-    " larger ones are cut, in training, to what their crops can show (input_pipeline.canvas.cut_window: the same crops are as"
-    " likely), and in evaluation lie whole on canvases of their own.",
+    " training cuts larger ones to what their crops can show (input_pipeline.canvas.cut_window: crops are drawn from the"
+    " same distribution), and evaluation puts them whole on canvases of their own.",
   ),
 )
 LOSS = dict(
@@ -118,7 +120,7 @@ POLICY = dict(
   metric=Option(
     "mean_iou", 'validation score that decides which checkpoint is best, and all below; "iou/NAME" for a class.'
   ),
-  early_stop=Option(0, "ends training after so many evaluations without gain. 0: never."),
+  early_stop=Option(0, "evaluations without gain after which training ends. 0: never ends early."),
 )
 EVAL = dict(
   batch_size=Option(8, "images per evaluation step over all devices; no influence on the score."),

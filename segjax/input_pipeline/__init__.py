@@ -219,7 +219,7 @@ def _batches(
 def train_batches(
   source, data, *, seed, batch_size, rows, start_step, num_steps, border=False, bad=None, window=None
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Training batches of steps start_step .. num_steps - 1, the same whatever the loader and the number of hosts.
+  """Training batches of steps start_step .. num_steps - 1, the same for every loader and number of hosts.
 
   Args:
     data: `config.data`.

@@ -12,8 +12,8 @@ class BadExamples:
   """The examples that a training run could not read. Each is all void in the step that needed it.
 
   Which those are is written down before the step is taken, a JSON line each in `workdir`/bad_examples_PROCESS.jsonl.
-  A run that resumes has them void in these steps again, whether or not the files can be read by then, and so ends as if
-  it had never stopped. In any other step the file is read again: once restored, it counts.
+  A resumed run has them void in these steps again, even if the files can be read by then, and so ends as if it had never
+  stopped. In any other step the file is read again: once restored, it counts.
 
   Attributes:
     most: how many examples may be bad; one more stops the run.

@@ -156,7 +156,7 @@ class Cached:
 
 
 def check_room(cache: str, sources: Sequence) -> None:
-  """Raises ConfigError where there is no room for the decoded examples of all `sources`; says how much they need.
+  """Raises ConfigError, with the size needed, where the decoded examples of all `sources` do not fit.
 
   Args:
     cache: config.data.cache.
@@ -185,7 +185,7 @@ def check_room(cache: str, sources: Sequence) -> None:
 
 
 def free_memory() -> int:
-  """Bytes that this process may still take without swapping: of the machine, or of its container, where that has less."""
+  """Free bytes of memory, of the machine or of its container, whichever has less."""
   meminfo, group = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
   if not meminfo.exists():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,7 +3,7 @@
 One reader serves both loaders, so their pixels are the same by construction, and Pillow gives palette masks as
 indices, where TensorFlow's PNG decoder would expand the palette to colours (class 1 would arrive as grey 38). JPEGs are
 decoded by simplejpeg, to the same bits a sixth faster, because it also detects damage: Pillow ignores libjpeg's warnings,
-and reads a file whose second half is zeros without a word. What would reach the network altered (16-bit colours) or
+and reads a file whose second half is zeros. What would reach the network altered (16-bit colours) or
 in part (all frames but the first) is refused.
 """
 
@@ -38,11 +38,11 @@ def printable(name: str) -> str:
   return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), name)
 
 
-# What Pillow may open, whatever a file's name: its EPS reader, for one, runs Ghostscript.
+# Formats that Pillow may open. It has dangerous ones: its EPS reader runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 JPEGS = ("JPEG", "MPO")  # An MPO is a photograph as JPEG, with more pictures behind it (depth, brightness, a preview).
 
-# Height times width; a few bytes may claim any. 16384 x 16384 in RGB are 0.8 GB. Pillow would warn from 2^26 on.
+# Height times width: a file of a few bytes may claim any size. 16384 x 16384 in RGB are 0.8 GB. Pillow would warn from 2^26 on.
 MAX_PIXELS = 2**28
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -66,7 +66,7 @@ def read_lines(path: pathlib.Path) -> list[str]:
   """The lines of a list file that hold anything, without the spaces around it.
 
   Raises:
-    DataError: it cannot be read, or is no text.
+    DataError: it cannot be read, or is not text.
   """
   try:
     check_regular(path)  # Lines end at line ends alone: names may hold what str.splitlines() takes for one.
@@ -125,7 +125,7 @@ def storage(image: ImageFile.ImageFile) -> tuple[str, int]:
 
 
 def is_deep(image: ImageFile.ImageFile) -> bool:
-  """Whether samples have more than 8 bits, be it that Pillow keeps 8 of them."""
+  """Whether stored samples have more than 8 bits, even where Pillow keeps only 8 of them."""
   mode, white = storage(image)
   if image.format == "TIFF" and TiffImagePlugin.BITSPERSAMPLE in image.tag_v2:
     bits = max(image.tag_v2[TiffImagePlugin.BITSPERSAMPLE])
@@ -262,7 +262,7 @@ def read_image(
 
   Raises:
     DataError: missing, damaged, one of several frames, with more than 8 bits per channel, which RGB conversion would
-      clip, or turned by EXIF so that nobody knows how its mask lies.
+      clip, or turned by EXIF where it is not known whether its mask is.
   """
   with opened(path, file, "damaged or truncated") as image:
     if is_deep(image):

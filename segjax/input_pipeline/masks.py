@@ -38,7 +38,7 @@ def _check_mask(path, image: ImageFile.ImageFile) -> None:
 
 
 def _check_opaque(path, image: Image.Image, mask: np.ndarray) -> None:
-  """Raises DataError where pixels of a mask are transparent: whatever is stored there, nobody saw it."""
+  """Raises DataError where pixels of a mask are transparent: the labels stored there were never visible."""
   clear = image.info["transparency"] if "transparency" in image.info else ()
   if "A" in image.getbands():
     count = int((np.asarray(image.getchannel("A")) < 255).sum())

@@ -16,8 +16,8 @@ _started = weakref.WeakSet()
 
 @atexit.register
 def _close_all():
-  """Ends iterators that a failing program left in the middle: once Python shuts down, TensorFlow would wait for ever for
-  reads under way, whose threads Python has ended.
+  """Closes iterators that a failing program left open: at exit, TensorFlow would wait forever for reads in progress, whose
+  threads Python has ended.
   """
   for iterator in list(_started):
     iterator.close()

@@ -158,8 +158,8 @@ def keep_freed_memory() -> None:
   """Where the CPU trains, lets a step have the memory of the last one; before the first array is made.
 
   XLA:CPU takes the temporaries of a step from malloc in one block, which glibc asks the system for and gives back each
-  time, so that all its pages fault again: a quarter of a step (benchmarks/torch.md). So glibc shall neither map large
-  blocks nor give any back; and since that works for the main thread only, it is the main thread that runs the steps.
+  time, so that all its pages fault again: a quarter of a step (benchmarks/torch.md). So glibc is told neither to map large
+  blocks nor to return any; and since that works for the main thread only, the main thread runs the steps.
 
   Raises:
     ConfigError: JAX finds no device of the platform in JAX_PLATFORMS.

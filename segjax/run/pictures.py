@@ -6,7 +6,7 @@ from PIL import Image
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline.sources import datasets
 
-FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes, whatever their palette: the ground's is often black.
+FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes instead of their palette, which is often black.
 
 
 def color_table(palette: np.ndarray) -> np.ndarray:
@@ -30,7 +30,7 @@ def heat_table() -> np.ndarray:
 
 
 def indexed_image(values: np.ndarray, table: np.ndarray) -> Image.Image:
-  """[H, W] uint8 as a palette image: it stores the very numbers, and shows them in the colours of `table` [256, 3]."""
+  """[H, W] uint8 as a palette image: it stores these numbers, and shows them in the colours of `table` [256, 3]."""
   image = Image.fromarray(values)
   image.putpalette(table.reshape(-1).tolist())  # Turns grey into indexed, with the same numbers.
   return image

@@ -27,7 +27,7 @@ class PredictionInfo:
     classes: names in the order of ids.
     palette: [K, 3] uint8.
     canvas_size: (H, W) that evaluation pads images to, but for those that are larger; None where it is not known.
-    exif: what becomes of images without a mask that EXIF wants turned: "refuse", "apply" or "ignore".
+    exif: the rule for images that EXIF wants turned, see `images.Reading`: "refuse", "apply" or "ignore".
   """
 
   classes: tuple[str, ...]
@@ -95,7 +95,7 @@ def of_run(config, workdir: pathlib.Path | None) -> PredictionInfo:
 
   Raises:
     ConfigError: a damaged file.
-    DataError: nobody names the classes.
+    DataError: neither a run, the config nor the data set names the classes.
   """
   info = _saved(config, workdir) or PredictionInfo(*input_pipeline.named_classes(config.data), None, "refuse")
   canvas_size = tuple(config.data.canvas_size) if any(config.data.canvas_size) else info.canvas_size

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class _LastingStream:
-  """A text stream that goes on where what it writes to is closed, full or cannot show a character.
+  """A text stream whose writes do not fail where its file is closed or full, or cannot encode a character.
 
   Attributes:
     lost: the last error; None where all was written.

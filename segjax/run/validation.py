@@ -110,7 +110,7 @@ class Validation:
       The scores, e.g. {"val/mean_iou": ...}.
     """
     step = int(state.step)
-    checkpoints.wait()  # Whatever happens here, training is kept.
+    checkpoints.wait()  # So that a failure here loses no training.
     with self._advice(step):
       evaluation = self._evaluator(sharding.gather(state.eval_variables(), self._mesh))
     writer.scalars(step, evaluation.scalars)

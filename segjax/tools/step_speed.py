@@ -147,7 +147,7 @@ def matrix_peak(dtype: str) -> float:
 
 
 def timed(run: Callable[[], None], count: int) -> list[float]:
-  """Seconds of each of so many runs."""
+  """Seconds of each of `count` runs."""
   seconds = []
   for _ in range(count):
     start = time.perf_counter()
@@ -270,7 +270,7 @@ def measure_compilation(config, kind: str) -> dict:
 
 @contextlib.contextmanager
 def _cache_in(folder: str):
-  """JAX's cache of compiled programs in a folder, for any program however small; off again afterwards."""
+  """JAX's cache of compiled programs in a folder, for programs of any size; off again afterwards."""
   names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: getattr(jax.config, name) for name in names}
   for name, value in zip(names, (True, folder, 0)):

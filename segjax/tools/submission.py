@@ -75,7 +75,7 @@ def _check_replaceable(final: pathlib.Path, results: set[str]) -> None:
   for path in other:
     if path.is_symlink() or not (path.is_dir() or path.relative_to(final).as_posix() in results):
       raise ConfigError(
-        f"{final} is where predictions go, and {path} is none of them. Move it elsewhere; nothing was deleted."
+        f"{final} is the folder of predictions, and {path} is not one of them. Move it elsewhere; nothing was deleted."
       )
 
 

@@ -52,7 +52,7 @@ class Torch:
     self._process.stdin.flush()
     answer = self._process.stdout.readline()
     if not answer:
-      raise ConfigError(f"PyTorch failed in the form {form}; its error stands above. Leave it out with --torch_forms.")
+      raise ConfigError(f"PyTorch failed in the form {form}; its error is above. Leave it out with --torch_forms.")
     return json.loads(answer)
 
   def close(self) -> None:

@@ -62,6 +62,6 @@ def named_classes(data) -> tuple[tuple[str, ...], np.ndarray]:
   """Class names and palette [K, 3] uint8 of `config.data`, without reading the data set (but its classes.txt).
 
   Raises:
-    DataError: nobody names the classes.
+    DataError: neither the config nor the data set names the classes.
   """
   return SOURCES[data.name].named_classes(**arguments(SOURCES[data.name], data))

@@ -13,7 +13,7 @@ from segjax.input_pipeline.sources.base import Files, Source, count_note
 from segjax.input_pipeline.sources.tfds_store import Records
 
 CLASSES = tuple(name for name, _, _ in datasets.CITYSCAPES)
-# Of id 0 .. 255: its class, void for the ids that the benchmark ignores, -1 for what is no id.
+# The class of each id in 0 .. 255: void for the ids that the benchmark ignores, -1 for numbers that are not ids.
 LABEL_MAP = dict.fromkeys(range(256), -1)
 LABEL_MAP |= dict.fromkeys(range(datasets.CITYSCAPES_NUM_IDS), IGNORE_LABEL)
 LABEL_MAP |= {label_id: train_id for train_id, (_, label_id, _) in enumerate(datasets.CITYSCAPES)}

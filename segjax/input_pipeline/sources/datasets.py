@@ -101,7 +101,7 @@ CITYSCAPES_CANVAS = (1025, 2049)  # What official DeepLab pads the 1024x2048 ima
 # KITTI road (Fritsch et al. 2013; cvlibs.net/datasets/kitti/eval_road.php): RGB masks. Images by category (urban marked,
 # urban multiple marked lanes, urban unmarked), in training and testing; 370 to 376 x 1224 to 1242 pixels.
 KITTI_ROAD_COUNTS = {"um": (95, 96), "umm": (96, 94), "uu": (98, 100)}
-# Black is other road or nobody's care: the devkit (helper.py, getGroundTruth) takes as valid what has red.
+# Black is other road or "don't care": the devkit (helper.py, getGroundTruth) takes only pixels with red as valid.
 KITTI_ROAD_MASK_COLORS = {"FF0000": 0, "FF00FF": 1, "000000": 255}
 KITTI_ROAD_COLORS = ("000000", "00FF00")  # Of pictures: road is painted green.
 
@@ -127,7 +127,7 @@ CHAIRS = dict(
   images="images", masks="masks", classes=("background", "chair"), colors=("000000", "FFFFFF"), label_map="255:1"
 )
 
-# (H, W) that holds every image of a source, where nobody has to look.
+# (H, W) that holds every image of a source, known without reading it.
 LARGEST = {"voc": (500, 500), "cityscapes": (1024, 2048), "kitti_road": (376, 1242)}
 
 VOID_COLOR = (224, 224, 192)  # The cream that PASCAL VOC draws void in.

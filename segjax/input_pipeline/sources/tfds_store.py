@@ -95,7 +95,7 @@ def _find_version(root: pathlib.Path, dataset: str) -> pathlib.Path:
 
 def _open_builder(folder: pathlib.Path):
   try:
-    import tensorflow_datasets as tfds  # Takes a second, and nobody else needs it.
+    import tensorflow_datasets as tfds  # Takes a second; only this source needs it.
   except ImportError as error:
     raise DataError(f"Reading {folder} needs TFDS ({error}). Install it: pip install tensorflow-datasets.") from error
   try:
@@ -137,7 +137,7 @@ def _record(part, number: int, where: str, features) -> dict[str, bytes]:
 
 
 def _read_index(path: pathlib.Path, count: int) -> dict[str, list] | None:
-  """What `_index` wrote, of `count` records; None where there is no such file, or one damaged or of other shards."""
+  """What `_index` wrote, of `count` records; None where the file is missing, damaged or of other shards."""
   try:
     index = json.loads(path.read_text())
     names, sizes = index["names"], [(int(h), int(w)) for h, w in index["sizes"]]
