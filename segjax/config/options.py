@@ -221,9 +221,11 @@ def signature(origin: str) -> dict[str, Option]:
     node = made[0]
   found = {}
   for name, value in zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults):
-    if isinstance(value, ast.Call):  # A dataclass, whose fields are options of the same section.
+    if isinstance(value, ast.Call) and ast.unparse(value.func) in _origins(
+      module
+    ):  # A dataclass: its fields are options.
       own = {keyword.arg: ast.literal_eval(keyword.value) for keyword in value.keywords}
-      fields = signature(_origins(module)[value.func.id])
+      fields = signature(_origins(module)[ast.unparse(value.func)])
       found |= {
         field: option._replace(default=own[field]) if field in own else option for field, option in fields.items()
       }
