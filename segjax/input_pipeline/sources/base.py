@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import cache, images, inventory
+from segjax.input_pipeline import cache, images, inventory, masks
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.masks import read_mask, read_sizes, size_problem
 from segjax.input_pipeline.sources import datasets
 
 
@@ -69,7 +68,7 @@ class Files:
   @functools.cached_property
   def _headers(self) -> tuple[list[tuple[int, int]], set[str]]:
     """See `masks.read_sizes`."""
-    return read_sizes(((image, None, mask, None) for image, mask in self._pairs), self._reading)
+    return masks.read_sizes(((image, None, mask, None) for image, mask in self._pairs), self._reading)
 
   def identity(self, index: int) -> tuple[str, str]:
     """See `Source.identity`: the paths of its files, their sizes and times of change, and how they are read."""
@@ -79,7 +78,7 @@ class Files:
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray | None]:
     """Image's path and pixels [H, W, 3] uint8, mask's path and stored numbers [H, W] (RGB: [H, W, 3]) or None."""
     image_path, mask_path = self._pairs[index]
-    mask = read_mask(mask_path, by_color=self._reading.by_color) if mask_path else None
+    mask = masks.read_mask(mask_path, by_color=self._reading.by_color) if mask_path else None
     mask_size = None if mask is None else mask.shape[:2]
     image = images.read_image(image_path, exif=self._reading.exif, mask_size=mask_size)
     return str(image_path), image, str(mask_path), mask
@@ -179,7 +178,7 @@ class Source:
       return image, np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
     label = self._to_label(mask_path, mask)
     if image.shape[:2] != label.shape:
-      raise DataError(size_problem(image_path, image.shape[:2], mask_path, label.shape))
+      raise DataError(masks.size_problem(image_path, image.shape[:2], mask_path, label.shape))
     return image, label
 
 

@@ -14,9 +14,8 @@ import numpy as np
 import tqdm
 
 from segjax.files import atomic
-from segjax.input_pipeline import cache, images
+from segjax.input_pipeline import cache, images, masks
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.masks import read_mask, read_sizes
 
 
 class Records:
@@ -77,7 +76,7 @@ class Records:
     record = _record(self._parts[part], number, self._dataset, self._features)
     image, mask = (io.BytesIO(record[feature]) for feature in self._features)
     where = [f"{self._dataset}: {feature} of {self.names[index]}" for feature in self._features]
-    labels = read_mask(where[1], mask, by_color=self._reading.by_color)
+    labels = masks.read_mask(where[1], mask, by_color=self._reading.by_color)
     pixels = images.read_image(where[0], image, exif=self._reading.exif, mask_size=labels.shape[:2])
     return where[0], pixels, where[1], labels
 
@@ -169,7 +168,7 @@ def _index(
       image_name, mask_name = (f"{folder}: {feature} of {names[-1]}" for feature in (image, mask))
       yield image_name, io.BytesIO(record[image]), mask_name, io.BytesIO(record[mask])
 
-  sizes, _ = read_sizes(examples(), reading)
+  sizes, _ = masks.read_sizes(examples(), reading)
   index = dict(names=names, sizes=sizes)
   try:
     atomic.write_text(path, json.dumps(index))
