@@ -17,7 +17,7 @@ Published: val 79.79 at output stride 16, 80.02 at 8, 81.39 at 8 with --config.e
 """
 
 from segjax.config import default_config
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 
 def recipe(data):

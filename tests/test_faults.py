@@ -225,8 +225,11 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(tiny
   path = max(files, key=lambda p: p.stat().st_size)
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
-  {"flipped byte": lambda: path.write_bytes(content), "truncated": lambda: path.write_bytes(content[:-1]),
-   "removed": path.unlink}[damage]()  # fmt: skip
+  {
+    "flipped byte": lambda: path.write_bytes(content),
+    "truncated": lambda: path.write_bytes(content[:-1]),
+    "removed": path.unlink,
+  }[damage]()
   train_lib.train(tiny_config, workdir)
   output = capsys.readouterr().out
   assert "DAMAGED CHECKPOINT step_6" in output and str(path.relative_to(workdir)) in output, output

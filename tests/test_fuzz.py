@@ -11,9 +11,20 @@ from tests.fuzz_readers import KINDS, SECONDS
 
 ROOT = pathlib.Path(__file__).parents[1]
 COUNTS = dict(
-  jpeg=300, png=300, gif=150, tiff=100, lists=150, config=250, task=50, npz=150, safetensors=150, pth=150,
-  tf_checkpoint=100, frozen_graph=100, checkpoint=50,
-)  # fmt: skip
+  jpeg=300,
+  png=300,
+  gif=150,
+  tiff=100,
+  lists=150,
+  config=250,
+  task=50,
+  npz=150,
+  safetensors=150,
+  pth=150,
+  tf_checkpoint=100,
+  frozen_graph=100,
+  checkpoint=50,
+)
 
 
 def test_counts_are_of_all_kinds_and_sum_to_2000():

@@ -30,7 +30,7 @@ def test_predictions_replace_those_of_before_and_never_anything_else(run):
   note = archive.parent / "results" / "notes.txt"
   note.write_text("mine")
   before = {path: path.stat().st_mtime_ns for path in archive.parent.rglob("*")}
-  with pytest.raises(ConfigError, match="results/notes.txt is none of them. Move it elsewhere"):
+  with pytest.raises(ConfigError, match="results/notes.txt is not one of them. Move it elsewhere"):
     submission.submit(config, run)
   assert {path: path.stat().st_mtime_ns for path in archive.parent.rglob("*")} == before
   note.unlink()
@@ -45,7 +45,7 @@ def test_a_link_in_the_place_of_the_predictions_is_refused(run, tmp_path):
   config.data.eval_split = "other"
   (tmp_path / "mine").touch()
   (run / "predict_other").symlink_to(tmp_path)
-  with pytest.raises(ConfigError, match="predict_other is none of them"):
+  with pytest.raises(ConfigError, match="predict_other is not one of them"):
     submission.submit(config, run)
   assert (tmp_path / "mine").exists()
 

@@ -65,7 +65,7 @@ class Acts(NamedTuple):
 
 
 # Fields without a row always act, or are refused by the model's constructor (multi_grid, auxiliary, details.mobilenet_*).
-# init.* has none: a config file names the scheme of weights that the command line may add. Nor have facts of a data set
+# init.* has none: a config file names the scheme of weights that the command line may add. Nor have properties of a data set
 # of which evaluation may show a part: a row must not depend on data.eval_split.
 ACTS = (
   Acts("shard_state", ("mesh.data",), lambda c: c.mesh.data != 1, "set mesh.data to -1 or above 1"),
@@ -203,8 +203,8 @@ def _is_size(size: tuple, least: int) -> bool:
 
 
 def _run(config) -> Rules:
-  for field in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-                "accumulate_steps"):  # fmt: skip
+  counts = ("num_steps", "batch_size", "accumulate_steps", "keep_checkpoints")
+  for field in (*counts, "log_every", "eval_every", "checkpoint_every"):
     yield config[field] >= 1, field, "must be at least 1."
   yield 0 <= config.seed < 2**31, "seed", "must lie in [0, 2^31)."
   yield config.mesh.space >= 1, "mesh.space", "must be at least 1."

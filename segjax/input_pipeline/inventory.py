@@ -1,7 +1,6 @@
 """What lies in the folders of a data set: the images, and what is not used, with the reason.
 
-check_data names each of these, and a run tells their number when it starts: what is skipped without a word is missing
-from the results without a word.
+check_data names each of these, and a run prints their number when it starts, so that nothing is skipped in silence.
 """
 
 import collections
@@ -46,10 +45,10 @@ MISNAMED = Unused("a file with another name than the data set's", "Correct the n
 
 
 def search(root: pathlib.Path, levels: int | None = None) -> tuple[list[pathlib.Path], dict[pathlib.Path, Unused]]:
-  """The image files below `root` by their endings, sorted, and the entries that are none.
+  """The files below `root` that have an image's extension, sorted; and the other entries.
 
-  Opens no file. What is named like an image and is no regular file (a device, a broken link) counts as an image, so that
-  its reader can name it.
+  Opens no file. An entry with an image's extension that is not a regular file (a device, a broken link) counts as an
+  image, so that its reader reports it.
 
   Args:
     levels: how many levels of subfolders are searched, linked ones too. None: all, but no linked ones, which might lead

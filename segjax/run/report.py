@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines and tables, and the files of curves and pictures."""
+"""What a run reports: printed lines and tables, and the files of curves and pictures."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ def say(text: str, flush: bool = True) -> None:
 
 
 def devices(mesh: jax.sharding.Mesh) -> str:
-  """What a program runs on, as text."""
+  """Devices, mesh and processes, as text."""
   return (
     f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh data={mesh.shape['data']} space={mesh.shape['space']},"
     f" {jax.process_count()} process(es)"
@@ -29,28 +29,30 @@ def devices(mesh: jax.sharding.Mesh) -> str:
 
 
 def data_lines(data, splits: dict) -> str:
-  """What `config.data` holds, of {split: source}, and what is to be noted of it."""
+  """The sizes of {split: source}, the classes and the loader, and the notes on the data."""
   train, evaluated, loader = splits[data.train_split], splits[data.eval_split], input_pipeline.loader_of(data)
   reason = ", because TensorFlow is not installed" if loader != data.loader else ""
   notes = dict.fromkeys((*train.notes, *evaluated.notes, *inventory.notes(splits)))
-  return "\n".join([
-    f"data: {len(train)} images in {data.train_split!r}, {len(evaluated)} in {data.eval_split!r},"
-    f" {len(train.classes)} classes, loader {loader}{reason}",
-    *(f"note: {note}" for note in notes),
-  ])  # fmt: skip
+  return "\n".join(
+    [
+      f"data: {len(train)} images in {data.train_split!r}, {len(evaluated)} in {data.eval_split!r},"
+      f" {len(train.classes)} classes, loader {loader}{reason}",
+      *(f"note: {note}" for note in notes),
+    ]
+  )
 
 
 def complete_lines(config, workdir, start: int, best: float | None) -> str:
-  """A run that has nothing left to do, and what may be done with it."""
+  """That a run is complete, and what can be done with it."""
   return (
     f"{workdir}: this run is complete ({start} of {config.num_steps} steps, best {config.policy.metric}"
-    f" {_percent(best)}).\n  to continue:   raise --config.num_steps\n  to start anew: give another --workdir\n"
+    f" {_percent(best)}).\n  to continue:   raise --config.num_steps\n  to start over: give another --workdir\n"
     f"  to score it:   python -m segjax.main --mode=eval --workdir={workdir}"
   )
 
 
 def progress_line(step: int, num_steps: int, scalars: dict[str, float], left: str) -> str:
-  """What a log step tells, of its scalars and the time left."""
+  """The line of a log step, from its scalars and the time left."""
   bad = scalars["train/bad_examples"] if "train/bad_examples" in scalars else 0
   return (
     f"step {step:>6}/{num_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/learning_rate']:.2e}"
@@ -66,7 +68,7 @@ def stopped_early_line(config) -> str:
 
 
 def preempted_line(signal: str, step: int, num_steps: int) -> str:
-  """What a signal did to a run, and how it goes on."""
+  """That a signal stopped a run, and how to continue it."""
   return (
     f"{signal}: stopped after step {step} of {num_steps}, checkpoint saved. The same command goes on from there (exit code"
     f" {distributed.PREEMPTED})"
@@ -74,7 +76,7 @@ def preempted_line(signal: str, step: int, num_steps: int) -> str:
 
 
 def closing_lines(config, workdir: pathlib.Path, mean_iou: float, checkpoints) -> str:
-  """How a run ended, and where everything is."""
+  """The final scores of a run, and where its files are."""
   return (
     f"done: {config.data.eval_split} mean IoU {_percent(mean_iou)}, best {config.policy.metric}"
     f" {_percent(checkpoints.best_score())} at step {checkpoints.best_step()}\n"
@@ -133,7 +135,7 @@ class Writer:
   def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
     """Writes {name: [H, W, 3] uint8} as overlays/step_N/NAME.png (`outputs.flat_names`); returns the folder.
 
-    One that cannot be written is told of and left out: a score is worth more than its pictures.
+    One that cannot be written is left out, with a note: it must not cost the run.
     """
     folder = self._workdir / "overlays" / f"step_{step:06d}"
     if not self._writes:

@@ -2,7 +2,7 @@
 
 `train` and `eval` time the compiled steps of a run: on its data, and how long they wait for it, where config.data.dir is at
 hand; else on noise of config.crop_size. --compare=torch has PyTorch run the same network in turn. `compile` compiles both
-steps, anew and from JAX's cache, and runs neither. `input` reads and decodes without any device. The JSON lines of --json
+steps, from scratch and from JAX's cache, and runs neither. `input` reads and decodes without any device. The JSON lines of --json
 hold all figures, the table the main ones.
 """
 
@@ -21,7 +21,9 @@ from segjax.run import commandline
 
 _WHAT = flags.DEFINE_list("what", ["train", "eval"], "What to measure, of train, eval, compile, input.")
 _COMPARE = flags.DEFINE_enum("compare", None, ("torch",), "What to measure beside it, in turn.")
-_TORCH_FORMS = flags.DEFINE_list("torch_forms", None, "Forms of PyTorch of which the best is taken. None: all four.")
+_TORCH_FORMS = flags.DEFINE_list(
+  "torch_forms", None, "Ways to run PyTorch, of which the fastest is taken. None: all four."
+)
 _TORCH_PYTHON = commandline.define_path("torch_python", sys.executable, "The Python whose PyTorch it is.")
 _DTYPES = flags.DEFINE_list("dtypes", None, "Measure under each of these types. None: config.dtype.")
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "Least duration of a measurement.", lower_bound=0.0)
@@ -33,8 +35,8 @@ WHAT = ("train", "eval", "compile", "input")
 def processor() -> str:
   """The name of the CPU."""
   info = pathlib.Path("/proc/cpuinfo")
-  names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-    if info.exists() else []  # fmt: skip
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
   return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -69,11 +71,11 @@ def main(argv: list[str]) -> None:
 def _steps(config, kinds: list[str], dtypes: list[str]) -> str:
   import jax
 
-  from segjax.tools import step_speed
+  from segjax.tools import step_speed, torch_process
 
   commandline.keep_freed_memory()
   jax.config.update("jax_enable_compilation_cache", False)  # Compilation is measured too.
-  forms = tuple(_TORCH_FORMS.value or step_speed.TORCH_FORMS) if _COMPARE.value else ()
+  forms = tuple(_TORCH_FORMS.value or torch_process.FORMS) if _COMPARE.value else ()
   rows, compilations = [], []
   for config.dtype in dtypes:
     for kind in kinds:

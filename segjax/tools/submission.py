@@ -1,4 +1,4 @@
-"""Predictions of a split as files, in the form that a benchmark's server takes; of other images: predict.py."""
+"""Predictions of a split as files, in the format of a benchmark's server. Other images: predict.py."""
 
 import pathlib
 import shutil
@@ -75,7 +75,7 @@ def _check_replaceable(final: pathlib.Path, results: set[str]) -> None:
   for path in other:
     if path.is_symlink() or not (path.is_dir() or path.relative_to(final).as_posix() in results):
       raise ConfigError(
-        f"{final} is where predictions go, and {path} is none of them. Move it elsewhere; nothing was deleted."
+        f"{final} is the folder of predictions, and {path} is not one of them. Move it elsewhere; nothing was deleted."
       )
 
 
@@ -97,16 +97,16 @@ def _wait_for_all(name: str) -> None:
 
 def result_path(source, index: int) -> pathlib.PurePosixPath:
   """Of a prediction, inside the archive."""
-  form = source.submission
-  return outputs.output_path(pathlib.PurePosixPath(form.folder), f"{source.describe(index)}{form.suffix}")
+  target = source.submission
+  return outputs.output_path(pathlib.PurePosixPath(target.folder), f"{source.describe(index)}{target.suffix}")
 
 
 def write_png(path: pathlib.Path, prediction: np.ndarray, source) -> None:
   """[h, w] class ids as the PNG that the source's `submission` describes."""
-  form = source.submission
-  ids = np.array(form.ids, np.uint8)[prediction] if form.ids else prediction
+  target = source.submission
+  ids = np.array(target.ids, np.uint8)[prediction] if target.ids else prediction
   path.parent.mkdir(parents=True, exist_ok=True)
-  image = pictures.indexed_image(ids, pictures.color_table(source.palette)) if form.indexed else Image.fromarray(ids)
+  image = pictures.indexed_image(ids, pictures.color_table(source.palette)) if target.indexed else Image.fromarray(ids)
   image.save(path)
 
 
