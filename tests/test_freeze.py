@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx, traverse_util
 
-from segjax import models, optimizer, sharding, state
+from segjax import models, optimizer, sharding, state, steps
 from segjax import train as train_lib
 from segjax.config import ConfigError, patterns
 from segjax.config import rules as config_rules
@@ -182,30 +182,49 @@ def test_batch_norms_of_a_frozen_backbone_keep_their_statistics_and_use_them(con
   assert {name for name, is_frozen in norms.items() if is_frozen} == {n for n in norms if n.startswith("backbone/")}
 
 
-def test_a_frozen_backbone_costs_no_gradient_and_no_state(config):
-  """Multiply-adds: the backward pass is that of the rest, which costs at most twice its forward pass."""
-  config = changed(deeplab(config), kernels="plain")
-  mesh = mesh_of(1)
-
-  def count(freeze):
-    made = Experiment(changed(config, optimizer=dict(freeze=freeze)), mesh=mesh)
-    return flops.multiply_adds(made.make_train_step(), *made.abstract_train_arguments((24, 32))), made.abstract_state
-
-  (whole, trained), (partly, frozen) = count(()), count(("backbone",))
+def costs(config, freeze):
+  """Multiply-adds of a step and of the model's forward pass, and the abstract state."""
+  made = Experiment(changed(config, kernels="plain", optimizer=dict(freeze=freeze)), mesh=mesh_of(1))
   image = jax.ShapeDtypeStruct((config.batch_size, *config.crop_size, 3), jnp.float32)
-  made = Experiment(config, mesh=mesh)
-  model = models.build(num_classes=6, rngs=nnx.Rngs(0), **config.model)
-  forward = flops.multiply_adds(lambda x: model(x), image)
-  backbone = flops.multiply_adds(lambda x: model.backbone(x, False, {}), image)
-  head = forward - backbone
-  assert made.num_classes == 6 and backbone > 0.3 * forward
-  augmentation = partly - forward - 2 * head
-  assert whole - partly > 1.8 * backbone and abs(augmentation) < 0.2 * forward
-  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-  of_head = size({name: x for name, x in frozen.params.items() if name != "backbone"})
-  assert size(frozen.opt_state) - size(trained.opt_state) == of_head - size(trained.params)
-  assert size(frozen.ema["params"]) == of_head and size(frozen.params) == size(trained.params)
-  assert "backbone" not in frozen.ema["batch_stats"] and "backbone" in frozen.batch_stats
+  variables = made.abstract_state.variables()
+  forward = flops.multiply_adds(lambda v, x: steps.merge(made.graphdef, v)(x), variables, image)
+  step = flops.multiply_adds(made.make_train_step(), *made.abstract_train_arguments((24, 32)))
+  return step, forward, made.abstract_state
+
+
+def size(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def test_frozen_parts_cost_no_gradient_and_no_state(config):
+  config.model.batch_norm = True
+  whole, forward, _ = costs(config, ())
+  partly, _, current = costs(config, ("!logits",))
+  pixels, width = config.batch_size * 16 * 24, config.model.width
+  assert whole == 3 * forward - pixels * 9 * 3 * width  # No gradient with respect to the image.
+  assert partly == forward + pixels * width * 6  # With respect to the kernel of the classifier, and no feature map.
+  assert size(current.opt_state) == size(current.params["logits"]) + 1  # Momentum, and a count.
+  assert jax.tree.structure(current.ema) == jax.tree.structure(
+    dict(params=dict(logits=current.params["logits"]), batch_stats={})
+  )
+  assert size(current.batch_stats) > 0
+
+
+@pytest.mark.full
+def test_a_frozen_backbone_has_no_backward_pass(config):
+  """With depthwise convolutions and batch norms, whose gradients are our own."""
+  config = deeplab(config)
+  step, forward, current = costs(config, ("backbone",))
+  network, image = (
+    Experiment(config).graphdef,
+    jax.ShapeDtypeStruct((config.batch_size, *config.crop_size, 3), jnp.float32),
+  )
+  run = lambda v, x: steps.merge(network, v).backbone(x, False, {})  # noqa: E731
+  head = forward - flops.multiply_adds(run, current.variables(), image)
+  assert forward < step <= forward + 2 * head < 3 * forward
+  of_head = size({name: x for name, x in current.params.items() if name != "backbone"})
+  assert size(current.opt_state) == of_head + 1 and size(current.ema["params"]) == of_head
+  assert "backbone" not in current.ema["batch_stats"] and "backbone" in current.batch_stats
 
 
 @pytest.mark.full
