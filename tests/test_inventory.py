@@ -76,7 +76,7 @@ def test_one_split_alone_tells_what_no_other_can_use_and_nothing_else(tmp_path):
       write(tmp_path / "images" / split / (split + name), IMAGE)
       write(tmp_path / "masks" / (split + name), MASK)
   val = source(tmp_path, "val", masks="masks")  # All masks in one folder.
-  assert len(val.others) == 2 and not inventory.notes({"val": val}, whole=False)
+  assert len(inventory.unused({"val": val})) == 2 and not inventory.notes({"val": val}, whole=False)
   (tmp_path / "images/val/d.heic").write_text("")
   notes = inventory.notes({"val": source(tmp_path, "val", masks="masks")}, whole=False)
   assert len(notes) == 1 and "1 entries of the data folders are not used: a .heic file (1)" in notes[0]
