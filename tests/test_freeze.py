@@ -113,7 +113,7 @@ def test_multipliers_scale_the_learning_rate_and_those_of_all_patterns_multiply(
     make = optimizer.make_optimizer(name, lambda _: rate, weight_decay=0.1, lr_multipliers=multipliers)
     current, opt_state = params, make.init(params)
     for n in range(4):
-      gradient = jax.tree.map(jnp.sin, optax.tree.scale(n + 1.0, params))
+      gradient = jax.tree.map(jnp.square, optax.tree.scale(n + 1.0, params))
       updates, opt_state = make.update(gradient, opt_state, current)
       current = optax.apply_updates(current, updates)
     return flat(current)
