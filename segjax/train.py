@@ -142,7 +142,9 @@ def build_model(experiment: Experiment) -> Validation:
   sources = experiment.train_source, experiment.eval_source
   window = experiment.crop_window
   say("\n".join(input_pipeline.describe_canvases(*sources, config.data, window, config.batch_size)))
-  say(f"parameters of {config.model.name}:\n{report.parameter_table(state.params, state.batch_stats)}")
+  say(
+    f"parameters of {config.model.name}:\n{report.parameter_table(state.params, state.batch_stats, experiment.frozen)}"
+  )
   experiment.check()
   return Validation(config, experiment.evaluator, say)
 

@@ -24,7 +24,7 @@ data.cache data.exif data.labels data.dataset data.image_feature data.mask_featu
 augment.scale augment.flip augment.brightness augment.contrast augment.saturation augment.hue augment.hsv augment.rotation
 augment.shear augment.shift augment.zoom augment.elastic augment.outside
 loss.terms optimizer.name optimizer.base_lr optimizer.schedule optimizer.warmup_steps optimizer.momentum
-optimizer.weight_decay optimizer.head_multiplier optimizer.bias_multiplier optimizer.clip_norm optimizer.ema_decay
+optimizer.weight_decay optimizer.freeze optimizer.lr_multipliers optimizer.clip_norm optimizer.ema_decay
 policy.metric policy.plateau_factor policy.early_stop
 eval.batch_size eval.scales eval.flip eval.window eval.outside eval.checkpoint eval.num_overlays
 init.path init.scheme init.exclude

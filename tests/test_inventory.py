@@ -74,6 +74,18 @@ def test_what_another_split_uses_is_used(tmp_path, capsys):
   assert count == 0 and output.count("is not used: in no split") == 2 * 16
 
 
+def test_one_split_alone_tells_what_no_other_can_use_and_nothing_else(tmp_path):
+  for split in ("train", "val"):
+    for name in ("1.png", "2.png"):
+      write(tmp_path / "images" / split / (split + name), IMAGE)
+      write(tmp_path / "masks" / (split + name), MASK)
+  val = source(tmp_path, "val", masks="masks")  # All masks in one folder.
+  assert len(inventory.unused({"val": val})) == 2 and not inventory.notes({"val": val}, whole=False)
+  (tmp_path / "images/val/d.heic").write_text("")
+  notes = inventory.notes({"val": source(tmp_path, "val", masks="masks")}, whole=False)
+  assert len(notes) == 1 and "1 entries of the data folders are not used: a .heic file (1)" in notes[0]
+
+
 def test_lists_with_a_byte_order_mark_and_names_with_spaces_are_read(tmp_path):
   names = ("my image", "a", "b c d", "next\x85line")
   make(tmp_path, names=names)

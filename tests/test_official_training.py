@@ -162,7 +162,8 @@ def official_table(shared):
 def test_decay_and_multipliers_are_those_of_every_official_variable(shared):
   params = tf_deeplab.convert({n: np.zeros(s) for n, (s, _) in seeded.variables("xception65").items()})["params"]
   decays = traverse_util.flatten_dict(optimizer.decay_mask(params), sep="/")
-  by_head = {h: traverse_util.flatten_dict(optimizer.gradient_multipliers(params, h, 2.0), sep="/") for h in (1, 10)}
+  factors = {h: optimizer.lr_factors((f"!backbone:{h}", "logits/bias:2"), params) for h in (1, 10)}
+  by_head = {h: traverse_util.flatten_dict(tree, sep="/") for h, tree in factors.items()}
   rows = official_table(shared)
   assert len(rows) == 440 == len(decays)
   for name, decay, _, head1, head10, _ in rows:
@@ -183,8 +184,7 @@ def test_three_training_steps_equal_the_official_ones(shared, monkeypatch):
     nesterov=False,
     weight_decay=weight_decay,
     clip_norm=0.0,
-    head_multiplier=10.0,
-    bias_multiplier=2.0,
+    lr_multipliers=("!backbone:10", "logits/bias:2"),
   )
   graphdef, params, batch_stats = state.split(seeded_model("xception65", frozen_bn=True))
   params, batch_stats = (jax.tree.map(jnp.asarray, tree) for tree in (params, batch_stats))

@@ -114,7 +114,16 @@ LOSS = dict(
 OPTIMIZER = dict(
   name=Option("sgd", '"sgd" or "adamw".'),
   schedule=Option("poly", '"poly", "cosine", "step" or "constant".'),
-  ema_decay=Option(0.0, "moving average of parameters and statistics, used for evaluation. 0: none."),
+  freeze=Option(
+    (),
+    'patterns of parameters that are not trained, e.g. ("backbone",): a path ("logits/bias") or the first parts of one; * for'
+    ' any characters ("*/bias"), ? for one; "!logits" for all but logits. They cost no gradient and no optimiser state, do'
+    " not decay, and do not count in clip_norm. Batch norms whose scale and bias are frozen use their running statistics in"
+    " training too, and keep them; dropout acts as ever.",
+  ),
+  ema_decay=Option(
+    0.0, "moving average of parameters and statistics that are not frozen, used for evaluation. 0: none."
+  ),
 )
 POLICY = dict(
   metric=Option(
@@ -142,7 +151,10 @@ INIT = dict(
     " TensorFlow checkpoint (the name before .index) or frozen graph (.pb).",
   ),
   scheme=Option("", "whose names a file's tensors have: tf_deeplab, ... (segjax/pretrained). Empty for a workdir."),
-  exclude=Option((), 'parameter paths or prefixes left random, e.g. ("logits",) for other classes.'),
+  exclude=Option(
+    (),
+    'patterns, as of optimizer.freeze, of parameters and statistics left random, e.g. ("logits",) for other classes.',
+  ),
 )
 # Arguments with a default that are no options, or those of all data sources, above.
 _NONE = ("dtype", "dir", "exif", "details")

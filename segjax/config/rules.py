@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import config_dict
 
-from segjax.config import ConfigError, default_config, fields, options, schema_problem
+from segjax.config import ConfigError, default_config, fields, options, patterns, schema_problem
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
@@ -301,12 +301,21 @@ def _optimizer(config) -> Rules:
     "the step schedule would not drop before num_steps: lower it, or set optimizer.schedule to constant.",
   )
   yield 0 < optimizer.decay_factor < 1, "optimizer.decay_factor", "must lie between 0 and 1."
-  for field in ("head_multiplier", "bias_multiplier"):
-    yield optimizer[field] > 0, f"optimizer.{field}", "must be above 0; 1 changes nothing."
+  for field, named in (("optimizer.freeze", optimizer.freeze), ("init.exclude", config.init.exclude)):
+    yield all(isinstance(pattern, str) for pattern in named), field, "must hold patterns of parameter paths, as text."
+  for text in optimizer.lr_multipliers:
+    yield from _accepts(patterns.with_factor, text, "optimizer.lr_multipliers")
   for field in ("momentum", "ema_decay"):
     yield 0 <= optimizer[field] < 1, f"optimizer.{field}", "must lie in [0, 1)."
   for field in ("weight_decay", "clip_norm"):
     yield optimizer[field] >= 0, f"optimizer.{field}", "must be 0 (off) or more."
+
+
+def _accepts(parse: Callable, value, field: str) -> Rules:
+  try:
+    parse(value)
+  except ConfigError as error:
+    yield False, field, str(error)
 
 
 def _policy(policy) -> Rules:

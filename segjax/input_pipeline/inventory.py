@@ -107,9 +107,14 @@ def without(others: Mapping[pathlib.Path, Unused], used: Iterable[pathlib.Path])
   return {path: why for path, why in sorted(others.items()) if path not in used}
 
 
-def notes(sources: Mapping[str, object]) -> list[str]:
-  """A line on what {split: source} leave out, and one on images that they name twice, where there is any."""
-  kinds = collections.Counter(why.kind for why in unused(sources).values())
+def notes(sources: Mapping[str, object], whole: bool = True) -> list[str]:
+  """A line on what {split: source} leave out, and one on images that they name twice, where there is any.
+
+  Args:
+    whole: whether these are all splits. Off: what another one may use is not counted.
+  """
+  left_out = [why for why in unused(sources).values() if whole or why not in (UNLISTED, NO_IMAGE)]
+  kinds = collections.Counter(why.kind for why in left_out)
   images = [path for source in sources.values() for path in source.files()["image"]]
   twice = len(images) - len(set(images))
   found = []

@@ -5,7 +5,7 @@ Mode is an argument of each call, never hidden state. Module attributes give par
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -291,6 +291,13 @@ class BatchNorm(nnx.Module):
       mean, var = per_channel(self.mean), per_channel(self.var)
       y = activation(batch_norm.normalize(x, mean, var, scale, bias, self.epsilon))
     return y.astype(self.dtype)
+
+
+def freeze(network: nnx.Module, paths: Collection[str]) -> None:
+  """Freezes the batch norms whose running statistics have these paths, as "backbone/norm1/mean"."""
+  for parts, module in nnx.iter_modules(network):
+    if isinstance(module, BatchNorm) and "/".join(map(str, (*parts, "mean"))) in paths:
+      module.frozen = True
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

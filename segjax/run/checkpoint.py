@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from segjax.config import ConfigError
 from segjax.files import atomic
 from segjax.run import distributed
-from segjax.state import TrainState
+from segjax.state import TrainState, overlay
 
 CHECKSUMS = (
   "SHA256SUMS"  # In each checkpoint, as Orbax keeps no checksums of whole files; `sha256sum -c` reads it as well.
@@ -266,7 +266,7 @@ class Checkpoints:
       ConfigError: it is damaged.
     """
     restored = self.restore_on_host(step)
-    return restored["ema"] or {name: restored[name] for name in ("params", "batch_stats")}
+    return overlay({name: restored[name] for name in ("params", "batch_stats")}, restored["ema"] or {})
 
   def wait(self) -> None:
     """Waits until everything is on disk; raises OSError where it cannot be."""

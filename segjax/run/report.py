@@ -3,6 +3,7 @@
 import json
 import pathlib
 import time
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from segjax import input_pipeline, metrics
 from segjax.files import atomic
 from segjax.input_pipeline import inventory
 from segjax.run import distributed, outputs
+from segjax.state import without
 
 
 def say(text: str, flush: bool = True) -> None:
@@ -29,17 +31,18 @@ def devices(mesh: jax.sharding.Mesh) -> str:
 
 
 def data_lines(data, splits: dict) -> str:
-  """The sizes of {split: source}, the classes and the loader, and the notes on the data."""
-  train, evaluated, loader = splits[data.train_split], splits[data.eval_split], input_pipeline.loader_of(data)
+  """What each of {split: source} holds, and the notes on it: at the start of whatever reads a split of `config.data`.
+
+  Where not both splits of the config are given, entries of the folders that the other one may use are not noted.
+  """
+  loader = input_pipeline.loader_of(data)
   reason = ", because TensorFlow is not installed" if loader != data.loader else ""
-  notes = dict.fromkeys((*train.notes, *evaluated.notes, *inventory.notes(splits)))
-  return "\n".join(
-    [
-      f"data: {len(train)} images in {data.train_split!r}, {len(evaluated)} in {data.eval_split!r},"
-      f" {len(train.classes)} classes, loader {loader}{reason}",
-      *(f"note: {note}" for note in notes),
-    ]
-  )
+  counts = ", ".join(f"{len(source)} images in {split!r}" for split, source in splits.items())
+  classes = len(next(iter(splits.values())).classes)
+  notes = [note for source in splits.values() for note in source.notes]
+  notes += inventory.notes(splits, splits.keys() >= {data.train_split, data.eval_split})
+  lines = [f"data: {counts}, {classes} classes, loader {loader}{reason}"]
+  return "\n".join(lines + [f"note: {note}" for note in dict.fromkeys(notes)])
 
 
 def complete_lines(config, workdir, start: int, best: float | None) -> str:
@@ -302,11 +305,20 @@ def threshold_line(sweep: np.ndarray, thresholds: tuple[float, ...]) -> str:
   return f"  best threshold here: eval.threshold={thresholds[best]:g}, foreground IoU {100 * ious[best]:.2f}"
 
 
-def parameter_table(params: dict, batch_stats: dict) -> str:
-  """Parameters per top-level module, and in all; clu.parameter_overview has a row per array, so hundreds for a ResNet."""
+def parameter_table(params: dict, batch_stats: dict, frozen: Collection[str]) -> str:
+  """Parameters per top-level module, in all, and frozen; clu.parameter_overview has a row per array, so hundreds for a ResNet.
+
+  Args:
+    frozen: of `Experiment.frozen`.
+  """
   rows = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
-  width = max(len(name) for name in rows)
+  width = max(len(name) for name in (*rows, "frozen"))
   lines = [f"  {name:<{width}} {count:>12,}" for name, count in sorted(rows.items())]
   statistics = sum(x.size for x in jax.tree.leaves(batch_stats))
   lines.append(f"  {'all':<{width}} {sum(rows.values()):>12,}  (and {statistics:,} batch statistics)")
+  if frozen:
+    trained, updated = (sum(x.size for x in jax.tree.leaves(without(tree, frozen))) for tree in (params, batch_stats))
+    lines.append(
+      f"  {'frozen':<{width}} {sum(rows.values()) - trained:>12,}  (and {statistics - updated:,} batch statistics)"
+    )
   return "\n".join(lines)

@@ -69,7 +69,7 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
   of_params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
   at_rest = bytes_per_device(state)
   say(
-    f"parameters of {config.model.name}:\n{report.parameter_table(state.params, state.batch_stats)}\n"
+    f"parameters of {config.model.name}:\n{report.parameter_table(state.params, state.batch_stats, experiment.frozen)}\n"
     f"  {mib(of_params)}; with averages and optimiser state {mib(at_rest)} on each device"
   )
 

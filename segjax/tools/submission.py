@@ -14,7 +14,7 @@ from PIL import Image
 from segjax import input_pipeline
 from segjax.config import ConfigError
 from segjax.experiment import Experiment
-from segjax.run import distributed, evaluation, outputs, pictures, warm_start
+from segjax.run import distributed, evaluation, outputs, pictures, report, warm_start
 
 
 def submit(config, workdir) -> pathlib.Path:
@@ -38,6 +38,7 @@ def submit(config, workdir) -> pathlib.Path:
   final, archive = outputs.output_path(workdir, f"predict_{split}"), f"results.{source.submission.archive}"
   paths = [result_path(source, index).as_posix() for index in range(len(source))]
   outputs.check_outputs(final, paths)
+  report.say(report.data_lines(config.data, {split: source}))
   input_pipeline.cache.check_room(config.data.cache, (source,))
   results = {archive, *paths}
   distributed.on_first(lambda: _check_replaceable(final, results))
