@@ -194,6 +194,23 @@ def _torch(path):
   torch.save({name: torch.from_numpy(array) for name, array in ARRAYS.items()}, path)
 
 
+def _tflite(path):
+  from tests import tflite_file
+
+  array = np.arange(12, dtype=np.float32).reshape(4, 1, 1, 3)
+  constants = {
+    "A/weights": (array,),
+    "A/m": (array[:, 0, 0, 0],),
+    "B/w": (array.astype(np.int8), [1.0] * 4, [0] * 4, 0),
+  }
+  operators = [
+    ("CONV_2D", ["in", "A/weights"], "x", 0),
+    ("MUL", ["x", "A/m"], "y", 0),
+    ("CONV_2D", ["y", "B/w"], "z", 0),
+  ]
+  tflite_file.write(path, constants, operators)
+
+
 def _tensorflow(path):
   import tensorflow as tf
 
@@ -252,6 +269,7 @@ KINDS = {
   "tiff": pictures("TIFF", ".tif"), "lists": lists, "config": configs, "task": tasks,
   "npz": weights(".npz", _npz), "safetensors": weights(".safetensors", _safetensors), "pth": weights(".pth", _torch),
   "tf_checkpoint": weights("", _tensorflow), "frozen_graph": weights(".pb", _tensorflow), "checkpoint": checkpoints,
+  "tflite": weights(".tflite", _tflite),
 }  # fmt: skip
 
 

@@ -73,7 +73,8 @@ def unfold(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   result = dict(arrays)
   for name, bias in arrays.items():
     scope = name.removesuffix("/biases")
-    if scope != name and rename(name) is None and rename(f"{scope}/BatchNorm/beta") is not None:
+    normed = f"{scope}/BatchNorm/beta"
+    if scope != name and rename(name) is None and rename(normed) is not None and normed not in arrays:
       epsilon = next(epsilon for prefix, epsilon in EPSILONS if re.match(prefix, scope))
       ones = np.ones_like(result.pop(name))
       leaves = dict(gamma=np.sqrt(1 + epsilon) * ones, beta=bias, moving_mean=0 * ones, moving_variance=ones)

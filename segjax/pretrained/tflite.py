@@ -1,5 +1,6 @@
 """TFLite: the weights of each convolution of a graph, under the name that TensorFlow's variables have."""
 
+import math
 import pathlib
 import re
 
@@ -7,7 +8,7 @@ import numpy as np
 
 CONVOLUTIONS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 # What stands in a name behind the layer's scope and before its last part: of variables, of fused and of fake-quantised ones.
-INSIDE = ("BatchNorm", "Conv2D", "depthwise_weights", "weights", "weights_quant")
+INSIDE = re.compile(r"BatchNorm\w*|Conv2D\w*|(depthwise_)?weights\w*")
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -62,8 +63,8 @@ class _Graph:
             raise ValueError(f"two layers are called {scope}")
           found[name] = array
     for index, tensor in enumerate(self.graph.tensors):
-      if index not in self.used and self._holds_numbers(index) and np.prod(tensor.shape) > 1:
-        found[tensor.name.decode()] = self._constant(index)
+      if index not in self.used and self._holds_numbers(index) and (array := self._constant(index)).size > 1:
+        found[tensor.name.decode()] = array
     return found
 
   def _layer(self, kind: str, operator) -> tuple[str, dict[str, np.ndarray]]:
@@ -74,15 +75,18 @@ class _Graph:
     if weights is None:
       raise ValueError(f"the weights of {scope} are not constant")
     leaf, outputs = "weights", weights.shape[:1]
-    if kind == "DEPTHWISE_CONV_2D":
-      leaf, outputs = "depthwise_weights", (-1, operator.builtinOptions.depthMultiplier)
-      weights = weights[0].reshape(*weights.shape[1:3], *outputs)
-    elif kind == "CONV_2D":
+    if kind == "CONV_2D":
       weights = weights.transpose(1, 2, 3, 0)
-    else:
+    elif kind == "FULLY_CONNECTED":
       weights = weights.T[None, None]
+    else:
+      leaf, weights = (
+        "depthwise_weights",
+        weights[0].reshape(*weights.shape[1:3], -1, operator.builtinOptions.depthMultiplier),
+      )
+      outputs = weights.shape[2:]
     bias = self._constant(operator.inputs[2]) if len(operator.inputs) > 2 and operator.inputs[2] >= 0 else 0
-    scale, shift = self._behind(operator, channels=weights[0, 0].size if leaf != "weights" else weights.shape[3])
+    scale, shift = self._behind(operator, channels=math.prod(outputs))
     weights = weights * scale.reshape(outputs)
     return scope, {leaf: weights.astype(np.float32), "biases": (bias * scale + shift).astype(np.float32)}
 
@@ -95,7 +99,7 @@ class _Graph:
     names = [self.graph.tensors[index].name.decode() for index in indices if index >= 0]
     for name in ";".join(names).split(";"):
       *scopes, _ = name.split("/")
-      while scopes and scopes[-1] in INSIDE:
+      while scopes and INSIDE.fullmatch(scopes[-1]):
         scopes.pop()
       if scopes:  # An atrous depthwise convolution has operators of its own below "SCOPE/depthwise".
         return re.sub(r"(depthwise)/depthwise$", r"\1", "/".join(scopes))
@@ -107,7 +111,9 @@ class _Graph:
     That is scale * y + shift, before any activation.
     """
     scale, shift = np.ones(channels), np.zeros(channels)
-    while not getattr(operator.builtinOptions, "fusedActivationFunction", 0):
+    for _ in self.operators:  # At most: a damaged file may have a cycle.
+      if getattr(operator.builtinOptions, "fusedActivationFunction", 0):
+        break
       (output,) = operator.outputs
       followers = [entry for entry in self.operators if output in entry[1].inputs]
       if len(followers) != 1 or output in self.graph.outputs:

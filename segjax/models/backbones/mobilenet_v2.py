@@ -102,11 +102,11 @@ class MobileNetV2(base.Backbone):
       self.low_levels |= {"layer_4/depthwise": wide, "layer_4": features} if n == 4 else {}
       ends[n] = f"layer_{n}", features
       in_features = features
-    self.layer_19 = None
-    if detail.mobilenet_last_conv:
-      ends[18] = "layer_19", divisible(LAST * max(depth_multiplier, 1), 8)  # No multiplier narrows it (slim).
-      self.layer_19 = layers.ConvNorm(in_features, ends[18][1], activation=jax.nn.relu6, **options)
-    self.pyramid = {4: ends[4], 8: ends[7], 16: ends[14], 32: ends[18]}
+    last = divisible(LAST * max(depth_multiplier, 1), 8)  # No multiplier narrows it (slim).
+    self.layer_19 = (
+      layers.ConvNorm(in_features, last, activation=jax.nn.relu6, **options) if detail.mobilenet_last_conv else None
+    )
+    self.pyramid = {4: ends[4], 8: ends[7], 16: ends[14], 32: ends[18] if self.layer_19 is None else ("layer_19", last)}
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, `features`], rounded up.
