@@ -81,10 +81,10 @@ class DeepLabV3Plus(base.Network):
     ValueError: an option out of range, with the values that are in it.
   """
 
-  def __init__(self, *, num_classes, backbone="xception_65", depth_multiplier=1.0, output_stride=16, atrous_rates=("auto",), separable=True,
-               image_pooling=True, decoder=True, multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997,
-               frozen_bn=False, auxiliary=False, details: Mapping = DETAILS, dtype=jnp.float32,
-               rngs: nnx.Rngs):  # fmt: skip
+  def __init__(self, *, num_classes, backbone="xception_65", depth_multiplier=1.0, output_stride=16,
+               atrous_rates=("auto",), separable=True, image_pooling=True, decoder=True, multi_grid=(1, 1, 1),
+               dropout=0.1, bn_momentum=0.9997, frozen_bn=False, auxiliary=False, details: Mapping = DETAILS,
+               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     detail = resolve(details, backbone)
     by_stride = atrous_rates == "auto" or tuple(atrous_rates or ()) == ("auto",)
     atrous_rates = () if by_stride else tuple(atrous_rates or ())

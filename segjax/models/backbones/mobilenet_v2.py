@@ -82,15 +82,8 @@ class MobileNetV2(base.Backbone):
     )  # fmt: skip
     divisor = detail.mobilenet_divisor or (8 if depth_multiplier == 1 else 1)
     in_features, *widths = (divisible(n * depth_multiplier, divisor) for n in (32, *(n for n, _ in RESIDUALS)))
-    self.layer_1 = layers.ConvNorm(
-      3,
-      in_features,
-      3,
-      stride=2,
-      padding="valid" if padding == "early" else padding,
-      activation=jax.nn.relu6,
-      **options,
-    )
+    first = "valid" if padding == "early" else padding
+    self.layer_1 = layers.ConvNorm(3, in_features, 3, stride=2, padding=first, activation=jax.nn.relu6, **options)
     self.low_levels, ends = {}, {}
     placed = strides.strides_to_rates([stride for _, stride in RESIDUALS], output_stride // 2, detail.dilate_first)
     for n, (features, (stride, rate)) in enumerate(zip(widths, placed), start=2):
