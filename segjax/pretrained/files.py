@@ -16,9 +16,9 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
   """{name: array} of a file of weights.
 
   Args:
-    path: `.npz`; `.safetensors` (needs safetensors); `.pth`, `.pt` or `.bin` of PyTorch (needs torch from 2.6 on; unpickled
-      with weights_only); `.tflite` (needs ai-edge-litert; see `tflite.read`); a TensorFlow checkpoint, by its `.index` file or the name before it, or a frozen graph `.pb` (need
-      TensorFlow).
+    path: `.npz`; `.safetensors` (needs safetensors); `.pth`, `.pt` or `.bin` of PyTorch (needs torch from 2.6 on;
+      unpickled with weights_only); `.tflite` (needs ai-edge-litert; see `tflite.read`); a TensorFlow checkpoint, by its
+      `.index` file or the name before it, or a frozen graph `.pb` (need TensorFlow).
 
   Raises:
     ConfigError: no such file, another format, a damaged file, or a library that is not installed; with the remedy.
