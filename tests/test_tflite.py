@@ -153,7 +153,7 @@ def test_batch_norm_that_was_not_folded_is_that_which_another_file_has_folded(sh
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("name, share", [("deeplabv3_mnv2_dm05_pascal", 0.9999), ("deeplabv3_mnv2_pascal_quant", 0.97)])
+@pytest.mark.parametrize("name, share", [("deeplabv3_mnv2_dm05_pascal", 0.9999), ("deeplabv3_mnv2_pascal_quant", 0.9)])
 def test_published_networks_predict_what_tflite_does(shared, name, share):
   """All of val: python benchmarks/published.py. TFLite's activations are quantised where the weights are."""
   published = pytest.importorskip("benchmarks.published")
