@@ -20,6 +20,7 @@ from segjax.input_pipeline import scan
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.models import layers
 from segjax.models.base import Network
+from segjax.pretrained import unfold
 from segjax.run import distributed, warm_start
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.evaluation import Evaluator
@@ -180,11 +181,28 @@ class Experiment:
     new = self.init_state()
     own = new.variables()
     variables, report_line = warm_start.merge(jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude)
+    if init.unfold:
+      variables = self._unfold(variables)
+      report_line += f"; batch norm by the statistics of {len(self.train_source)} training images (init.unfold)"
     variables = jax.device_put(variables, jax.tree.map(lambda x: x.sharding, own))
     new.params, new.batch_stats = variables["params"], variables["batch_stats"]
     if new.ema is not None:
       new.ema = {name: jax.tree.map(jnp.copy, state.without(x, self.frozen)) for name, x in variables.items()}
     return new, report_line
+
+  def _unfold(self, variables: dict) -> dict:
+    """Variables of the host with the statistics of the first epoch's crops, see `pretrained.unfold`."""
+    config = self.config
+    if not variables["batch_stats"]:
+      raise ConfigError(f"init.unfold = True: {config.model.name} has no batch norm here. Set it to False.")
+    augmentation = dict(config.augment, crop_size=config.crop_size)
+    step = steps.make_moments_step(
+      self.graphdef, self.mesh, seed=config.seed, augmentation=augmentation, kernels=config.kernels
+    )
+    given, count = sharding.gather(variables, self.mesh), -(-len(self.train_source) // config.batch_size)
+    batches = sharding.to_device(self.train_batches(0, count), self.mesh)
+    measured = unfold.total(step(given, batch, number) for number, batch in enumerate(batches))
+    return unfold.unfold(self.network, variables, measured)
 
   def trained_variables(self, workdir: pathlib.Path | None, loaded: tuple[dict, str] | None) -> tuple[dict, int, str]:
     """What to evaluate or predict with: the variables on the mesh, their step, and what to call them.

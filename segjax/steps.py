@@ -82,12 +82,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
     network = merge(graphdef, variables)
-    border = batch["border"] if "border" in batch else None
-    window = (batch["origin"], batch["share"]) if "origin" in batch else None
-    image, label, border = augment.augment_batch(
-      augment_key, batch["image"], batch["label"], batch["size"], border, window, crop_size=crop_size, fill=network.mean,
-      ignore_label=IGNORE_LABEL, margin=network.margin, **augmentation,
-    )  # fmt: skip
+    image, label, border = _crops(augment_key, network, batch, dict(crop_size=crop_size, **augmentation))
     context = dict(context=True) if network.margin else {}
     labelled = jnp.maximum((label != IGNORE_LABEL).sum(), 1)
 
@@ -144,6 +139,45 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
   out = state_sharding, sharding.replicated(mesh)
   return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=compiler.options("train", platform))
+
+
+def _crops(key: jax.Array, network: nnx.Module, batch: dict, augmentation: dict):
+  """The (image, label, border) that a network is trained on; border is None where the batch has none."""
+  border = batch["border"] if "border" in batch else None
+  window = (batch["origin"], batch["share"]) if "origin" in batch else None
+  return augment.augment_batch(
+    key, batch["image"], batch["label"], batch["size"], border, window, fill=network.mean, ignore_label=IGNORE_LABEL,
+    margin=network.margin, **augmentation,
+  )  # fmt: skip
+
+
+def make_moments_step(graphdef: nnx.GraphDef, mesh: Mesh, *, seed: int, augmentation: dict,
+                      kernels: str = "auto") -> Callable[[dict, dict, int], dict]:  # fmt: skip
+  """What each batch norm is given for a training batch, while all of them normalise by their running statistics.
+
+  Args:
+    augmentation: keywords of `augment.augment_batch`, the crop's size among them.
+    kernels: which forms of operations, see `kernels.target`.
+
+  Returns:
+    moments_step(variables, batch, number) -> the `batch_stats` whose mean and variance (not the unbiased one) are those of
+    this batch, jitted; of the crops that training would have in its step `number`.
+  """
+
+  platform = kernels_lib.target(mesh, kernels)
+
+  @sharding.on(mesh)
+  @kernels_lib.on(platform)
+  def moments_step(variables: dict, batch: dict, number: jax.Array) -> dict:
+    network = merge(graphdef, variables)
+    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+    image = sharding.split_height(_crops(key, network, batch, augmentation)[0])
+    network.set_attributes(measures=True)
+    network(network.preprocess(image), **(dict(context=True) if network.margin else {}))
+    return nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
+
+  options = compiler.options("eval", platform)
+  return jax.jit(moments_step, out_shardings=sharding.replicated(mesh), compiler_options=options)
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,

@@ -195,6 +195,23 @@ def _torch(path):
   torch.save({name: torch.from_numpy(array) for name, array in ARRAYS.items()}, path)
 
 
+def _tflite(path):
+  from tests import tflite_file
+
+  array = np.arange(12, dtype=np.float32).reshape(4, 1, 1, 3)
+  constants = {
+    "A/weights": (array,),
+    "A/m": (array[:, 0, 0, 0],),
+    "B/w": (array.astype(np.int8), [1.0] * 4, [0] * 4, 0),
+  }
+  operators = [
+    ("CONV_2D", ["in", "A/weights"], "x", 0),
+    ("MUL", ["x", "A/m"], "y", 0),
+    ("CONV_2D", ["y", "B/w"], "z", 0),
+  ]
+  tflite_file.write(path, constants, operators)
+
+
 def _tensorflow(path):
   import tensorflow as tf
 
@@ -262,6 +279,7 @@ KINDS = {
   "tf_checkpoint": weights("", _tensorflow),
   "frozen_graph": weights(".pb", _tensorflow),
   "checkpoint": checkpoints,
+  "tflite": weights(".tflite", _tflite),
 }
 
 

@@ -27,7 +27,7 @@ loss.terms optimizer.name optimizer.base_lr optimizer.schedule optimizer.warmup_
 optimizer.weight_decay optimizer.freeze optimizer.lr_multipliers optimizer.clip_norm optimizer.ema_decay
 policy.metric policy.plateau_factor policy.early_stop
 eval.batch_size eval.scales eval.flip eval.window eval.outside eval.checkpoint eval.num_overlays
-init.path init.scheme init.exclude
+init.path init.scheme init.exclude init.unfold
 """.split()
 
 DEEPLAB, FCN = ("deeplab_v3plus", "folder"), ("fcn", "folder")

@@ -147,13 +147,19 @@ EVAL = dict(
 INIT = dict(
   path=Option(
     "",
-    "weights that a new run starts from. Empty: random. The workdir of another run; or a file: .npz, .safetensors, .pth, a"
-    " TensorFlow checkpoint (the name before .index) or frozen graph (.pb).",
+    "weights that a new run starts from. Empty: random. The workdir of another run; or a file: .npz, .safetensors, .pth,"
+    " .tflite, a TensorFlow checkpoint (the name before .index) or frozen graph (.pb).",
   ),
   scheme=Option("", "whose names a file's tensors have: tf_deeplab, ... (segjax/pretrained). Empty for a workdir."),
   exclude=Option(
     (),
     'patterns, as of optimizer.freeze, of parameters and statistics left random, e.g. ("logits",) for other classes.',
+  ),
+  unfold=Option(
+    False,
+    "before training, one pass over the training images measures what each batch norm is given, and makes that its running"
+    " statistics, without changing what the network computes. For weights whose batch norm was folded into the convolutions,"
+    " as in TFLite files: by a batch's statistics they would compute something else.",
   ),
 )
 # Arguments with a default that are no options, or those of all data sources, above.

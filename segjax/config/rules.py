@@ -64,7 +64,8 @@ class Acts(NamedTuple):
   remedy: str
 
 
-# Fields without a row always act, or are refused by the model's constructor (multi_grid, auxiliary, details.mobilenet_*).
+# Fields without a row always act, or are refused by the model's constructor (depth_multiplier, multi_grid, auxiliary,
+# details.mobilenet_*).
 # init.* has none: a config file names the scheme of weights that the command line may add. Nor have properties of a data set
 # of which evaluation may show a part: a row must not depend on data.eval_split.
 ACTS = (
