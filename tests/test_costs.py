@@ -174,6 +174,14 @@ def test_asynchronous_pairs_count_once():
     "%done = f32[2]{0} async-done(%start)",
     computations=wrapped,
   ) == (32 + 32, 256 + 8)
+  assert moved(
+    "%p = f32[100,8]{1,0} parameter(0)",
+    "%s = ((f32[100,8]{1,0}), f32[1,8]{1,0}, s32[]) slice-start(%p), slice={[3:4], [0:8]}",
+    "%part = f32[1,8]{1,0} slice-done(%s)",
+    "%i = s32[] constant(0)",
+    "%u = ((f32[100,8]{1,0}, f32[1,8]{1,0}), f32[100,8]{1,0}, u32[]) dynamic-update-slice-start(%p, %part, %i, %i)",
+    "%all = f32[100,8]{1,0} dynamic-update-slice-done(%u)",
+  ) == (32 + 32, 32 + 32)
 
 
 def test_on_tpu_tiles_are_filled_and_memory_of_the_chip_is_free():

@@ -101,25 +101,27 @@ class _Counter:
     return sum(array.footprint for array in arrays if not (self._on_chip and array.space))
 
   def traffic(self, computation: dict[str, Operation], operation: Operation) -> tuple[int, int]:
-    """Bytes that an operation reads and writes."""
-    kind, result = operation.kind, self._in_memory(_outputs(operation))
-    operands = [computation[name] for name in operation.operands if name in computation]
-    sizes = [self._in_memory(operand.arrays) for operand in operands]
-    if kind in _FREE or kind == "custom-call" and operation.attribute("custom_call_target").strip('"') in _FREE_CALLS:
+    """Bytes that an operation reads and writes. The first half of an asynchronous pair reads, the second writes."""
+    kind, _, half = (
+      operation.kind.rpartition("-") if operation.kind.endswith(("-start", "-done")) else (operation.kind, "", "")
+    )
+    target = operation.attribute("custom_call_target").strip('"')
+    if operation.kind in _FREE or target in _FREE_CALLS:
       return 0, 0
+    source = computation[operation.operands[0]] if half == "done" else operation
+    operands = [computation[name] for name in source.operands if name in computation]
+    sizes = [self._in_memory(operand.arrays) for operand in operands]
     if kind == "fusion":
-      return self._of_fusion(operation, operands, sizes)
-    if kind == _IN_PLACE:
-      return sizes[1], sizes[1]
+      return self._of_fusion(operation, sizes)
+    read, written = sum(sizes), self._in_memory(_outputs(operation))
     if kind in _SLICES:
-      return min(sizes[0], operation.arrays[0].footprint) + sum(sizes[1:]), result
-    if kind.endswith("-start"):  # What it writes is there when it is done.
-      return sum(sizes), 0
-    if kind.endswith("-done"):
-      return 0, result
-    return sum(sizes), result
+      part = operation.arrays[-2] if half == "start" else operation.arrays[0]  # Of ((operands), result, context).
+      read = min(sizes[0], part.footprint) + sum(sizes[1:])
+    elif kind == _IN_PLACE:
+      read, written = sizes[1], min(written, operands[1].arrays[0].footprint)
+    return read * (half != "done"), written * (half != "start")
 
-  def _of_fusion(self, operation: Operation, operands: list[Operation], sizes: list[int]) -> tuple[int, int]:
+  def _of_fusion(self, operation: Operation, sizes: list[int]) -> tuple[int, int]:
     body = self.module.computations[self.module.called(operation)[0]]
     users = collections.defaultdict(list)
     for inner in body.values():

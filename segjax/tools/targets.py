@@ -142,6 +142,8 @@ def _described_tpus(target: str, name: str, shape: str) -> list[jax.Device]:
   if "not installed" in text:
     wanted = re.search(r"libtpu[^;\n]*", "\n".join(importlib.metadata.requires("jax")))[0].strip()
     raise ConfigError(_missing(target, "libtpu", f"--no-deps '{wanted}'"))
+  if "in use" in text or "lockfile" in text:
+    text = f"libtpu serves one process at a time, wait for the other or end it ({text})."
   raise ConfigError(f"--target={target}: {text}")
 
 
