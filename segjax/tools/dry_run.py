@@ -52,7 +52,8 @@ def dry_run(config, workdir=None, target: str | None = None, figures: str | None
     ConfigError: mesh, model or target do not fit, or the data set is absent and its classes or canvas unknown.
   """
   data = config.data
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space, devices=target and targets.devices(target))
+  devices = None if target is None else targets.devices(target)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space, devices=devices)
   num_classes, canvas, note = input_pipeline.classes_and_canvas(data, data.train_split)
   _, eval_canvas, _ = input_pipeline.classes_and_canvas(data, data.eval_split)
   sharding.check_batch(mesh, "batch_size", config.batch_size, config.accumulate_steps)
@@ -78,9 +79,9 @@ def dry_run(config, workdir=None, target: str | None = None, figures: str | None
   for name, program in compiled.items():
     images = config.batch_size if name == "train" else eval_size
     say(_program(name, program, images))
-    if target:
+    if target is not None:
       say(roofline.table(program, mesh.devices.flat[0]))
-    if figures:
+    if figures and not jax.process_index():
       of_step = dict(target=target or targets.HERE, step=name, images=images, dtype=config.dtype, mesh=dict(mesh.shape))
       commandline.append_json(figures, of_step | roofline.row(program, mesh.devices.flat[0]))
   batch = bytes_per_device(experiment.abstract_train_arguments(canvas, canvas != whole)[1])
