@@ -39,8 +39,8 @@ def test_a_missing_plugin_is_named_with_the_command_that_installs_it(target, err
 
 
 def test_a_description_is_of_the_device_asked_for(monkeypatch):
-  def describe(platform, topology_name, target_config=""):
-    return types.SimpleNamespace(devices=[platform, topology_name, target_config])
+  def describe(platform, topology_name="", topology="", target_config=""):
+    return types.SimpleNamespace(devices=[platform, topology_name or topology, target_config])
 
   monkeypatch.setattr(topologies, "get_topology_desc", describe)
   platform, topology, text = targets.devices("gpu:a100:4x8")
@@ -51,7 +51,7 @@ def test_a_description_is_of_the_device_asked_for(monkeypatch):
 def test_gpus_that_are_not_there_are_compiled_for_without_trying_and_have_what_jax_takes_of_them():
   device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
   mesh = types.SimpleNamespace(devices=types.SimpleNamespace(flat=[device]))
-  assert targets.compiler_options(mesh)["xla_gpu_autotune_level"] == "0"
+  assert targets.compiler_options(mesh)["xla_gpu_autotune_level"] == 0
   assert targets.compiler_options(mesh_of(1)) == {} and targets.is_here(mesh_of(1)) and not targets.is_here(mesh)
   size, meaning = device_memory(device)
   assert size == 84_942_979_072 * 3 // 4 and "XLA_PYTHON_CLIENT_MEM_FRACTION" in meaning

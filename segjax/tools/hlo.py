@@ -47,7 +47,7 @@ class Array(NamedTuple):
     if not tile:
       return self.size
     dims = list(self.dims)
-    minor_to_major = [int(n) for n in self.layout.split(":")[0].split(",")]
+    minor_to_major = [int(n) for n in self.layout.split(":")[0].split(",") if n]  # None of a number alone.
     for dim, length in zip(minor_to_major, map(int, reversed(tile[1].split(",")))):
       dims[dim] = -(-dims[dim] // length) * length
     return self._replace(dims=tuple(dims)).size

@@ -66,7 +66,7 @@ _XLA_FACTS = {
   "gpu:h200": ("major: 9 feature_extension: ACCELERATED_FEATURES", 132, 128, 233_472, 232_448, 52_428_800, 1.98),  # h200
 }  # fmt: skip
 # Without the GPU, XLA cannot try which algorithms are fastest; and which of Triton's tilings fit it finds by trying.
-_UNTRIED = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": "false"}
+_UNTRIED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 def devices(target: str) -> list[jax.Device]:
@@ -100,7 +100,7 @@ def is_here(mesh: Mesh) -> bool:
   return mesh.devices.flat[0] in jax.devices()
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh) -> dict[str, int]:
   """What XLA needs to be told, beside a step's own options, to compile it for a mesh of GPUs that are not there."""
   return _UNTRIED if mesh.devices.flat[0].platform in ("gpu", "cuda") and not is_here(mesh) else {}
 
@@ -123,7 +123,7 @@ def _described_gpus(target: str, name: str, shape: str) -> list[jax.Device]:
   """
   try:
     return topologies.get_topology_desc(
-      platform="cuda", topology_name=f"1x{hosts or 1}x{of_host}", target_config=description
+      platform="cuda", topology=f"1x{hosts or 1}x{of_host}", target_config=description
     ).devices
   except NotImplementedError as error:  # Of JAX without the plugin.
     raise ConfigError(_missing(target, "its CUDA plugin", f"'jax[cuda12]=={jax.__version__}'")) from error
