@@ -66,7 +66,7 @@ def costs(text: str, on_chip: bool) -> list[Cost]:
     cycles = re.search(r'"estimated_cycles":"(\d+)"', operation.attributes)
     cost = Cost(
       operation.kind, times, times * read, times * written, times * sum(flops for flops, _, _ in products), numbers,
-      times * int(cycles[1]) if cycles else 0, counter.place(largest, operation),
+      times * int(cycles[1]) if cycles else 0, counter.place(largest, operation, *counter.within(operation)),
     )  # fmt: skip
     if cost.moved or cost.flops or cost.cycles or cost.kind == "fusion":
       found.append(cost)
@@ -90,12 +90,17 @@ class _Counter:
   def __init__(self, module: Module, on_chip: bool):
     self.module, self._on_chip = module, on_chip
 
-  def place(self, *operations: Operation) -> str:
+  def within(self, operation: Operation) -> list[Operation]:
+    """What a fusion does, the last first."""
+    names = self.module.called(operation) if operation.kind == "fusion" else []
+    return [inner for name in names for inner in reversed(self.module.computations[name].values())]
+
+  def place(self, operation: Operation, *others: Operation) -> str:
     """Of the first that XLA knows the place of."""
-    for operation in operations:
-      if place := self.module.place(operation):
-        return place + " (backward)" * ("transpose(" in operation.op_name)
-    return f"{operations[-1].kind}, XLA's own"
+    for known in (operation, *others):
+      if place := self.module.place(known):
+        return place + " (backward)" * ("transpose(" in known.op_name)
+    return f"{operation.kind}, XLA's own"
 
   def _in_memory(self, arrays) -> int:
     return sum(array.footprint for array in arrays if not (self._on_chip and array.space))
@@ -141,12 +146,10 @@ class _Counter:
 
   def products(self, computation: dict[str, Operation], operation: Operation):
     """(flops, numbers, operation) of the convolutions and matrix products of an operation, those of a fusion included."""
-    if operation.kind == "fusion":
-      for name in self.module.called(operation):
-        body = self.module.computations[name]
-        for inner in body.values():
-          yield from self.products(body, inner)
-      return
+    for name in self.module.called(operation) if operation.kind == "fusion" else ():
+      body = self.module.computations[name]
+      for inner in body.values():
+        yield from self.products(body, inner)
     target = operation.attribute("custom_call_target").strip('"') if operation.kind == "custom-call" else ""
     if operation.kind in ("convolution", "dot") or target.startswith(("__cudnn$conv", "__cublas$")):
       first, second = (computation[name].arrays[0] for name in operation.operands[:2])
