@@ -129,6 +129,18 @@ def test_a_fusion_of_several_results_writes_each():
   assert moved(*ARGUMENTS, fusion, computations=body) == (4 + 32, 32 + 32)
 
 
+def test_an_operation_of_several_results_writes_each_too():
+  body = """
+%sums (a: f32[100,8]) -> (f32[8], f32[8]) {
+  %a = f32[100,8]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %both = (f32[8]{0}, f32[8]{0}) reduce(%a, %a, %zero, %zero), dimensions={0}, to_apply=%add
+}
+"""
+  fusion = "%f = (f32[8]{0}, f32[8]{0}) fusion(%x), kind=kInput, calls=%sums"
+  assert moved("%x = f32[100,8]{1,0} parameter(0)", fusion, computations=body) == (3200, 64)
+
+
 def test_a_loop_counts_once_a_turn_and_both_branches_of_a_conditional():
   bodies = """
 %body (c: (s32[], f32[8])) -> (s32[], f32[8]) {

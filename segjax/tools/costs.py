@@ -133,6 +133,7 @@ class _Counter:
       for name in inner.operands:
         users[name].append(inner)
     roots = [_behind_bitcasts(body, root) for root in _roots(body)]
+    roots = roots * len(operation.arrays) if len(roots) == 1 else roots  # One operation may have several results.
     in_place = [root for root in roots if root.kind == _IN_PLACE]
     read, parameters = 0, {int(p.argument): p.name for p in body.values() if p.kind == "parameter"}
     for number, size in enumerate(sizes):
