@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import functools
+import json
 import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -37,6 +39,31 @@ class _Path(flags.ArgumentParser):
 def define_path(name: str, default: str | None, help: str, **options) -> flags.FlagHolder:
   """A flag that names a file or folder."""
   return flags.DEFINE(_Path(), name, default, help, **options)
+
+
+def define_json() -> flags.FlagHolder:
+  """--json, for `append_json`."""
+  return define_path("json", None, "File that the figures are appended to, a JSON object a line.")
+
+
+def check_json(path: str | None) -> None:
+  """Raises ConfigError where `append_json` could not write, before anything is measured."""
+  if path:
+    try:
+      open(path, "a").close()
+    except OSError as error:
+      raise ConfigError(f"--json={path} cannot be written ({error}). Give another file.") from error
+
+
+def append_json(path: str | None, row: dict) -> str:
+  """A row of figures with date and version of JAX as a line of JSON, which is appended to the file where there is one."""
+  import jax
+
+  line = json.dumps(dict(date=time.strftime("%Y-%m-%d"), jax=jax.__version__, **row))
+  if path:
+    with open(path, "a") as file:
+      file.write(line + "\n")
+  return line
 
 
 class _ConfigFile(flags.ArgumentParser):

@@ -6,7 +6,6 @@ steps, from scratch and from JAX's cache, and runs neither. `input` reads and de
 hold all figures, the table the main ones.
 """
 
-import json
 import os
 import pathlib
 import platform
@@ -28,7 +27,7 @@ _TORCH_PYTHON = commandline.define_path("torch_python", sys.executable, "The Pyt
 _DTYPES = flags.DEFINE_list("dtypes", None, "Measure under each of these types. None: config.dtype.")
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "Least duration of a measurement.", lower_bound=0.0)
 _GENERATE = flags.DEFINE_integer("generate", 0, "input: measure this many generated examples, not config.data.dir.")
-_JSON = commandline.define_path("json", None, "File that the figures are appended to, a JSON object a line.")
+_JSON = commandline.define_json()
 WHAT = ("train", "eval", "compile", "input")
 
 
@@ -46,11 +45,7 @@ def main(argv: list[str]) -> None:
   with commandline.readable_errors():
     if not _WHAT.value or not set(_WHAT.value) <= set(WHAT):
       raise ConfigError(f"--what={','.join(_WHAT.value)}: choose from {', '.join(WHAT)}.")
-    if _JSON.value:
-      try:
-        pathlib.Path(_JSON.value).open("a").close()
-      except OSError as error:  # Before anything is measured.
-        raise ConfigError(f"--json={_JSON.value} cannot be written ({error}). Give another file.") from error
+    commandline.check_json(_JSON.value)
     config = commandline.config(data_dir="absent")  # Only `input` without --generate needs one.
     dtypes = _DTYPES.value or [config.dtype]
     for config.dtype in dtypes:
@@ -88,11 +83,7 @@ def _steps(config, kinds: list[str], dtypes: list[str]) -> str:
         ]
         rows += found
       for row in found:
-        line = json.dumps(dict(date=time.strftime("%Y-%m-%d"), jax=jax.__version__, **row))
-        print(line, flush=True)
-        if _JSON.value:
-          with pathlib.Path(_JSON.value).open("a") as file:
-            file.write(line + "\n")
+        print(commandline.append_json(_JSON.value, row), flush=True)
   first = (rows or compilations)[0]
   tables = [step_speed.table(rows)] * bool(rows) + [step_speed.compilation_table(compilations)] * bool(compilations)
   return f"\njax {jax.__version__}, {first['devices']} x {first['device']}\n\n" + "\n\n".join(tables)
