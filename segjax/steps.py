@@ -1,6 +1,6 @@
 """The jitted steps: pure functions of state and batch, each compiled once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL
 from segjax.kernels import compiler
 from segjax.models import resize
-from segjax.state import TrainState
+from segjax.state import TrainState, overlay, without
 
 IN_FLIGHT = 2  # Steps that the devices have been given at most: one is computed, and the next waits for it there.
 THRESHOLDS = tuple(n / 20 for n in range(1, 20))  # Of the foreground's probability, swept in each evaluation.
@@ -52,6 +52,7 @@ def make_train_step(
   augment_batch: Callable,
   loss: Callable,
   ema_decay: float,
+  frozen: Collection[str] = (),
   accumulate_steps: int = 1,
   kernels: str = "auto",
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
@@ -63,6 +64,8 @@ def make_train_step(
     augment_batch: augment_batch(key, batch) -> image, label, border; `augment.augment_batch` with its options.
     loss: loss(logits, label, step, border, auxiliary) -> scalar, from `losses.make_loss`.
     ema_decay: 0 where the state has no `ema`.
+    frozen: paths of parameters and statistics that stay as they are (`optimizer.frozen_paths`): no gradient is computed with
+      respect to them, so none counts in `grad_norm`. The batch norms in `graphdef` must be frozen to match.
     accumulate_steps: number of parts, see `_make_gradient`.
     kernels: "auto" or "plain", see `kernels.target`.
 
@@ -74,7 +77,7 @@ def make_train_step(
     but for `failed_step`.
   """
   platform = kernels_lib.target(mesh, kernels)
-  gradient_of = _make_gradient(graphdef, mesh, loss, state_sharding.params, accumulate_steps)
+  gradient_of = _make_gradient(graphdef, mesh, loss, state_sharding.params, frozen, accumulate_steps)
 
   @sharding.on(mesh)
   @kernels_lib.on(platform)
@@ -84,7 +87,7 @@ def make_train_step(
     gradient, batch_stats, value, accuracy = gradient_of(state, crops, dropout_key)
     grad_norm = optax.tree.norm(gradient)
     sound = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (state.failed_step < 0)
-    updated = _update(state, optimizer, gradient, batch_stats, ema_decay)
+    updated = _update(state, optimizer, gradient, batch_stats, ema_decay, frozen)
     state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), updated, _failed(state))
     return state, dict(loss=value, grad_norm=grad_norm, pixel_accuracy=accuracy)
 
@@ -92,8 +95,10 @@ def make_train_step(
   return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=compiler.options("train", platform))
 
 
-def _make_gradient(graphdef: nnx.GraphDef, mesh: Mesh, loss: Callable, params_sharding, parts: int) -> Callable:
-  """gradient_of(state, crops, key) -> gradient, batch statistics, loss and pixel accuracy of a batch.
+def _make_gradient(
+  graphdef: nnx.GraphDef, mesh: Mesh, loss: Callable, params_sharding, frozen: Collection[str], parts: int
+) -> Callable:
+  """gradient_of(state, crops, key) -> gradient with respect to all but the frozen parameters, batch statistics, loss and pixel accuracy of a batch.
 
   Forward to gradient may happen in `parts` of the batch, one after another, each weighing as much as it has labelled
   pixels; `sharding.split_batch` says which rows each has. So a loss that is a mean over labelled pixels (cross_entropy,
@@ -102,10 +107,10 @@ def _make_gradient(graphdef: nnx.GraphDef, mesh: Mesh, loss: Callable, params_sh
   parts.
   """
 
-  def part_loss(params, batch_stats, part, step, labelled):
+  def part_loss(trained, params, batch_stats, part, step, labelled):
     image, label, border, key = part
     image, label = sharding.split_height(image), sharding.split_height(label)
-    model, endpoints = merge(graphdef, dict(params=params, batch_stats=batch_stats)), {}
+    model, endpoints = merge(graphdef, dict(params=overlay(params, trained), batch_stats=batch_stats)), {}
     logits = model(model.preprocess(image), train=True, key=key, endpoints=endpoints, context=model.margin > 0)
     auxiliary = endpoints["auxiliary"] if "auxiliary" in endpoints else None
     if auxiliary is not None:
@@ -118,18 +123,20 @@ def _make_gradient(graphdef: nnx.GraphDef, mesh: Mesh, loss: Callable, params_sh
 
   def gradient_of(state: TrainState, crops, key):
     variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
+    params = variables["params"]
     labelled = jnp.maximum((crops[1] != IGNORE_LABEL).sum(), 1)
 
     def add_part(totals, part):
       batch_stats, *before = totals
       (value, (batch_stats, correct)), gradient = jax.value_and_grad(part_loss, has_aux=True)(
-        variables["params"], batch_stats, part, state.step, labelled
+        without(params, frozen), params, batch_stats, part, state.step, labelled
       )
-      gradient = jax.lax.with_sharding_constraint(gradient, params_sharding)
+      gradient = jax.lax.with_sharding_constraint(gradient, without(params_sharding, frozen))
       return (batch_stats, *jax.tree.map(jnp.add, before, [gradient, value, correct])), None
 
     split = (*sharding.split_batch(crops, parts, mesh), jax.random.split(key, parts))
-    zero = variables["batch_stats"], jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros((), int)
+    trained = without(state.params, frozen)
+    zero = variables["batch_stats"], jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), jnp.zeros((), int)
     if parts == 1:
       # Not a loop of one turn: XLA:CPU has its fast convolutions outside of loops only.
       totals, _ = add_part(zero, jax.tree.map(lambda x: x[0], split))
@@ -141,15 +148,16 @@ def _make_gradient(graphdef: nnx.GraphDef, mesh: Mesh, loss: Callable, params_sh
   return gradient_of
 
 
-def _update(state: TrainState, optimizer, gradient, batch_stats, ema_decay: float) -> TrainState:
+def _update(state: TrainState, optimizer, gradient, batch_stats, ema_decay: float, frozen) -> TrainState:
   """The state after the optimiser's step."""
-  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))
-  ema = state.ema
+  trained = without(state.params, frozen)
+  updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+  trained = optax.apply_updates(trained, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))
+  params, ema = overlay(state.params, trained), state.ema
   if ema is not None:
     # Warmed up as TensorFlow does it, so that the average forgets the random start: at most (1 + n) / (10 + n).
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-    ema = optax.incremental_update(dict(params=params, batch_stats=batch_stats), ema, 1 - decay)
+    ema = optax.incremental_update(dict(params=trained, batch_stats=without(batch_stats, frozen)), ema, 1 - decay)
   return TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.failed_step, state.policy)
 
 
@@ -157,6 +165,36 @@ def _failed(state: TrainState) -> TrainState:
   """The same state, with the first step that failed: this one, if none has before."""
   failed = jnp.where(state.failed_step < 0, state.step, state.failed_step)
   return TrainState(state.step, state.params, state.batch_stats, state.opt_state, state.ema, failed, state.policy)
+
+
+def make_moments_step(
+  graphdef: nnx.GraphDef, mesh: Mesh, *, seed: int, augment_batch: Callable, kernels: str = "auto"
+) -> Callable[[dict, dict, int], dict]:
+  """What each batch norm is given for a training batch, while all of them normalise by their running statistics.
+
+  Args:
+    augment_batch: as of `make_train_step`.
+    kernels: "auto" or "plain", see `kernels.target`.
+
+  Returns:
+    moments_step(variables, batch, number) -> the `batch_stats` whose mean and variance (not the unbiased one) are those of
+    this batch, jitted; of the crops that training would have in its step `number`.
+  """
+
+  platform = kernels_lib.target(mesh, kernels)
+
+  @sharding.on(mesh)
+  @kernels_lib.on(platform)
+  def moments_step(variables: dict, batch: dict, number: jax.Array) -> dict:
+    network = merge(graphdef, variables)
+    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+    image = sharding.split_height(augment_batch(key, batch)[0])
+    network.set_attributes(measures=True)
+    network(network.preprocess(image), context=network.margin > 0)
+    return nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
+
+  options = compiler.options("eval", platform)
+  return jax.jit(moments_step, out_shardings=sharding.replicated(mesh), compiler_options=options)
 
 
 def make_eval_step(

@@ -65,6 +65,7 @@ class DeepLabV3Plus(base.Network):
   Args:
     num_classes: channels of the logits.
     backbone: one of `backbones.BACKBONES`.
+    depth_multiplier: of a MobileNetV2's numbers of channels; officially 1.0 or 0.5.
     output_stride: of the encoder: 8, 16 or 32. It changes no parameter, so a model trained at 16 can run at 8.
     atrous_rates: of the ASPP branches, in pixels of the encoder's features. "auto" or ("auto",): by output stride, 3,6,9 at
       32, 6,12,18 at 16, 12,24,36 at 8. () or None: no atrous branches, as the released MobileNetV2 models have it.
@@ -95,6 +96,7 @@ class DeepLabV3Plus(base.Network):
     *,
     num_classes,
     backbone="xception_65",
+    depth_multiplier=1.0,
     output_stride=16,
     atrous_rates=("auto",),
     separable=True,
@@ -114,6 +116,7 @@ class DeepLabV3Plus(base.Network):
     rates = _atrous_rates(atrous_rates)
     self.backbone = backbones.build(
       backbone,
+      depth_multiplier=depth_multiplier,
       output_stride=output_stride,
       multi_grid=multi_grid,
       detail=detail,
