@@ -16,19 +16,16 @@ STILL = dict(rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0, outside=
 FILL = (10.0, 20.0, 30.0)
 
 
+@functools.cache
+def compiled(**options):
+  """Of `augment_batch`: op by op takes ten times as long, and many tests share their options."""
+  return jax.jit(functools.partial(augment.augment_batch, fill=FILL, ignore_label=255, **(STILL | OFF | options)))
+
+
 def run(image, label, size=None, crop=(24, 24), seed=0, scale=(0.5, 2.0), step=0.0, flip=True, color=OFF):
   size = np.array([image.shape[1:3]] * len(image), np.int32) if size is None else size
-  function = functools.partial(
-    augment.augment_batch,
-    crop_size=crop,
-    fill=FILL,
-    ignore_label=255,
-    scale=scale,
-    scale_step=step,
-    flip=flip,
-    **(STILL | OFF | color),
-  )
-  image, label, _ = jax.jit(function)(jax.random.key(seed), image, label, size)
+  function = compiled(crop_size=crop, scale=scale, scale_step=step, flip=flip, **color)
+  image, label, _ = function(jax.random.key(seed), image, label, size)
   return np.asarray(image), np.asarray(label)
 
 
@@ -252,10 +249,8 @@ def test_outside_the_image_mirrored_pixels_carry_their_labels():
 def test_a_margin_shows_the_true_surroundings_and_mirrors_the_border():
   image, label = coordinates(8, 30, 30)
   size = np.array([[30, 30]] * 8, np.int32)
-  out, classes, _ = augment.augment_batch(
-    jax.random.key(0), image, label, size, crop_size=(12, 12), fill=FILL, ignore_label=255, margin=6, scale=(1.0, 1.0),
-    scale_step=0.0, flip=False, **STILL, **OFF,
-  )  # fmt: skip
+  function = compiled(crop_size=(12, 12), margin=6, scale=(1.0, 1.0), scale_step=0.0, flip=False)
+  out, classes, _ = function(jax.random.key(0), image, label, size)
   assert out.shape == (8, 24, 24, 3) and classes.shape == (8, 12, 12)
   around = np.pad(image, ((0, 0), (6, 6), (6, 6), (0, 0)), mode="reflect")
   for i in range(8):
@@ -268,9 +263,7 @@ def test_a_border_map_goes_with_the_label():
   image, label = coordinates(8, 40, 40)
   border = (label / 64).astype(np.float16)
   for warp in (dict(), dict(rotation=20.0, elastic=2.0)):
-    _, classes, weight = augment.augment_batch(
-      jax.random.key(0), image, label, np.array([[40, 40]] * 8, np.int32), border, crop_size=(32, 32), fill=FILL,
-      ignore_label=255, scale=(0.5, 2.0), scale_step=0.0, flip=True, **(STILL | OFF | warp),
-    )  # fmt: skip
+    function = compiled(crop_size=(32, 32), scale=(0.5, 2.0), scale_step=0.0, flip=True, **warp)
+    _, classes, weight = function(jax.random.key(0), image, label, np.array([[40, 40]] * 8, np.int32), border)
     want = np.where(classes == 255, 0, (np.asarray(classes) / 64).astype(np.float16))
     np.testing.assert_array_equal(weight, want)

@@ -18,16 +18,20 @@ STILL = dict(rotation=0.0, shift=0.0, shear=0.0, zoom=0.0, elastic=0.0)
 BENT = dict(rotation=20.0, shift=0.1, shear=8.0, zoom=0.2, elastic=1.5)
 
 
-def augmented(batch, draws, crop, margin=0, outside="void", scale=(0.5, 2.0), warp=STILL, cut=True):
-  """The crops of a batch on its canvas."""
+@functools.cache
+def compiled(crop, margin, outside, scale, **warp):
   function = functools.partial(
     augment.augment_batch, crop_size=crop, fill=(1, 2, 3), ignore_label=255, margin=margin, scale=scale, scale_step=0.0,
     flip=True, outside=outside, **OFF, **warp,
   )  # fmt: skip
+  return jax.jit(function)
+
+
+def augmented(batch, draws, crop, margin=0, outside="void", scale=(0.5, 2.0), warp=STILL, cut=True):
+  """The crops of a batch on its canvas."""
   window = (batch["origin"], batch["share"]) if cut else None
-  return jax.jit(function)(
-    jax.random.key(draws), batch["image"], batch["label"], batch["size"], batch["border"], window
-  )
+  function = compiled(crop, margin, outside, scale, **warp)
+  return function(jax.random.key(draws), batch["image"], batch["label"], batch["size"], batch["border"], window)
 
 
 @pytest.mark.parametrize("margin, outside, warp", [(0, "void", STILL), (7, "void", STILL), (3, "mirror", BENT)])
