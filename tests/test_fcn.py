@@ -45,20 +45,16 @@ def build(**options):
   return steps.merge(graphdef, dict(params=params, batch_stats={}))
 
 
-@functools.cache
-def forward(graphdef):
-  @jit
-  def logits_and_endpoints(params, x):
-    endpoints = {}
-    return steps.merge(graphdef, dict(params=params, batch_stats={}))(x, endpoints=endpoints), endpoints
-
-  return logits_and_endpoints
-
-
 def run(model, x):
   """Logits and endpoints, compiled."""
   graphdef, params, _ = state.split(model)
-  return forward(graphdef)(params, x)
+
+  @jit
+  def forward(params, x):
+    endpoints = {}
+    return steps.merge(graphdef, dict(params=params, batch_stats={}))(x, endpoints=endpoints), endpoints
+
+  return forward(params, x)
 
 
 def image(h, w, dtype=np.float32, batch=1):
