@@ -102,12 +102,6 @@ def on(mesh: Mesh) -> Iterator[None]:
     yield
 
 
-def splits_batch() -> bool:
-  """Whether what is being traced is for a mesh that splits the batch, see `on`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and mesh.shape["data"] > 1
-
-
 def split_height(x: jax.Array, *others: int) -> jax.Array:
   """Pins [B, H, ...] to batch over `data` and height over `space`; x itself where there is no mesh (see `on`).
 

@@ -54,7 +54,7 @@ def tuned_for_cpu(text: str) -> set[str]:
 @pytest.mark.parametrize("network", [full(name)[0] if name in ("xception", "mobilenet") else name for name in NETWORKS])
 def test_nothing_tuned_for_cpu_is_in_a_step_for_gpu_or_tpu(network):
   for kind in ("train", "eval"):
-    for platform in ("cuda", "tpu"):
+    for platform in ("gpu", "tpu"):
       assert tuned_for_cpu(lowered(network, kind, platform)) == set(), (kind, platform)
 
 

@@ -37,13 +37,13 @@ def by_batch_statistics(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon
   Returns:
     (activation(normalised), mean, variance), in the type of `scale`; the statistics are [1, 1, 1, C].
   """
-  forms = dict.fromkeys(("gpu", "cuda", "rocm", "tpu", "split_cpu"), functools.partial(_own_gradient, WHOLE))
+  forms = dict.fromkeys(("gpu", "tpu", "split_gpu", "split_tpu", "split_cpu"), functools.partial(_own_gradient, WHOLE))
   form = kernels.fastest(_plain, cpu=functools.partial(_own_gradient, IN_ONE_LOOP), **forms)
   return form(x, scale, bias, epsilon, activation)
 
 
 def _plain(x, scale, bias, epsilon, activation):
-  mean, var = _moments(x.astype(scale.dtype))
+  mean, var = moments(x.astype(scale.dtype))
   return activation(normalize(x, mean, var, scale, bias, epsilon)), mean, var
 
 
@@ -89,7 +89,7 @@ def _backward(by, epsilon, activation, saved, gradients):
 _own_gradient.defvjp(_forward, _backward)
 
 
-def _moments(x):
+def moments(x):
   """Mean and variance of [B, H, W, C] over all pixels: [1, 1, 1, C] each."""
   mean = x.mean((0, 1, 2), keepdims=True)
   return mean, jnp.square(x - mean).mean((0, 1, 2), keepdims=True)
@@ -135,5 +135,5 @@ def _sums_of_examples(*maps):
   return tuple(total.sum(1) + x[:, 16 * groups :].sum(1) for total, x in zip(sums, maps))
 
 
-WHOLE = _Sums(_moments, _sums, lambda maps: maps)
+WHOLE = _Sums(moments, _sums, lambda maps: maps)
 IN_ONE_LOOP = _Sums(_moments_in_one_loop, _sums_in_one_loop, jax.lax.optimization_barrier)
