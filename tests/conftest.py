@@ -51,8 +51,7 @@ def shared():
   return SHARED
 
 
-@pytest.fixture
-def tiny_config():
+def make_tiny_config():
   """A run of seconds: 6 steps of a small U-Net, with everything on that a resume has to get right."""
   config = default_config(model="unet", data="synthetic")
   config.num_steps = 6
@@ -75,3 +74,9 @@ def tiny_config():
   config.eval.batch_size = 8
   config.eval.num_overlays = 2
   return config
+
+
+@pytest.fixture
+def tiny_config():
+  """A new one of `make_tiny_config`."""
+  return make_tiny_config()

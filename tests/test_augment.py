@@ -14,20 +14,27 @@ from segjax import augment, sharding
 FILL = (10.0, 20.0, 30.0)
 
 
+@functools.cache
+def compiled(crop, margin, **options):
+  """Of `augment_batch` under options of `Augmentation`: many tests share theirs, and op by op takes ten times as long."""
+  return jax.jit(
+    functools.partial(
+      augment.augment_batch,
+      options=augment.Augmentation(**options),
+      crop_size=crop,
+      margin=margin,
+      fill=FILL,
+      ignore_label=255,
+    )
+  )
+
+
 def run_all(image, label, size=None, border=None, crop=(24, 24), margin=0, seed=0, **options):
   """Crops of image, label and border under options of `Augmentation`."""
   batch = dict(image=image, label=label)
   batch["size"] = np.array([image.shape[1:3]] * len(image), np.int32) if size is None else size
   batch |= {} if border is None else dict(border=border)
-  function = functools.partial(
-    augment.augment_batch,
-    options=augment.Augmentation(**options),
-    crop_size=crop,
-    margin=margin,
-    fill=FILL,
-    ignore_label=255,
-  )
-  return jax.tree.map(np.asarray, jax.jit(function)(jax.random.key(seed), batch))
+  return jax.tree.map(np.asarray, compiled(crop, margin, **options)(jax.random.key(seed), batch))
 
 
 def run(image, label, **keywords):

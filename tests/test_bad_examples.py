@@ -9,9 +9,11 @@ import pytest
 from segjax import input_pipeline
 from segjax import train as train_lib
 from segjax.config import IGNORE_LABEL, ConfigError
+from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.input_pipeline.sources.folder import FolderSource
+from tests import fake_run
 from tests.folder_of_images import folder_of_images
 from tests.marks import full
 from tests.test_train import assert_identical, checkpoint, read_metrics
@@ -151,15 +153,16 @@ def test_a_line_cut_short_is_no_bad_example_and_other_text_is_named(tmp_path):
     BadExamples(tmp_path, most=1)
 
 
-def test_evaluation_stops_at_the_first_bad_example_whatever_is_allowed(config, tmp_path):
+def test_evaluation_stops_at_the_first_bad_example_whatever_is_allowed(config, tmp_path, monkeypatch):
   config.data.max_bad_examples = 5
   rot(config, "02", split="val")
+  monkeypatch.setattr(Experiment, "make_train_step", lambda *weights: fake_run.Fake().step)
   with pytest.raises(DataError, match=r"val/02.png: damaged or truncated"):
     train_lib.train(config, tmp_path / "run")
 
 
-def test_a_run_that_starts_with_other_examples_than_it_began_with_is_refused(config, tmp_path):
-  config.num_steps = 1
+def test_a_run_that_starts_with_other_examples_than_it_began_with_is_refused(config, tmp_path, monkeypatch):
+  config.num_steps, fake_run.install(monkeypatch).scores = 1, [0.5]
   train_lib.train(config, tmp_path / "run")
   for folder in ("images", "masks"):
     shutil.move(f"{config.data.dir}/{folder}/train/03.png", f"{config.data.dir}/{folder}/train/13.png")

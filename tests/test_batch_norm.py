@@ -8,6 +8,7 @@ from segjax import train
 from segjax.config import ConfigError, default_config
 from segjax.experiment import Experiment
 from segjax.tools import dry_run
+from tests.marks import full
 
 
 def refusal(model, batch_size, accumulate_steps=1, crop_size=(64, 64), **options):
@@ -55,7 +56,7 @@ def test_more_values_or_none_of_the_batch_are_not_refused(options):
   assert refusal(**options) == ""
 
 
-@pytest.mark.parametrize("accumulate_steps", [1, 4])
+@pytest.mark.parametrize("accumulate_steps", [1, *full(4)])
 def test_training_and_a_dry_run_refuse_it_before_the_workdir_is_made(tmp_path, accumulate_steps):
   config = default_config(model="deeplab_v3plus", data="synthetic")
   config.model.backbone, config.crop_size = "mobilenet_v2", (32, 32)

@@ -17,14 +17,20 @@ STILL = {}
 BENT = dict(rotation=20.0, shift=0.1, shear=8.0, zoom=0.2, elastic=1.5)
 
 
+@functools.cache
+def compiled(crop, margin, **options):
+  options = augment.Augmentation(**options)
+  return jax.jit(
+    functools.partial(
+      augment.augment_batch, options=options, crop_size=crop, margin=margin, fill=(1, 2, 3), ignore_label=255
+    )
+  )
+
+
 def augmented(batch, draws, crop, margin=0, outside="void", scale=(0.5, 2.0), warp=STILL, cut=True):
   """The crops of a batch on its canvas."""
-  options = augment.Augmentation(scale=scale, outside=outside, **warp)
-  function = functools.partial(
-    augment.augment_batch, options=options, crop_size=crop, margin=margin, fill=(1, 2, 3), ignore_label=255
-  )
   batch = {name: value for name, value in batch.items() if cut or name not in ("origin", "share")}
-  return jax.jit(function)(jax.random.key(draws), batch)
+  return compiled(crop, margin, scale=scale, outside=outside, **warp)(jax.random.key(draws), batch)
 
 
 @pytest.mark.parametrize("margin, outside, warp", [(0, "void", STILL), (7, "void", STILL), (3, "mirror", BENT)])

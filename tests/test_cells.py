@@ -3,8 +3,6 @@
 import importlib
 import io
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -20,7 +18,7 @@ from segjax import train as train_lib
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError
 from segjax.tools import check_data, prepare
-from tests.conftest import ROOT
+from tests import command
 
 SIZES = ((64, 64), (64, 80), (130, 174))  # (H, W) of the Bowl's images, as if 4 pixels were 1.
 ISBI_NAMES = (0, 1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18, 19, 21, 22, 24, 25, 27, 28)  # 20 of the 30.
@@ -74,11 +72,11 @@ def bowl(tmp_path_factory):
   """The folder that `python -m segjax.prepare nuclei` makes of stage1_train.zip."""
   root = tmp_path_factory.mktemp("bowl")
   make_stage1(root / "stage1_train.zip", 14)
-  command = [sys.executable, "-m", "segjax.prepare", "nuclei", f"--archives={root}", f"--out={root / 'nuclei'}"]
-  result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-  assert result.returncode == 2 and "stage1_train has 14 images, not 670" in result.stderr, result.stderr
-  result = subprocess.run([*command, "--allow_partial"], capture_output=True, text=True, cwd=ROOT, check=False)
-  assert result.returncode == 0 and "14 images, 2 of them in val.txt" in result.stdout, result.stderr
+  arguments = "nuclei", f"--archives={root}", f"--out={root / 'nuclei'}"
+  code, _, err = command.run("segjax.prepare", *arguments)
+  assert code == 2 and "stage1_train has 14 images, not 670" in err, err
+  code, out, err = command.run("segjax.prepare", *arguments, "--allow_partial")
+  assert code == 0 and "14 images, 2 of them in val.txt" in out, err
   return root / "nuclei"
 
 

@@ -1,47 +1,38 @@
 """The data check's command line and its findings."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from segjax.input_pipeline import scan
 from segjax.tools import check_data
+from tests import command
 from tests.test_folder import make, source, spoil
 
 
 def check(tmp_path, *arguments):
-  command = [
-    sys.executable,
-    "-m",
-    "segjax.check_data",
-    "--config=configs/folder.py",
-    f"--config.data.dir={tmp_path}",
-    "--config.data.classes=ground,road,car",
-    *arguments,
-  ]
-  return subprocess.run(command, capture_output=True, text=True, check=False)
+  """(exit code, stdout, stderr)"""
+  options = f"--config.data.dir={tmp_path}", "--config.data.classes=ground,road,car"
+  return command.run("segjax.check_data", "--config=folder", *options, *arguments)
 
 
 def test_prints_shares_and_every_problem_and_fails(tmp_path):
   for split in ("train", "val"):
     make(tmp_path, names=("a", "b", "c"), split=split)
-  result = check(tmp_path)
-  assert result.returncode == 0 and "no problems found" in result.stdout, result.stderr
-  assert "train: 3 examples" in result.stdout and "25.000 %" in result.stdout and "car" in result.stdout
+  code, out, err = check(tmp_path)
+  assert code == 0 and "no problems found" in out, err
+  assert "train: 3 examples" in out and "25.000 %" in out and "car" in out
   spoil(tmp_path / "masks/train/b.png")
   Image.fromarray(np.full((6, 8), 9, np.uint8)).save(tmp_path / "masks/train/c.png")
-  result = check(tmp_path)
-  assert result.returncode == 1 and "2 problem(s) found" in result.stdout
-  assert "b.png: damaged or truncated" in result.stdout and "c.png: label values outside" in result.stdout
+  code, out, _ = check(tmp_path)
+  assert code == 1 and "2 problem(s) found" in out
+  assert "b.png: damaged or truncated" in out and "c.png: label values outside" in out
 
 
 def test_a_missing_folder_is_a_problem_not_a_crash(tmp_path):
   make(tmp_path)
-  result = check(tmp_path)
-  assert result.returncode == 1 and "images/val: no such folder" in result.stdout and "Traceback" not in result.stderr
+  code, out, err = check(tmp_path)
+  assert code == 1 and "images/val: no such folder" in out and "Traceback" not in err
 
 
 def test_label_statistics_by_hand(tmp_path):

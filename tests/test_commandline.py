@@ -14,15 +14,10 @@ from segjax.config import ConfigError, default_config
 from segjax.config import file as config_file
 from segjax.config import rules as config_rules
 from segjax.run import commandline
+from tests import command
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-
-
-def run(*arguments, cwd=ROOT):
-  command = [sys.executable, "-m", *arguments]
-  environ = os.environ | {"PYTHONPATH": str(ROOT)}
-  return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environ, check=False)
 
 
 def test_every_shipped_config_loads_from_any_working_directory(tmp_path, monkeypatch):
@@ -112,15 +107,15 @@ def test_flags_with_a_space_and_from_anywhere_and_mistakes_end_with_code_2(tmp_p
     ((f"--config={quickstart}", f"--config={quickstart}"), "--config is given 2 times"),
     (("--flagfile=none",), "Unable to open flagfile"),
   ):
-    result = run("segjax.main", "--workdir=run", *arguments, cwd=tmp_path)
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+    code, _, err = command.run("segjax.main", "--workdir=run", *arguments, cwd=tmp_path)
+    assert code == 2 and message in err and "Traceback" not in err, err
   assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("module, flags", [("main", ("config", "workdir", "mode")), ("prepare", ("archives", "out"))])
 def test_help_names_the_flags_and_succeeds(module, flags):
-  result = run(f"segjax.{module}", "--help")
-  assert result.returncode == 0 and all(f"--{name}:" in result.stdout for name in flags), result.stdout
+  code, out, _ = command.run(f"segjax.{module}", "--help")
+  assert code == 0 and all(f"--{name}:" in out for name in flags), out
 
 
 @pytest.mark.parametrize("module", ["train", "evaluate", "submission", "dry_run"])
@@ -132,8 +127,8 @@ def test_a_module_that_is_no_command_says_what_is_and_fails(module, capsys):
 
 
 def test_help_that_nobody_reads_to_its_end_says_nothing():
-  command = f"set -o pipefail; {sys.executable} -m segjax.check_data --help | head -1"
-  result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
+  line = f"set -o pipefail; {sys.executable} -m segjax.check_data --help | head -1"
+  result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
   assert (result.returncode, result.stderr.count("Traceback")) == (0, 0), result.stderr
 
 

@@ -17,9 +17,16 @@ SMALL = 1000  # Numbers in a map of a few pixels, of which jax 0.12 transposes o
 TRANSPOSE = re.compile(r" = \w+\[([\d,]+)\]\S* transpose\(")  # " = f32[16,8,12,4]{3,2,1,0} transpose("
 
 
+@pytest.fixture(autouse=True)
+def short_backbones(monkeypatch):
+  experiment.shorten_backbones(monkeypatch)
+
+
 def compiled(model, devices):
   """(config, train step) of a small network of each kind of layer."""
   config = experiment.make_config(model, "float32")
+  if model == "unet":
+    config.model.depth = 1  # Each of its layers is there.
   return config, programs.compile_train(Experiment(config, mesh=mesh_of(devices)), CANVAS)
 
 

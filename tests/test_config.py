@@ -6,8 +6,6 @@ import importlib
 import inspect
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -19,6 +17,7 @@ from segjax.config import ConfigError, default_config, options
 from segjax.config import rules as config_rules
 from segjax.experiment import Experiment
 from segjax.input_pipeline import sources
+from tests import command
 from tests.marks import full
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,8 +25,8 @@ CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 
 def run(*arguments):
-  command = [sys.executable, "-m", "segjax.main", *arguments]
-  return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+  """(exit code, stdout, stderr)"""
+  return command.run("segjax.main", *arguments, cwd=ROOT)
 
 
 def test_misspelt_field_in_a_config_file_is_refused_with_a_suggestion():
@@ -49,16 +48,16 @@ def test_misspelt_field_on_the_command_line_is_refused_with_a_suggestion(tmp_pat
     ("--config.data.loader=torch", "config.data.loader = 'torch': choose one of tf_data, grain."),
     ("--worckdir=x", "worckdir"),
   ):
-    result = run(*base, argument)
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+    code, _, err = run(*base, argument)
+    assert code == 2 and message in err and "Traceback" not in err, err
   assert not (tmp_path / "run").exists()
 
 
 def test_missing_config_file_and_workdir_say_so(tmp_path):
-  result = run("--config=configs/quickstat.py", f"--workdir={tmp_path}")
-  assert result.returncode == 2 and "quickstat.py" in result.stderr and "Traceback" not in result.stderr
-  result = run(f"--workdir={tmp_path / 'none'}", "--mode=eval")
-  assert result.returncode == 2 and "is not the workdir of a run" in result.stderr
+  code, _, err = run("--config=configs/quickstat.py", f"--workdir={tmp_path}")
+  assert code == 2 and "quickstat.py" in err and "Traceback" not in err
+  code, _, err = run(f"--workdir={tmp_path / 'none'}", "--mode=eval")
+  assert code == 2 and "is not the workdir of a run" in err
 
 
 def test_validate_reports_all_problems_at_once():
@@ -246,12 +245,12 @@ def test_phases_of_deeplab_voc_and_what_a_wrong_one_says(tmp_path):
   first, second = deeplab_voc.get_config(), deeplab_voc.get_config("trainval")
   changed = {line.partition(":")[0] for line in config_lib.differences(second, first)}
   assert changed == {"data.train_split", "model.output_stride", "model.frozen_bn", "optimizer.base_lr"}
-  result = run("--config=configs/deeplab_voc.py:train", f"--workdir={tmp_path / 'run'}", "--config.data.dir=x")
-  assert result.returncode == 2 and "phase 'train': choose trainaug or trainval" in result.stderr
-  result = run(
+  code, _, err = run("--config=configs/deeplab_voc.py:train", f"--workdir={tmp_path / 'run'}", "--config.data.dir=x")
+  assert code == 2 and "phase 'train': choose trainaug or trainval" in err
+  code, _, err = run(
     "--config=configs/deeplab_voc.py:trainval", f"--workdir={tmp_path / 'run'}", "--config.data.dir=/nowhere"
   )
-  assert result.returncode == 2 and "data.dir = /nowhere: no folder JPEGImages" in result.stderr
+  assert code == 2 and "data.dir = /nowhere: no folder JPEGImages" in err
   assert not (tmp_path / "run").exists()
 
 

@@ -11,11 +11,7 @@ from segjax.kernels import depthwise
 from segjax.models import layers
 from tests.marks import full
 
-
-@pytest.fixture(autouse=True, params=["plain", "cpu"])
-def on_platform(request):
-  with kernels.on(request.param):
-    yield
+PLATFORMS = ("plain", "cpu")  # Each has a form.
 
 
 def grouped(x, kernel, stride, rate, padding):
@@ -38,19 +34,28 @@ def test_depthwise_equals_grouped_convolution(stride, rate, size, padding):
     around = layers.paddings(size, 3, stride, rate, padding)
     g = jax.random.normal(key[2], (2, -(-size[0] // stride), -(-size[1] // stride), 5), jnp.float64)
 
+    def value_and_gradients(function, x, kernel, g):
+      value, pull = jax.vjp(lambda x, k: function(x, k, stride, rate, around), x, kernel)
+      return value, *pull(g)
+
     @jax.jit  # Op by op takes ten times as long.
-    def both(x, kernel, g):
-      want, want_vjp = jax.vjp(lambda x, k: grouped(x, k, stride, rate, around), x, kernel)
-      got, got_vjp = jax.vjp(lambda x, k: depthwise.depthwise_conv(x, k, stride, rate, around), x, kernel)
-      return (got, *got_vjp(g)), (want, *want_vjp(g))
+    def all_forms(x, kernel, g):
+      found = {}
+      for platform in PLATFORMS:
+        with kernels.on(platform):
+          found[platform] = value_and_gradients(depthwise.depthwise_conv, x, kernel, g)
+      return found, value_and_gradients(grouped, x, kernel, g)
 
-    for ours, theirs in zip(*both(x, kernel, g)):
-      np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    found, want = all_forms(x, kernel, g)
+    for platform in PLATFORMS:
+      for ours, theirs in zip(found[platform], want):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12, err_msg=platform)
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize("data, space", [(8, 1), (4, 2), (2, 4), (1, 8)])
 @pytest.mark.parametrize("spec", [("data",), ("data", "space")])
-def test_kernel_gradient_is_right_on_every_mesh(data, space, spec):
+def test_kernel_gradient_is_right_on_every_mesh(data, space, spec, platform):
   mesh = sharding.make_mesh(data, space)
   with jax.enable_x64(True):
     x = jax.random.normal(jax.random.key(0), (8, 16, 6, 3), jnp.float64)
@@ -59,7 +64,7 @@ def test_kernel_gradient_is_right_on_every_mesh(data, space, spec):
     def loss(x, kernel):
       return (depthwise.depthwise_conv(x, kernel, 1, 2, ((2, 2), (2, 2))) ** 2).sum()
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    gradient = jax.jit(kernels.on(platform)(jax.grad(loss, argnums=(0, 1))))
     want = gradient(x, kernel)
     got = gradient(jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))), kernel)
     for ours, theirs in zip(got, want):
@@ -85,12 +90,20 @@ def test_gradients_for_accelerators_are_those_of_one_device(platform, stride, ra
       np.testing.assert_allclose(ours, theirs, atol=1e-10)
 
 
-def test_bfloat16_sums_in_float32():
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_bfloat16_sums_in_float32(platform):
   x = jnp.full((1, 8, 8, 1), 1.0, jnp.bfloat16)
   kernel = jnp.full((3, 3, 1, 1), 1 / 256).at[1, 1].set(1.0)  # In bfloat16, 1 + 1/256 is 1 again.
-  y, vjp = jax.vjp(lambda x, k: depthwise.depthwise_conv(x, k, 1, 1, ((1, 1), (1, 1))), x, kernel)
+
+  @jax.jit
+  @kernels.on(platform)
+  def value_and_gradients(x, kernel):
+    y, pull = jax.vjp(lambda x, k: depthwise.depthwise_conv(x, k, 1, 1, ((1, 1), (1, 1))), x, kernel)
+    return y, pull(y)
+
+  y, gradients = value_and_gradients(x, kernel)
   assert y.dtype == jnp.bfloat16 and float(y[0, 4, 4, 0]) == pytest.approx(1 + 8 / 256, abs=1e-6)
-  assert [g.dtype for g in vjp(y)] == [jnp.bfloat16, jnp.float32]
+  assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
 
 
 @pytest.mark.parametrize("n, first, same", [(65, 1, 1), (64, 1, 0), (5, 1, 1), (4, 1, 0)])

@@ -3,8 +3,6 @@
 import dataclasses
 import importlib
 import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -15,6 +13,7 @@ from segjax.config import ConfigError
 from segjax.tools import flops
 from segjax.tools.dry_run import device_memory, dry_run
 from segjax.tools.programs import compile_step
+from tests import command
 from tests.experiment import host_batches, make_step, mesh_of
 from tests.test_config import CONFIGS
 
@@ -114,13 +113,14 @@ def test_every_shipped_config_can_be_dry_run_without_data_or_says_what_is_missin
 
 
 def test_every_other_mode_wants_a_workdir():
-  command = [sys.executable, "-m", "segjax.main", "--config=configs/quickstart.py", "--mode=eval"]
-  result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-  assert result.returncode == 2 and "only --mode=dry_run needs none" in result.stderr, result.stderr
+  code, _, err = command.run("segjax.main", "--config=configs/quickstart.py", "--mode=eval", cwd=ROOT)
+  assert code == 2 and "only --mode=dry_run needs none" in err, err
 
 
 def test_an_evaluation_on_several_canvases_needs_what_the_greediest_of_them_does(tiny_config, monkeypatch, capsys):
   """The largest takes one image to a device; a whole batch on it would be told to need far more."""
+  program = compile_step(jax.jit(lambda x: x + 1), 1.0)
+  monkeypatch.setattr("segjax.tools.programs.compile_train", lambda *arguments: program)  # Which is not the question.
   monkeypatch.setattr(input_pipeline, "eval_canvases", lambda source, data: [(24, 32), (48, 64)])
   several = dry_run(tiny_config)["evaluation"].peak
   assert "evaluation has 2 canvases" in capsys.readouterr().out

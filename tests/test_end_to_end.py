@@ -1,7 +1,6 @@
 """From archives to submissions, with both loaders and both formats; and real VOC images through every command."""
 
 import importlib
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -21,11 +20,9 @@ from segjax.config import rules as config_rules
 from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError, scan
 from segjax.tools import check_data, submission
-from tests import archives
+from tests import archives, command
 from tests.test_loaders import assert_same
 from tests.test_train import assert_identical, checkpoint
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +32,9 @@ def stores(tmp_path_factory):
   archives.make_voc(folder)
   archives.make_cityscapes(folder)
   for name in ("voc", "cityscapes"):
-    command = [
-      sys.executable,
-      "-m",
-      "segjax.prepare",
-      name,
-      f"--archives={folder}",
-      f"--out={folder / name}",
-      "--allow_partial",
-      f"--tfds={folder / 'tfds'}",
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0 and "train on it: --config.data.dir=" in result.stdout, result.stderr
+    arguments = f"--archives={folder}", f"--out={folder / name}", "--allow_partial", f"--tfds={folder / 'tfds'}"
+    code, out, err = command.run("segjax.prepare", name, *arguments)
+    assert code == 0 and "train on it: --config.data.dir=" in out, err
   return {
     ("voc", "tree"): folder / "voc/VOCdevkit/VOC2012",
     ("cityscapes", "tree"): folder / "cityscapes",

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from segjax import models, pretrained, state, steps, train
 from segjax.config import default_config
 from tests.marks import full
-from tests.seeded import torch_weights
+from tests.seeded import DATA, torch_weights
 
 PARTS = ("score_fc7", "score_pool4", "score_pool3")
 
@@ -61,30 +61,52 @@ def image(h, w, dtype=np.float32, batch=1):
   return jnp.asarray(np.random.default_rng(0).normal(size=(batch, h, w, 3)), dtype)
 
 
-def state_shapes(shared, name):
-  rows = (line.split("\t") for line in (shared / f"reference/torch/state/{name}.tsv").read_text().splitlines())
-  return {key: tuple(int(n) for n in shape.split("x")) for key, shape, _ in rows}
+def check_scores(z, prefix, size, **options):
+  """Every score that a fixture holds of a network with seeded weights, within 20 times PyTorch's own float32 noise."""
+  options |= dict(geometry="caffe", normalization="caffe")
+  model = nnx.eval_shape(lambda: models.build("fcn", rngs=nnx.Rngs(0), **options))
+  weights = torch_weights(torch_shapes(state.split(model)[1]), gain=1.0)
+  assert pretrained.assign(model, weights, scheme="wkentaro") == len(weights) == 39
+  bgr = np.random.default_rng(0).standard_normal([1, 3, *size]).astype(np.float32)
+  logits, endpoints = run(model, jnp.asarray(bgr[:, ::-1].transpose(0, 2, 3, 1)))
+  noise = z[f"{prefix}/logits__f32_noise"]
+  np.testing.assert_allclose(logits.transpose(0, 3, 1, 2), z[f"{prefix}/logits"], atol=20 * noise)
+  theirs = dict(score_fr="score_fc7", upscore2="upscore_fc7", upscore8="upscore")
+  compared = [name[1][1:] for key in z.files if (name := re.fullmatch(rf"{prefix}(/\w+)(?<!logits)__probe", key))]
+  for name in compared:
+    ours = np.asarray(endpoints[theirs[name] if name in theirs else name]).transpose(0, 3, 1, 2)
+    assert ours.shape == tuple(z[f"{prefix}/{name}__shape"])
+    probe, noise = ours.reshape(-1)[z[f"{prefix}/{name}__probe_index"]], z[f"{prefix}/{name}__f32_noise"]
+    np.testing.assert_allclose(probe, z[f"{prefix}/{name}__probe"], atol=20 * noise, err_msg=name)
+  return compared
+
+
+def torch_shapes(params):
+  """{PyTorch's key: shape} of wkentaro's FCN-8s."""
+  theirs = dict(score_fc7="score_fr", upscore_fc7="upscore2", upscore="upscore8")
+  shapes = {}
+  for path, leaf in traverse_util.flatten_dict(params).items():
+    layer, kind = theirs[path[-2]] if path[-2] in theirs else path[-2], path[-1]
+    order = (2, 3, 0, 1) if layer.startswith("upscore") else (3, 2, 0, 1)  # Transposed: [in, out, kh, kw].
+    shape = tuple(leaf.shape[i] for i in order) if kind == "kernel" else leaf.shape
+    shapes[f"{layer}.{'weight' if kind == 'kernel' else kind}"] = shape
+  return shapes
+
+
+def test_every_score_of_a_narrow_network_equals_pytorch_fcn_with_the_caffe_geometry():
+  """tests/narrow_peers.py made them."""
+  compared = check_scores(np.load(DATA / "torch_narrow.npz"), "wkentaro_fcn8s/32x48", (32, 48), num_classes=5, width=4)
+  assert len(compared) == 11
 
 
 @pytest.mark.reference
 def test_every_score_equals_pytorch_fcn_with_the_caffe_geometry(shared):
   z = np.load(shared / "reference/torch/fixtures/wkentaro_fcn8s.npz")
-  weights = torch_weights(state_shapes(shared, "wkentaro_fcn8s"), float(z["gain"]))
-  options = dict(num_classes=21, geometry="caffe", normalization="caffe")
-  model = nnx.eval_shape(lambda: models.build("fcn", rngs=nnx.Rngs(0), **options))
-  assert pretrained.assign(model, weights, scheme="wkentaro") == len(weights)
-  bgr = np.random.default_rng(0).standard_normal([1, 3, 64, 96]).astype(np.float32)
-  endpoints = {}
-  logits = model(jnp.asarray(bgr[:, ::-1].transpose(0, 2, 3, 1)), endpoints=endpoints)
-  np.testing.assert_allclose(logits.transpose(0, 3, 1, 2), z["64x96/logits"], atol=20 * z["64x96/logits__f32_noise"])
-  theirs = dict(score_fr="score_fc7", upscore2="upscore_fc7", upscore8="upscore")
-  compared = [name[6:-7] for name in z.files if re.fullmatch(r"64x96/\w+(?<!logits)__probe", name)]
-  assert len(compared) == 9
-  for name in compared:
-    ours = np.asarray(endpoints[theirs[name] if name in theirs else name]).transpose(0, 3, 1, 2)
-    assert ours.shape == tuple(z[f"64x96/{name}__shape"])
-    probe, noise = ours.reshape(-1)[z[f"64x96/{name}__probe_index"]], z[f"64x96/{name}__f32_noise"]
-    np.testing.assert_allclose(probe, z[f"64x96/{name}__probe"], atol=20 * noise, err_msg=name)
+  assert float(z["gain"]) == 1
+  rows = (line.split("\t") for line in (shared / "reference/torch/state/wkentaro_fcn8s.tsv").read_text().splitlines())
+  network = nnx.eval_shape(lambda: models.build("fcn", num_classes=21, rngs=nnx.Rngs(0)))
+  assert torch_shapes(state.split(network)[1]) == {key: tuple(map(int, shape.split("x"))) for key, shape, _ in rows}
+  assert len(check_scores(z, "64x96", (64, 96), num_classes=21)) == 9
 
 
 @pytest.mark.parametrize(
@@ -93,16 +115,16 @@ def test_every_score_equals_pytorch_fcn_with_the_caffe_geometry(shared):
 def test_the_fused_score_is_the_sum_of_its_upsampled_parts_in_float64(options):
   with jax.enable_x64(True):
     graphdef, params = initial(dtype="float64", **options)
-    forward = jit(lambda params, x: steps.merge(graphdef, dict(params=params, batch_stats={}))(x))
+    logits = jit(lambda params, x: steps.merge(graphdef, dict(params=params, batch_stats={}))(x))
     x, total = image(37, 50, np.float64), 0
     present = [name for name in PARTS if name in params]
     for kept in present:
       silent = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in present if name != kept}
-      part = forward(params | silent, x)
+      part = logits(params | silent, x)
       assert jnp.abs(part).max() > 0
       total += part
     assert len(present) == (2 if "stride" in options else 3)
-    np.testing.assert_allclose(total, forward(params, x), atol=1e-10)
+    np.testing.assert_allclose(total, logits(params, x), atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +151,13 @@ def test_logits_cover_images_of_any_size(options):
 @pytest.mark.parametrize("geometry", [*full("same"), "caffe"])
 def test_scores_of_all_strides_lie_above_the_pixels_they_see(geometry):
   """Each skip's share of a logit changes most with the pixels around that logit: within half its stride of them."""
-  x = image(160, 160)
+  x, graphdef = jnp.abs(image(160, 160)), initial(geometry=geometry, width=4)[0]
+
+  @jit
+  @jax.grad
+  def of_middle(x, params):
+    return steps.merge(graphdef, dict(params=params, batch_stats={}))(x)[0, 72:88, 72:88].sum()
+
   for part, reach in (("score_pool3", 8), ("score_pool4", 16)):
     model = build(geometry=geometry, width=4)
     for name in PARTS:
@@ -140,12 +168,7 @@ def test_scores_of_all_strides_lie_above_the_pixels_they_see(geometry):
       for name in stage:
         layer = getattr(model.backbone, name)
         layer.kernel[...] = jnp.ones_like(layer.kernel[...]) / layer.kernel[..., 0].size
-    graphdef, params, _ = state.split(model)
-
-    def middle(x, params, graphdef=graphdef):
-      return steps.merge(graphdef, dict(params=params, batch_stats={}))(x)[0, 72:88, 72:88].sum()
-
-    gradient = jit(jax.grad(middle))(jnp.abs(x), params)[0].sum(-1)
+    gradient = of_middle(x, state.split(model)[1])[0].sum(-1)
     weight = np.asarray(gradient) / gradient.sum()
     centre = [float((weight.sum(1 - axis) * np.arange(160)).sum()) for axis in (0, 1)]
     np.testing.assert_allclose(centre, 79.5, atol=reach / 2)

@@ -45,7 +45,8 @@ def test_official_weights_are_scored_without_a_run_at_another_stride(config, tmp
   pretrained.assign(model, dict(np.load(config.init.path)), "tf_deeplab")
   source = input_pipeline.make_source(config.data, "val")
   image, label = (jnp.stack(part) for part in zip(*(source[n] for n in range(3))))
-  prediction = jax.jit(lambda image: inference.class_scores(model, model.preprocess(image)).argmax(-1))(image)
+  predict = nnx.jit(lambda model, image: inference.class_scores(model, model.preprocess(image)).argmax(-1))
+  prediction = predict(model, image)
   want = metrics.scores(np.asarray(metrics.confusion_matrix(label, prediction, 6)))
   np.testing.assert_allclose(scores["val/pixel_accuracy"], want["pixel_accuracy"], atol=1e-3)  # Near ties.
 

@@ -176,7 +176,9 @@ def test_every_name_has_one_place_in_the_model(case):
   assert learnt == sum(a.size for key, a in arrays.items() if "running" not in key) + (2049000 if "only" in case else 0)
 
 
-@pytest.mark.parametrize("case", ["vainf_deeplabv3plus_mobilenet", *full("smp_deeplabv3plus_resnet50")])
+@pytest.mark.parametrize(
+  "case", ["vainf_deeplabv3plus_mobilenet", "torchvision_fcn_resnet50", *full("smp_deeplabv3plus_resnet50")]
+)
 def test_logits_and_end_points_equal_the_peers(case):
   check(case, np.load(seeded.DATA / f"torch_{case}.npz"))
 

@@ -3,8 +3,6 @@
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -19,6 +17,7 @@ from segjax.input_pipeline import DataError, unlabelled
 from segjax.models import resize
 from segjax.run import pictures, prediction_info
 from segjax.run.checkpoint import Checkpoints
+from tests import command
 from tests.marks import full
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -233,15 +232,10 @@ def run(data, tmp_path_factory):
   return folder
 
 
-def command(*arguments):
-  result = subprocess.run(
-    [sys.executable, "-m", "segjax.predict", *map(str, arguments)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  return result.returncode, result.stdout + result.stderr
+def run_command(*arguments):
+  """(exit code, all output) of `segjax predict`."""
+  code, out, err = command.run("segjax.predict", *arguments, cwd=ROOT)
+  return code, out + err
 
 
 def test_bad_files_are_named_and_skipped(data, run, tmp_path):
@@ -254,7 +248,9 @@ def test_bad_files_are_named_and_skipped(data, run, tmp_path):
   (images / "cut.png").write_bytes(cut[: len(cut) // 2])
   out = images / "results"  # A second call must not take these for images.
   for _ in range(2):
-    code, output = command("--workdir", run, images, images / "nosuch.jpg", f"--out={out}", "--config.eval.flip=True")
+    code, output = run_command(
+      "--workdir", run, images, images / "nosuch.jpg", f"--out={out}", "--config.eval.flip=True"
+    )
     assert code == 1 and "4 file(s) skipped" in output and "flip True" in output and "notes.txt" not in output, output
     for name, reason in (
       ("bits", "more than 8 bits"),
@@ -350,6 +346,6 @@ def test_the_command_says_what_it_lacks(tmp_path):
       "Name the --workdir of a run, or weights by --config.init",
     ),
   ):
-    code, output = command(*arguments)
+    code, output = run_command(*arguments)
     assert code == 2 and message in output and "Traceback" not in output, output
   assert not os.path.exists(ROOT / "x")

@@ -4,8 +4,6 @@ import importlib.util
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 
@@ -13,6 +11,7 @@ from segjax import config as config_lib
 from segjax.config import file as config_file
 from segjax.run import commandline
 from segjax.tools import verbs
+from tests import command as in_process
 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -25,7 +24,7 @@ def test_command_of_the_readme_is_understood(command, monkeypatch):
   words = shlex.split(command)
   assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
   if words[2] == "segjax.prepare":
-    known = subprocess.run([sys.executable, "-m", words[2], "--help"], capture_output=True, text=True).stdout
+    _, known, _ = in_process.run(words[2], "--help")
     assert words[3] in ("voc", "cityscapes", "nuclei")
     assert all(re.search(rf"--(\[no\])?{word[2:].partition('=')[0]}\b", known) for word in words[4:])
     return

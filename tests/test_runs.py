@@ -1,63 +1,31 @@
 """What a run survives and how it goes on, with a step that only counts and evaluations that give what a test says."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from segjax import steps
 from segjax import train as train_lib
-from segjax.experiment import Experiment
+from segjax.config import ConfigError
 from segjax.input_pipeline import DataError
 from segjax.run import checkpoint as checkpoint_lib
-from segjax.run import distributed, evaluation, report
+from segjax.run import distributed, report
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.workdir import WorkdirError
+from tests import fake_run
 from tests.test_train import assert_identical, checkpoint, read_metrics
-
-
-class Fake:
-  """What a run is made of here, and what happened in it.
-
-  Attributes:
-    scores: of the evaluations to come, by mean IoU; an exception is raised.
-    events: "compile", ("step", n) and "evaluate" in their order.
-    at_step: called with n before step n.
-  """
-
-  def __init__(self):
-    self.scores, self.events, self.at_step = [], [], lambda n: None
-
-  def step(self, state, batch):
-    n = int(state.step) + 1
-    self.events.append(("step", n))
-    self.at_step(n)
-    metrics = dict(loss=jnp.float32(n), grad_norm=jnp.float32(1), pixel_accuracy=jnp.float32(0))
-    return dataclasses.replace(state, step=state.step + 1), metrics
-
-  def evaluate(self, evaluator, variables):
-    self.events.append("evaluate")
-    score = self.scores.pop(0)
-    if isinstance(score, BaseException):
-      raise score
-    split = evaluator.config.data.eval_split
-    scalars = {f"{split}/mean_iou": score, f"{split}/iou/disk": score}
-    return evaluation.Evaluation(np.zeros((6, 6), np.int64), scalars, "table", {})
 
 
 @pytest.fixture
 def fake(monkeypatch):
-  made = Fake()
-  monkeypatch.setattr(Experiment, "make_train_step", lambda *args: made.step)
-  monkeypatch.setattr(evaluation.Evaluator, "compile", lambda self, variables: made.events.append("compile"))
-  monkeypatch.setattr(evaluation.Evaluator, "__call__", lambda self, variables: made.evaluate(self, variables))
-  return made
+  return fake_run.install(monkeypatch)
 
 
 @pytest.fixture
@@ -121,6 +89,17 @@ def test_a_run_that_died_before_its_score_was_recorded_evaluates_again_and_tells
   assert scored(tmp_path / "run") == [(3, 0.5), (6, 0.6)] and not fake.scores
   assert "note: the evaluation at step 3 failed or was cut short before" in capsys.readouterr().out
   assert train_lib.train(config, tmp_path / "run") == {}
+
+
+def test_class_weights_by_rule_are_cached_and_by_list_checked(config, fake, tmp_path):
+  config.num_steps, config.loss.class_weights, fake.scores = 1, ("median_frequency",), [0.5]
+  train_lib.train(config, tmp_path / "run")
+  cached = json.loads((tmp_path / "run" / "label_statistics.json").read_text())
+  assert len(cached["pixels"]) == 6 and cached["pixels"][0] > cached["pixels"][1] > 0
+  assert fake.class_weights.shape == (6,) and fake.class_weights[0] < fake.class_weights[1]
+  config.loss.class_weights = (1.0, 2.0)
+  with pytest.raises(ConfigError, match="has 2 numbers for 6 classes"):
+    train_lib.train(config, tmp_path / "other")
 
 
 def test_a_picture_that_cannot_be_written_is_named_and_the_others_are_written(tmp_path, capsys):

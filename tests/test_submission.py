@@ -7,6 +7,7 @@ from segjax import evaluate, input_pipeline
 from segjax.config import ConfigError, default_config
 from segjax.tools import submission
 from segjax.train import train
+from tests import fake_run
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,9 @@ def run(tmp_path_factory):
   config.num_steps, config.batch_size, config.crop_size, config.data.loader = 1, 8, (8, 8), "grain"
   config.data.image_size, config.data.num_train, config.data.num_val = (8, 8), 4, 2
   config.model.width, config.model.depth = 2, 1
-  train(config, workdir)
+  with pytest.MonkeyPatch.context() as patch:
+    fake_run.install(patch).scores = [0.5]
+    train(config, workdir)
   return workdir
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from segjax import models, pretrained
 from tests import seeded
+from tests.marks import full
 
 TABLES = {
   "xception41": dict(backbone="xception_41"),
@@ -28,7 +29,7 @@ def zeros(table):
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("output_stride", [8, 32])
+@pytest.mark.parametrize("output_stride", [*full(8), 32])
 def test_every_official_name_has_one_place_in_the_model(table, output_stride):
   arrays = zeros(table)
   slots = {f"{name}/Momentum": array for name, array in arrays.items()} | {"global_step": np.zeros(())}

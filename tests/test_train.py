@@ -1,13 +1,19 @@
 """Whole runs, through the functions and through the command line: scores, resume, refusal, divergence."""
 
+import contextlib
+import functools
 import gzip
+import io
 import json
 import logging
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,9 +27,9 @@ from segjax.config import ConfigError
 from segjax.experiment import Experiment
 from segjax.run import prediction_info
 from segjax.run.checkpoint import Checkpoints
+from tests import command
+from tests.conftest import ROOT, make_tiny_config
 from tests.marks import full
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def read_metrics(workdir):
@@ -43,20 +49,18 @@ def assert_identical(first, second):
     np.testing.assert_array_equal(value, other[path], err_msg=jax.tree_util.keystr(path))
 
 
-def start(config, workdir, *arguments):
-  """A run in a process of its own, from a config file that holds `config`."""
+def arguments(config, workdir) -> tuple[str, str]:
+  """Of a command, with a config file that holds `config`."""
   folder = workdir.with_name(workdir.name + "_config")
   folder.mkdir(exist_ok=True)
   config_lib.save(config, folder)
-  command = [
-    sys.executable,
-    "-m",
-    "segjax.main",
-    f"--config={config_lib.__file__}:{folder}",
-    f"--workdir={workdir}",
-    *arguments,
-  ]
-  return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return f"--config={config_lib.__file__}:{folder}", f"--workdir={workdir}"
+
+
+def start(config, workdir, *more):
+  """A run in a process of its own, from a config file that holds `config`."""
+  line = [sys.executable, "-m", "segjax.main", *arguments(config, workdir), *more]
+  return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process):
@@ -65,12 +69,34 @@ def finish(process):
   return output
 
 
+class Finished(NamedTuple):
+  workdir: pathlib.Path
+  scores: dict
+  output: str
+
+  def copy(self, folder):
+    return shutil.copytree(self.workdir, folder)
+
+
+@functools.cache
+def finished(loader: str) -> Finished:
+  """The tiny run with either loader, trained once; tests that write into its workdir take a copy."""
+  config = make_tiny_config()
+  config.data.loader = loader
+  workdir, output = pathlib.Path(FOLDER.name) / loader, io.StringIO()
+  with contextlib.redirect_stdout(output):
+    scores = train_lib.train(config, workdir)
+  return Finished(workdir, scores, output.getvalue())
+
+
+FOLDER = tempfile.TemporaryDirectory()
+
+
 @pytest.mark.parametrize("loader", [*full("tf_data"), "grain"])
 def test_six_steps_equal_three_a_kill_and_three_more_bit_for_bit(tiny_config, tmp_path, loader):
   """Parameters, statistics, optimiser state and averages, with augmentation and dropout on; loss and data as well."""
   tiny_config.data.loader = loader
-  whole, broken = tmp_path / "whole", tmp_path / "broken"
-  train_lib.train(tiny_config, whole)
+  whole, broken = finished(loader).workdir, tmp_path / "broken"
   process = start(tiny_config, broken)
   while not (broken / "checkpoints" / "step_3").exists():  # Complete: Orbax renames it into place.
     assert process.poll() is None, process.communicate()[0]
@@ -86,17 +112,12 @@ def test_six_steps_equal_three_a_kill_and_three_more_bit_for_bit(tiny_config, tm
   assert [line["step"] for line in lines[1] if "val/mean_iou" in line] == [3, 6]
 
 
-def test_loaders_train_the_same_network_bit_for_bit(tiny_config, tmp_path):
-  for loader in ("tf_data", "grain"):
-    tiny_config.data.loader = loader
-    train_lib.train(tiny_config, tmp_path / loader)
-  assert_identical(checkpoint(tmp_path / "tf_data", 6), checkpoint(tmp_path / "grain", 6))
+def test_loaders_train_the_same_network_bit_for_bit():
+  assert_identical(*(checkpoint(finished(loader).workdir, 6) for loader in ("tf_data", "grain")))
 
 
 def test_a_run_leaves_scores_pictures_and_a_config(tiny_config, tmp_path, capsys):
-  workdir = tmp_path / "run"
-  scores = train_lib.train(tiny_config, workdir)
-  output = capsys.readouterr().out
+  workdir, tiny_config.data.loader = finished("grain").copy(tmp_path / "run"), "grain"
   for text in (
     "step      6/6",
     "images/s",
@@ -108,11 +129,11 @@ def test_a_run_leaves_scores_pictures_and_a_config(tiny_config, tmp_path, capsys
     "checkpoints",
     "overlays",
   ):
-    assert text in output, text
+    assert text in finished("grain").output, text
   lines = read_metrics(workdir)
   names = set().union(*lines)
   assert {"step", "train/loss", "train/images_per_s", "train/learning_rate", "val/mean_iou", "val/iou/disk"} <= names
-  assert lines[-1]["val/mean_iou"] == scores["val/mean_iou"]
+  assert lines[-1]["val/mean_iou"] == finished("grain").scores["val/mean_iou"]
   pictures = sorted((workdir / "overlays" / "step_000006").glob("*.png"))
   assert len(pictures) == 2 and Image.open(pictures[0]).size == (3 * 32, 24)
   assert config_lib.fields(config_lib.load(workdir)) == config_lib.fields(tiny_config)
@@ -137,32 +158,39 @@ def test_a_run_leaves_scores_pictures_and_a_config(tiny_config, tmp_path, capsys
     train_lib.train(tiny_config, workdir)
 
 
-def test_evaluation_repeats_the_score_and_takes_any_split(tiny_config, tmp_path, capsys):
-  workdir = tmp_path / "run"
-  scores = train_lib.train(tiny_config, workdir)
-  tiny_config.eval.checkpoint = "last"
+def test_evaluation_repeats_the_score_and_takes_any_split(tiny_config, tmp_path):
+  workdir, scores = finished("grain").copy(tmp_path / "run"), finished("grain").scores
+  tiny_config.data.loader, tiny_config.eval.checkpoint = "grain", "last"
   again = evaluate_lib.evaluate(tiny_config, workdir)
   assert again == scores or {k: v for k, v in again.items() if v == v} == {k: v for k, v in scores.items() if v == v}
-  output = finish(start(tiny_config, workdir, "--mode=eval", "--config.data.eval_split=train"))
-  assert "train: 20 images, checkpoint of step" in output and (workdir / "eval_train" / "metrics.jsonl").exists()
+  code, out, err = command.run(
+    "segjax.main", *arguments(tiny_config, workdir), "--mode=eval", "--config.data.eval_split=train"
+  )
+  assert code == 0 and "train: 20 images, checkpoint of step" in out, err
+  assert (workdir / "eval_train" / "metrics.jsonl").exists()
   # Without --config, the run's own.
-  command = [sys.executable, "-m", "segjax.main", f"--workdir={workdir}", "--mode=eval", "--config.eval.scales=0.5,1.0"]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  code, out, err = command.run("segjax.main", f"--workdir={workdir}", "--mode=eval", "--config.eval.scales=0.5,1.0")
+  assert code == 0 and "scales (0.5, 1.0)" in out, err
+
+
+@pytest.mark.full
+def test_no_library_writes_notes_around_the_table_of_an_evaluation(tmp_path):
+  workdir = finished("tf_data").copy(tmp_path / "run")
+  line = [sys.executable, "-m", "segjax.main", f"--workdir={workdir}", "--mode=eval", "--config.eval.scales=0.5,1.0"]
+  result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
   assert result.returncode == 0 and "scales (0.5, 1.0)" in result.stdout, result.stderr
-  assert result.stderr == ""  # No library's notes around the table.
+  assert result.stderr == ""
 
 
 def test_eval_batch_size_does_not_change_the_score(tiny_config, tmp_path):
-  train_lib.train(tiny_config, tmp_path / "run")
-  matrices = []
-  for batch_size in (8, 16):
-    tiny_config.eval.batch_size = batch_size
-    matrices.append(evaluate_lib.evaluate(tiny_config, tmp_path / "run")["val/mean_iou"])
-  assert matrices[0] == pytest.approx(matrices[1], abs=1e-6)
+  workdir = finished("grain").copy(tmp_path / "run")
+  tiny_config.data.loader, tiny_config.eval.checkpoint, tiny_config.eval.batch_size = "grain", "last", 16
+  again = evaluate_lib.evaluate(tiny_config, workdir)["val/mean_iou"]
+  assert finished("grain").scores["val/mean_iou"] == pytest.approx(again, abs=1e-6)  # Of batches of 8.
 
 
 def test_steps_are_compiled_once_over_epochs_and_evaluations(tiny_config, tmp_path, monkeypatch, caplog):
-  tiny_config.num_steps, tiny_config.eval_every = 8, 2  # 20 examples, 8 a step: more than two epochs.
+  tiny_config.data.loader, tiny_config.eval_every = "grain", 2  # 20 examples, 8 a step: more than two epochs.
   with jax.log_compiles(True), caplog.at_level(logging.WARNING):
     train_lib.train(tiny_config, tmp_path / "run")
   compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
@@ -172,6 +200,7 @@ def test_steps_are_compiled_once_over_epochs_and_evaluations(tiny_config, tmp_pa
 
 @pytest.mark.full
 def test_a_run_keeps_what_it_compiled_and_traces_the_steps_it_is_told_to(tiny_config, tmp_path, monkeypatch):
+  tiny_config.num_steps, tiny_config.model.depth, tiny_config.data.loader = 3, 1, "grain"
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   cache = tmp_path / "segjax/compilation"
@@ -190,6 +219,7 @@ def test_a_run_keeps_what_it_compiled_and_traces_the_steps_it_is_told_to(tiny_co
 
 def test_divergence_stops_the_run_names_it_and_keeps_the_last_good_checkpoint(tiny_config, tmp_path):
   tiny_config.num_steps, tiny_config.checkpoint_every, tiny_config.eval_every = 12, 3, 12
+  tiny_config.data.loader = "grain"
   tiny_config.optimizer.base_lr, tiny_config.optimizer.warmup_steps = 1e38, 4  # Rates 0, 2.5e37, 5e37, ...
   tiny_config.optimizer.ema_decay = 0.0
   with pytest.raises(train_lib.NonFiniteLoss) as error:
@@ -230,17 +260,6 @@ def test_warm_start_takes_weights_strictly_but_for_what_is_excluded(tiny_config,
   tiny_config.init.exclude = ("logits",)
   train_lib.train(tiny_config, tmp_path / "sixth")
   assert "init: imported 54 of 56 tensors" in capsys.readouterr().out
-
-
-def test_class_weights_by_rule_are_cached_and_by_list_checked(tiny_config, tmp_path):
-  tiny_config.num_steps = 1
-  tiny_config.loss.class_weights = ("median_frequency",)
-  train_lib.train(tiny_config, tmp_path / "run")
-  cached = json.loads((tmp_path / "run" / "label_statistics.json").read_text())
-  assert len(cached["pixels"]) == 6 and cached["pixels"][0] > cached["pixels"][1] > 0
-  tiny_config.loss.class_weights = (1.0, 2.0)
-  with pytest.raises(ConfigError, match="has 2 numbers for 6 classes"):
-    train_lib.train(tiny_config, tmp_path / "other")
 
 
 @pytest.mark.parametrize("keep", [1, 2])

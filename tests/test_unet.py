@@ -1,5 +1,7 @@
 """The U-Net: its wiring, sizes and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,17 @@ import pytest
 from flax import nnx, traverse_util
 
 from segjax import inference, models, state, steps
-from tests.seeded import torch_weights
+from tests.seeded import DATA, torch_weights
+
+
+@functools.cache
+def initial(**options):
+  """Compiled, and each network once."""
+  return nnx.split(nnx.jit(lambda: models.build("unet", rngs=nnx.Rngs(0), **options))())
 
 
 def build(**options):
-  options = dict(num_classes=3, width=4, depth=3) | options
-  return nnx.jit(lambda: models.build("unet", rngs=nnx.Rngs(0), **options))()
+  return nnx.merge(*initial(**dict(num_classes=3, width=4, depth=3) | options), copy=True)
 
 
 def image(h, w, seed=0, batch=2):
@@ -67,13 +74,22 @@ def test_a_size_is_padded_at_the_bottom_and_right():
 def test_evaluation_is_pure_and_training_updates_statistics():
   model, x = build(dropout=0.5), image(16, 16)
   graphdef, params, stats = state.split(model)
-  variables = dict(params=params, batch_stats=stats)
-  np.testing.assert_array_equal(steps.merge(graphdef, variables)(x), steps.merge(graphdef, variables)(x))
-  trained = steps.merge(graphdef, variables)
-  first = trained(x, train=True, key=jax.random.key(0))
-  assert jnp.abs(trained.down0.norm1.mean[...] - model.down0.norm1.mean[...]).max() > 1e-3
-  assert jnp.abs(first - steps.merge(graphdef, variables)(x, train=True, key=jax.random.key(1))).max() > 1e-3
-  np.testing.assert_array_equal(first, steps.merge(graphdef, variables)(x, train=True, key=jax.random.key(0)))
+
+  @functools.partial(jax.jit, static_argnames="train")
+  def compiled(variables, x, key, train):
+    merged = steps.merge(graphdef, variables)
+    return merged(x, train=train, key=key), merged.down0.norm1.mean[...]
+
+  def forward(train, key=None):
+    return compiled(dict(params=params, batch_stats=stats), x, key, train)
+
+  evaluated, mean = forward(train=False)
+  np.testing.assert_array_equal(mean, model.down0.norm1.mean[...])
+  np.testing.assert_array_equal(forward(train=False)[0], evaluated)
+  first, mean = forward(train=True, key=jax.random.key(0))
+  assert jnp.abs(mean - model.down0.norm1.mean[...]).max() > 1e-3
+  assert jnp.abs(first - forward(train=True, key=jax.random.key(1))[0]).max() > 1e-3
+  np.testing.assert_array_equal(first, forward(train=True, key=jax.random.key(0))[0])
 
 
 def test_batch_order_does_not_matter():
@@ -82,7 +98,9 @@ def test_batch_order_does_not_matter():
 
 
 def test_width_64_has_the_papers_channels():
-  _, params, _ = state.split(nnx.eval_shape(lambda: build(width=64, depth=4)))
+  _, params, _ = state.split(
+    nnx.eval_shape(lambda: models.build("unet", num_classes=3, width=64, depth=4, rngs=nnx.Rngs(0)))
+  )
   assert params["down4"]["conv2"]["kernel"].shape == (3, 3, 1024, 1024)
 
 
@@ -93,13 +111,15 @@ def test_bfloat16_stays_near_float32_and_gives_float32_logits():
   assert jnp.linalg.norm(got - want) < 2e-2 * jnp.linalg.norm(want)
 
 
-def published(width=2, depth=2, **options):
-  options = dict(num_classes=3, padding="valid", batch_norm=False, rngs=nnx.Rngs(0)) | options
-  return models.build("unet", width=width, depth=depth, **options)
+PUBLISHED = dict(padding="valid", batch_norm=False)
+
+
+def published(width=2, depth=2):
+  return build(width=width, depth=depth, **PUBLISHED)
 
 
 def test_the_published_network_turns_572_into_388_and_has_31_million_parameters():
-  model = nnx.eval_shape(lambda: published(width=64, depth=4, num_classes=2))
+  model = nnx.eval_shape(lambda: models.build("unet", width=64, depth=4, num_classes=2, rngs=nnx.Rngs(0), **PUBLISHED))
   assert model.margin == 92 and model.unpadded_size(388) == 572
   x = jax.ShapeDtypeStruct((1, 572, 572, 3), jnp.float32)
   graphdef, params, _ = state.split(model)
@@ -121,11 +141,15 @@ def test_unpadded_logits_are_lax_convolutions_without_padding():
   def double(block, x):
     return jax.nn.relu(conv(block.conv2, jax.nn.relu(conv(block.conv1, x))))
 
-  skip = double(model.down0, x)  # 16 x 20
-  below = jax.lax.reduce_window(skip, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-  up = model.upconv0(double(model.down1, below))  # 8 x 12
-  want = conv(model.logits, double(model.up0, jnp.concatenate([skip[:, 4:-4, 4:-4], up], -1)))
-  np.testing.assert_allclose(model(x, context=True), want, atol=1e-5)
+  @nnx.jit
+  def ours_and_lax(model, x):
+    skip = double(model.down0, x)  # 16 x 20
+    below = jax.lax.reduce_window(skip, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    up = model.upconv0(double(model.down1, below))  # 8 x 12
+    return model(x, context=True), conv(model.logits, double(model.up0, jnp.concatenate([skip[:, 4:-4, 4:-4], up], -1)))
+
+  got, want = ours_and_lax(model, x)
+  np.testing.assert_allclose(got, want, atol=1e-5)
   assert want.shape == (1, 4, 8, 3)
 
 
@@ -133,7 +157,8 @@ def test_the_mirrored_surroundings_equal_numpys_reflection():
   model, x = published(), image(8, 12, batch=1)
   assert model.margin == 20
   padded = np.pad(x, ((0, 0), (20, 20), (20, 20), (0, 0)), mode="reflect")
-  np.testing.assert_array_equal(model(x), model(jnp.asarray(padded), context=True))
+  mirrored, in_context = nnx.jit(lambda model, x, padded: (model(x), model(padded, context=True)))(model, x, padded)
+  np.testing.assert_array_equal(mirrored, in_context)
 
 
 @pytest.mark.parametrize("size", [(8, 12), (9, 13), (1, 1), (3, 40)])
@@ -187,10 +212,10 @@ def milesial_names(depth=4):
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
-def test_logits_equal_the_pytorch_unet(shared):
-  z = np.load(shared / "reference/torch/fixtures/milesial_unet_transposed.npz")
-  num_classes = int(z["64x96/logits__shape"][1]) if "64x96/logits__shape" in z else z["64x96/logits"].shape[1]
-  model = nnx.eval_shape(lambda: build(num_classes=num_classes, width=64, depth=4))
+def check_logits(z, prefix, size, width):
+  """Of a network with seeded weights, within 20 times PyTorch's own float32 noise."""
+  num_classes = int(z[f"{prefix}/logits__shape"][1])
+  model = nnx.eval_shape(lambda: models.build("unet", num_classes=num_classes, width=width, depth=4, rngs=nnx.Rngs(0)))
   graphdef, *trees = state.split(model)
   names, merged = milesial_names(), {}
   flats = [traverse_util.flatten_dict(tree) for tree in trees]
@@ -203,7 +228,7 @@ def test_logits_equal_the_pytorch_unet(shared):
       shapes[key] = tuple(ours[i] for i in order)
     else:
       shapes[key] = ours
-  weights = torch_weights(shapes, float(z["gain"]))
+  weights = torch_weights(shapes, gain=1.0)
   for flat in flats:
     for path in flat:
       value = weights[f"{names['/'.join(path[:-1])]}.{LEAVES[path[-1]]}"]
@@ -211,6 +236,18 @@ def test_logits_equal_the_pytorch_unet(shared):
         value = value.transpose((2, 3, 0, 1) if path[0].startswith("upconv") else (2, 3, 1, 0))
       flat[path] = value
   merged = dict(zip(("params", "batch_stats"), (traverse_util.unflatten_dict(flat) for flat in flats)))
-  x = np.random.default_rng(0).standard_normal([1, 3, 64, 96]).astype(np.float32).transpose(0, 2, 3, 1)
+  x = np.random.default_rng(0).standard_normal([1, 3, *size]).astype(np.float32).transpose(0, 2, 3, 1)
   got = np.asarray(jax.jit(lambda v, x: steps.merge(graphdef, v)(x))(merged, x)).transpose(0, 3, 1, 2)
-  np.testing.assert_allclose(got, z["64x96/logits"], atol=20 * float(z["64x96/logits__f32_noise"]))
+  np.testing.assert_allclose(got, z[f"{prefix}/logits"], atol=20 * z[f"{prefix}/logits__f32_noise"])
+
+
+def test_logits_of_a_narrow_network_equal_the_pytorch_unet():
+  """tests/narrow_peers.py made them."""
+  check_logits(np.load(DATA / "torch_narrow.npz"), "milesial_unet_transposed/32x48", (32, 48), width=4)
+
+
+@pytest.mark.full
+def test_logits_equal_the_pytorch_unet(shared):
+  z = np.load(shared / "reference/torch/fixtures/milesial_unet_transposed.npz")
+  assert float(z["gain"]) == 1
+  check_logits(z, "64x96", (64, 96), width=64)

@@ -13,6 +13,7 @@ from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.config import file as config_file
 from segjax.tools import verbs
+from tests import command as in_process
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -75,21 +76,10 @@ def test_a_wrong_verb_ends_with_code_2_and_says_which_there_are(arguments, messa
 
 
 def test_help_of_every_verb_succeeds_with_its_own_flags(tmp_path):
-  """A child each of one process, which has imported what they share."""
-  code = """
-import os, sys
-from segjax.tools import verbs
-for verb in verbs.VERBS:
-  print(f"VERB {verb}", flush=True)
-  if not os.fork():
-    sys.argv = ["segjax", verb, "--help"]
-    verbs.main()
-  assert os.wait()[1] == 0, verb
-"""
-  result = run("-c", code, cwd=tmp_path)
-  assert result.returncode == 0, result.stderr
-  texts = dict(part.split("\n", 1) for part in result.stdout.split("VERB ")[1:])
-  assert texts.keys() == verbs.VERBS.keys()
+  texts = {}
+  for verb in verbs.VERBS:
+    code, texts[verb], err = in_process.run("segjax.verbs", verb, "--help", cwd=tmp_path)
+    assert code == 0, (verb, err)
   own = dict(train="workdir", config="config", predict="tile", prepare="archives", benchmark="what")
   for verb, flag in own.items():
     assert f"--{flag}:" in texts[verb], verb
@@ -136,6 +126,6 @@ def test_what_is_built_for_a_wheel_prints_a_shipped_config_as_json_from_an_empty
 
 def test_mode_predict_is_submit_and_says_so(tmp_path):
   arguments = ("--config=quickstart", "--workdir=run", "--num_processes=2")  # Which lacks --coordinator.
-  former = run("-m", "segjax.main", "--mode=predict", *arguments, cwd=tmp_path)
-  assert former.returncode == 2 and "--mode=predict is --mode=submit now" in former.stdout, former.stdout
-  assert len(former.stdout.splitlines()) == 1
+  code, out, _ = in_process.run("segjax.main", "--mode=predict", *arguments, cwd=tmp_path)
+  assert code == 2 and "--mode=predict is --mode=submit now" in out, out
+  assert len(out.splitlines()) == 1

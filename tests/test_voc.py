@@ -1,8 +1,6 @@
 """PASCAL VOC: from the archives to trainaug, labels as stored, and every mistake named."""
 
 import pathlib
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -14,7 +12,7 @@ from segjax.input_pipeline import DataError
 from segjax.input_pipeline.sources import datasets, voc
 from segjax.input_pipeline.sources.voc import VocSource
 from segjax.tools import prepare
-from tests import archives
+from tests import archives, command
 
 
 @pytest.fixture
@@ -265,6 +263,5 @@ def test_an_archive_that_points_outside_is_refused(tmp_path):
   ],
 )
 def test_the_command_line_says_what_it_needs(arguments, message):
-  command = [sys.executable, "-m", "segjax.prepare", *arguments]
-  result = subprocess.run(command, capture_output=True, text=True, check=False)
-  assert result.returncode != 0 and message in result.stdout + result.stderr and "Traceback" not in result.stderr
+  code, out, err = command.run("segjax.prepare", *arguments)
+  assert code != 0 and message in out + err and "Traceback" not in err
