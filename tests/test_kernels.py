@@ -37,7 +37,8 @@ def lowered(network, kind, platform):
     traced = made.make_train_step().trace(*made.abstract_train_arguments((32, 32)))
   else:
     traced = made.eval_step.trace(*made.abstract_eval_arguments((32, 32)))
-  return traced.lower(lowering_platforms=(platform,)).as_text()
+  lowered_for = "cuda" if platform == "gpu" else platform  # Of "gpu" JAX asks which there is.
+  return traced.lower(lowering_platforms=(lowered_for,)).as_text()
 
 
 def tuned_for_cpu(text: str) -> set[str]:
