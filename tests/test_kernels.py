@@ -43,8 +43,11 @@ def lowered(network, kind, platform):
 def tuned_for_cpu(text: str) -> set[str]:
   """Which of the forms that are fast on XLA:CPU alone are in a program."""
   found = {"barrier"} if "optimization_barrier" in text else set()
-  shapes = [[shape.split("x")[:-1] for shape in re.findall(r"tensor<([\w]+)>", line)]
-            for line in text.splitlines() if "stablehlo.dot_general" in line]  # fmt: skip
+  shapes = [
+    [shape.split("x")[:-1] for shape in re.findall(r"tensor<([\w]+)>", line)]
+    for line in text.splitlines()
+    if "stablehlo.dot_general" in line
+  ]
   if any(len(left) == len(right) == 2 for left, right, *_ in shapes):
     found.add("flat product")
   one_row = re.search(r"stablehlo.convolution.*, tensor<1x3x\d+x\d+xf32>\) ->", text)  # Of a 3x3 kernel.
