@@ -102,10 +102,20 @@ def on(mesh: Mesh) -> Iterator[None]:
     yield
 
 
+def axes() -> tuple[int, int]:
+  """Devices along `data` and along `space` of the mesh that is being traced for, see `on`; (1, 1) where there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return (1, 1) if mesh.empty else (mesh.shape["data"], mesh.shape["space"])
+
+
 def splits_batch() -> bool:
   """Whether what is being traced is for a mesh that splits the batch, see `on`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and mesh.shape["data"] > 1
+  return axes()[0] > 1
+
+
+def on_all(x: jax.Array) -> jax.Array:
+  """An array whose parts are on the devices of the mesh that is being traced for, whole on each of them."""
+  return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def split_height(x: jax.Array, *others: int) -> jax.Array:
