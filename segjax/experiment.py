@@ -207,6 +207,7 @@ class Experiment:
       state_sharding=self.state_sharding, seed=config.seed, crop_size=config.crop_size,
       augmentation=dict(config.augment), auxiliary_weight=config.loss.auxiliary_weight,
       ema_decay=config.optimizer.ema_decay, accumulate_steps=config.accumulate_steps, kernels=config.kernels,
+      matmul_precision=config.matmul_precision,
       loss=losses.make_loss(ignore_label=IGNORE_LABEL, **of_loss),
     )  # fmt: skip
     return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **options | replaced)
@@ -223,6 +224,7 @@ class Experiment:
     options = dict(
       num_classes=self.num_classes, protocol=self.protocol, outside=config.eval.outside,
       sigmoid=config.head == "sigmoid", threshold=config.eval.threshold, kernels=config.kernels,
+      matmul_precision=config.matmul_precision,
     )  # fmt: skip
     return steps.make_eval_step(self.graphdef, self.mesh, **options | replaced)
 

@@ -45,7 +45,8 @@ def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                     state_sharding: TrainState, seed: int, crop_size: tuple[int, int], augmentation: dict,
                     loss: Callable, auxiliary_weight: float, ema_decay: float, accumulate_steps: int = 1,
-                    kernels: str = "auto") -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
+                    kernels: str = "auto", matmul_precision: str = "default",
+                    ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
   """One update: augment -> normalise -> forward -> loss -> gradient -> optimiser (-> EMA).
 
   Forward to gradient may happen in parts of the batch, one after another (`accumulate_steps`), each weighing as much as it
@@ -62,6 +63,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     ema_decay: 0 where the state has no `ema`.
     accumulate_steps: number of parts; see `sharding.split_batch` for which rows they have.
     kernels: which forms of operations, see `kernels.target`.
+    matmul_precision: of `jax.default_matmul_precision`.
 
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
@@ -75,6 +77,7 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
   @sharding.on(mesh)
   @kernels_lib.on(platform)
+  @jax.default_matmul_precision(matmul_precision)
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
@@ -142,7 +145,8 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
                    protocol: dict, outside: str = "void", sigmoid: bool = False,
-                   threshold: float = 0.5, kernels: str = "auto") -> Callable[[dict, dict], dict]:  # fmt: skip
+                   threshold: float = 0.5, kernels: str = "auto", matmul_precision: str = "default",
+                   ) -> Callable[[dict, dict], dict]:  # fmt: skip
   """Scores whole images at their own size against their own labels; labels are never resized.
 
   Labels outside `size` are void.
@@ -153,6 +157,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
     sigmoid: whether the model has one logit, that of the second of two classes,
     threshold: which is predicted where its probability lies above this.
     kernels: which forms of operations, see `kernels.target`.
+    matmul_precision: of `jax.default_matmul_precision`.
 
   Returns:
     eval_step(variables, batch) -> {"confusion": [K, K] int32, "prediction": [B, H, W] uint8}, jitted; `variables` are
@@ -164,6 +169,7 @@ def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,
 
   @sharding.on(mesh)
   @kernels_lib.on(platform)
+  @jax.default_matmul_precision(matmul_precision)
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
     if outside == "mirror":
