@@ -46,8 +46,10 @@ setuptools.setup(
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "tensorflow": TENSORFLOW,  # Else grain loads the data. No wheels for Python 3.14 yet.
+    "tflite": ["ai-edge-litert>=2.1"],  # Reads .tflite files; see pretrained/tflite.py. Brings no TensorFlow.
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
     "test": [
+      "ai-edge-litert>=2.1",
       "imagecodecs",
       "cityscapesscripts",  # The official score to compare with.
       "pytest>=8",

@@ -11,7 +11,7 @@ Published: val 78.79 at output stride 16 (the paper, table 7, and the official m
            paper's 79.14 leaves out the image-level branch: --config.model.image_pooling=False. Ours: not run.
 """
 
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 from . import deeplab_voc
 

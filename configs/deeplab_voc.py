@@ -17,7 +17,7 @@ Published: val 79.79 at output stride 16, 80.02 at 8, 81.39 at 8 with --config.e
 """
 
 from segjax.config import default_config
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 
 def recipe(data):
@@ -33,7 +33,7 @@ def recipe(data):
   config.augment.scale_step = 0.25  # Official code.
   config.optimizer.schedule = "poly"  # v3: power 0.9; the momentum of 0.9 is the official code's.
   config.optimizer.weight_decay = 4e-5  # Official code, for Xception.
-  config.optimizer.bias_multiplier = 2.0  # Official code: the bias of the logits learns twice as fast.
+  config.optimizer.lr_multipliers = ("*logits/bias:2",)  # Official code: biases of logits learn twice as fast.
   config.init.scheme = "tf_deeplab"  # For the official ImageNet weights, which know nothing of the head.
   config.init.exclude = ("aspp", "decoder", "logits")
   return config

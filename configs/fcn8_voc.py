@@ -63,7 +63,7 @@ def recipe(data, stage, pixels):
   config.optimizer.schedule = "constant"  # Solver: lr_policy fixed.
   config.optimizer.momentum = 0.99  # Solver.
   config.optimizer.weight_decay = 5e-4 / pixels  # Solver: 5e-4.
-  config.optimizer.bias_multiplier = 2.0  # Long et al., section 4.3; the authors' net.py.
+  config.optimizer.lr_multipliers = ("*/bias:2",)  # Long et al., section 4.3; the authors' net.py.
   config.init.path = f"runs/{before}_{data}" if before else ""
   config.init.scheme = "" if before else "torchvision"
   config.init.exclude = new

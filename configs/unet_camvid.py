@@ -8,7 +8,7 @@ Published: no citable U-Net score at 360x480 from scratch. Ours: not run (no acc
 """
 
 from segjax.config import default_config
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 
 def recipe(config):

@@ -15,7 +15,7 @@ Published: Dice 0.992 on the public leaderboard with 256x256 squeezed from the w
 """
 
 from segjax.config import default_config
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 
 def get_config():

@@ -14,7 +14,7 @@ Score:    none published that we know. Ours: not run on the images; a test train
 """
 
 from segjax.config import default_config
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 
 def get_config():

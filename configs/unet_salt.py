@@ -15,7 +15,7 @@ Published: the competition's measure is another one (mean over images of precisi
 """
 
 from segjax.config import default_config
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 
 def get_config():

@@ -10,7 +10,7 @@ Published: no citable U-Net score on VOC val from scratch. Ours: not run. Withou
            networks with ImageNet weights reach (configs/deeplab_voc.py).
 """
 
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 from . import unet_cityscapes
 

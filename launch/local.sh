@@ -10,7 +10,7 @@
 #
 # Fails when
 #   the GPUs cannot be shared equally       it says so, and starts nothing
-#   a process fails                         its reason stands above; the others stop within seconds (60 s at most) and
+#   a process fails                         its reason stands above; the others stop within seconds (30 s at most) and
 #                                           are killed after 90 s; its exit code is this script's
 #   SIGTERM or Ctrl-C comes                 passed on: the run saves, stops, exits with 75; start again to go on
 #   the port is taken in the meantime       the processes name it and stop; start again

@@ -29,6 +29,7 @@ def evaluate(config, workdir) -> dict[str, float]:
   split = config.data.eval_split
   results = outputs.output_path(workdir, f"eval_{split}")
   source = experiment.eval_source
+  report.say(report.data_lines(config.data, {split: source}))
   input_pipeline.cache.check_room(config.data.cache, (source,))
   evaluator = experiment.evaluator
   variables, step, origin = experiment.trained_variables(workdir, loaded)

@@ -20,6 +20,7 @@ from segjax.input_pipeline import scan
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.models import layers
 from segjax.models.base import Network
+from segjax.pretrained import unfold
 from segjax.run import distributed, warm_start
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.evaluation import Evaluator
@@ -98,7 +99,12 @@ class Experiment:
         f"config.crop_size = {tuple(config.crop_size)}: smaller than the network's stride of {network.stride}, so nothing"
         " of it would be left. Enlarge the crop, or lower the model's stride."
       )
+    if config.optimizer.freeze:
+      layers.freeze(network, self._frozen(*state.split(network)[1:]))
     return network
+
+  def _frozen(self, params: dict, batch_stats: dict) -> frozenset[str]:
+    return optimizer_lib.frozen_paths(self.config.optimizer.freeze, params, batch_stats)
 
   @functools.cached_property
   def network(self) -> Network:
@@ -124,20 +130,21 @@ class Experiment:
     o = self.config.optimizer
     return optimizer_lib.make_optimizer(
       o.name, self.schedule, momentum=o.momentum, nesterov=o.nesterov, weight_decay=o.weight_decay,
-      clip_norm=o.clip_norm, head_multiplier=o.head_multiplier, bias_multiplier=o.bias_multiplier,
+      clip_norm=o.clip_norm, lr_multipliers=o.lr_multipliers,
     )  # fmt: skip
 
   def init(self) -> TrainState:
     """The initial state: call it through `state.materialize`, as `init_state` does, or under `jax.eval_shape`."""
     _, params, batch_stats = state.split(self._build_network())
-    variables = dict(params=params, batch_stats=batch_stats)
+    frozen = self._frozen(params, batch_stats)
+    trained = dict(params=state.without(params, frozen), batch_stats=state.without(batch_stats, frozen))
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
       batch_stats=batch_stats,
-      opt_state=self.optimizer.init(params),
+      opt_state=self.optimizer.init(trained["params"]),
       # Copies: a donated state must not hold one buffer twice.
-      ema=jax.tree.map(jnp.copy, variables) if self.config.optimizer.ema_decay else None,
+      ema=jax.tree.map(jnp.copy, trained) if self.config.optimizer.ema_decay else None,
       failed_step=jnp.full((), -1, jnp.int32),
       policy=optimizer_lib.init_policy(),
     )
@@ -145,6 +152,11 @@ class Experiment:
   @functools.cached_property
   def _shapes(self) -> TrainState:
     return jax.eval_shape(self.init)
+
+  @functools.cached_property
+  def frozen(self) -> frozenset[str]:
+    """The paths of what `config.optimizer.freeze` keeps as it is, see `optimizer.frozen_paths`."""
+    return self._frozen(self._shapes.params, self._shapes.batch_stats)
 
   @functools.cached_property
   def state_sharding(self) -> TrainState:
@@ -169,11 +181,29 @@ class Experiment:
     new = self.init_state()
     own = new.variables()
     variables, report_line = warm_start.merge(jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude)
+    if init.unfold:
+      variables = self._unfold(variables)
+      report_line += f"; batch norm by the statistics of {len(self.train_source)} training images (init.unfold)"
     variables = jax.device_put(variables, jax.tree.map(lambda x: x.sharding, own))
     new.params, new.batch_stats = variables["params"], variables["batch_stats"]
     if new.ema is not None:
-      new.ema = jax.tree.map(jnp.copy, variables)
+      new.ema = {name: jax.tree.map(jnp.copy, state.without(x, self.frozen)) for name, x in variables.items()}
     return new, report_line
+
+  def _unfold(self, variables: dict) -> dict:
+    """Variables of the host with the statistics of the first epoch's crops, see `pretrained.unfold`."""
+    config = self.config
+    if not variables["batch_stats"]:
+      raise ConfigError(f"init.unfold = True: {config.model.name} has no batch norm here. Set it to False.")
+    augmentation = dict(config.augment, crop_size=config.crop_size)
+    step = steps.make_moments_step(
+      self.graphdef, self.mesh, seed=config.seed, augmentation=augmentation, kernels=config.kernels,
+      matmul_precision=config.matmul_precision,
+    )  # fmt: skip
+    given, count = sharding.gather(variables, self.mesh), -(-len(self.train_source) // config.batch_size)
+    batches = sharding.to_device(self.train_batches(0, count), self.mesh)
+    measured = unfold.total(step(given, batch, number) for number, batch in enumerate(batches))
+    return unfold.unfold(self.network, variables, measured)
 
   def trained_variables(self, workdir: pathlib.Path | None, loaded: tuple[dict, str] | None) -> tuple[dict, int, str]:
     """What to evaluate or predict with: the variables on the mesh, their step, and what to call them.
@@ -206,8 +236,8 @@ class Experiment:
     options = dict(
       state_sharding=self.state_sharding, seed=config.seed, crop_size=config.crop_size,
       augmentation=dict(config.augment), auxiliary_weight=config.loss.auxiliary_weight,
-      ema_decay=config.optimizer.ema_decay, accumulate_steps=config.accumulate_steps, kernels=config.kernels,
-      matmul_precision=config.matmul_precision,
+      ema_decay=config.optimizer.ema_decay, accumulate_steps=config.accumulate_steps, frozen=self.frozen,
+      kernels=config.kernels, matmul_precision=config.matmul_precision,
       loss=losses.make_loss(ignore_label=IGNORE_LABEL, **of_loss),
     )  # fmt: skip
     return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **options | replaced)

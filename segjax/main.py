@@ -28,6 +28,18 @@ _OPTIONS = flags.DEFINE_bool("options", False, "--mode=config: print the table o
 flags.register_multi_flags_validator(
   ("mode", "options"), lambda f: f["mode"] == "config" or not f["options"], "Only --mode=config has --options."
 )
+_TARGET = flags.DEFINE_string(
+  "target",
+  None,
+  "--mode=dry_run: devices to compile for, there or not: here, gpu:h100, gpu:a100, gpu:h200 (gpu:h100:8 for eight), or a"
+  " slice of TPUs, as tpu:v5e:2x4, tpu:v5p:4x4x4, tpu:v6e:16x16. Tells what binds, and the costliest places of the source.",
+)
+_JSON = commandline.define_json()
+flags.register_multi_flags_validator(
+  ("mode", "target", "json"),
+  lambda f: f["mode"] == "dry_run" or not (f["target"] or f["json"]),
+  "Only --mode=dry_run has --target and --json.",
+)
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, 'host:port of process 0, where several processes run as one; "auto": JAX finds all (TPU pods).'
 )
@@ -50,6 +62,9 @@ def main(argv: list[str]) -> None:
     if _MODE.value == "predict":
       print("note: --mode=predict is --mode=submit now (segjax submit); segjax predict is for any images")
     processes = cluster.find_processes(os.environ, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    commandline.check_json(_JSON.value)
+  if _TARGET.value not in (None, "here"):
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing is run, and an accelerator that is here may be in use.
 
   # Not earlier: --help and config errors should not wait for these imports.
   from segjax.evaluate import evaluate
@@ -71,8 +86,10 @@ def main(argv: list[str]) -> None:
     # Before `connected` ends a process that fails among several.
     commandline.readable_errors(NonFiniteLoss, WorkdirError),
   ):
-    run = {"train": train, "eval": evaluate, "submit": submit, "predict": submit, "dry_run": dry_run}[_MODE.value]
-    run(config, _WORKDIR.value)
+    if _MODE.value == "dry_run":
+      dry_run(config, target=_TARGET.value, figures=_JSON.value)
+    else:
+      {"train": train, "eval": evaluate, "submit": submit, "predict": submit}[_MODE.value](config, _WORKDIR.value)
 
 
 if __name__ == "__main__":

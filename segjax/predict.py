@@ -43,7 +43,7 @@ from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.input_pipeline import DataError, order, unlabelled
 from segjax.input_pipeline.canvas import pad_batch
-from segjax.run import commandline, outputs, task
+from segjax.run import commandline, outputs, prediction_info
 
 KINDS = ("ids", "colors", "overlays", "probability")
 TILE = 1025  # Pixels. 64 channels of such a square, a U-Net's first features, are 0.27 GB.
@@ -68,7 +68,7 @@ def predict(
     ConfigError: no run, checkpoint or weights, or those of another model; `out` cannot be written; too little memory.
     DataError: a folder without images, no usable image at all, or two images of one name.
   """
-  exif = task.exif_rule(config, workdir)
+  exif = prediction_info.exif_rule(config, workdir)
   photos, problems = unlabelled.find_photos(inputs, [out / kind for kind in KINDS], exif)
   if not photos:
     raise DataError("\n  ".join(["None of the images can be used:", *problems]))
@@ -82,7 +82,7 @@ def predict(
   from segjax.run import evaluation, pictures, warm_start
 
   loaded = warm_start.load_unless_run(config, workdir)
-  found = task.of_run(config, workdir)
+  found = prediction_info.of_run(config, workdir)
   if found.canvas_size is None:
     print("note: no evaluation's canvas is known, so each image gets one of its own; see --config.data.canvas_size")
   experiment = Experiment(config, num_classes=len(found.classes))

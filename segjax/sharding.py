@@ -102,15 +102,10 @@ def on(mesh: Mesh) -> Iterator[None]:
     yield
 
 
-def axes() -> tuple[int, int]:
-  """Devices along `data` and along `space` of the mesh that is being traced for, see `on`; (1, 1) where there is none."""
+def batch_parts() -> int:
+  """Into how many parts the mesh that is being traced for (see `on`) splits the batch; 1 where there is none."""
   mesh = jax.sharding.get_abstract_mesh()
-  return (1, 1) if mesh.empty else (mesh.shape["data"], mesh.shape["space"])
-
-
-def splits_batch() -> bool:
-  """Whether what is being traced is for a mesh that splits the batch, see `on`."""
-  return axes()[0] > 1
+  return 1 if mesh.empty else mesh.shape["data"]
 
 
 def on_all(x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """The jitted steps: pure functions of state and batch, each compiled once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL
 from segjax.kernels import compiler
 from segjax.models import resize
-from segjax.state import TrainState
+from segjax.state import TrainState, overlay, without
 
 IN_FLIGHT = 2  # Steps that the devices have been given at most: one is computed, and the next waits for it there.
 THRESHOLDS = tuple(n / 20 for n in range(1, 20))  # Of the foreground's probability, swept in each evaluation.
@@ -44,8 +44,8 @@ def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:
 
 def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, *,
                     state_sharding: TrainState, seed: int, crop_size: tuple[int, int], augmentation: dict,
-                    loss: Callable, auxiliary_weight: float, ema_decay: float, accumulate_steps: int = 1,
-                    kernels: str = "auto", matmul_precision: str = "default",
+                    loss: Callable, auxiliary_weight: float, ema_decay: float, frozen: Collection[str] = (),
+                    accumulate_steps: int = 1, kernels: str = "auto", matmul_precision: str = "default",
                     ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:  # fmt: skip
   """One update: augment -> normalise -> forward -> loss -> gradient -> optimiser (-> EMA).
 
@@ -61,6 +61,8 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     loss: loss(logits, label, step, border) -> scalar, from `losses.make_loss`.
     auxiliary_weight: of the same loss on the logits of an auxiliary head, where the model has one.
     ema_decay: 0 where the state has no `ema`.
+    frozen: paths of parameters and statistics that stay as they are (`optimizer.frozen_paths`): no gradient is computed with
+      respect to them, so none counts in `grad_norm`. The batch norms in `graphdef` must be frozen to match.
     accumulate_steps: number of parts; see `sharding.split_batch` for which rows they have.
     kernels: which forms of operations, see `kernels.target`.
     matmul_precision: of `jax.default_matmul_precision`.
@@ -82,17 +84,13 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     variables = jax.lax.with_sharding_constraint(state.variables(), sharding.replicated(mesh))
     network = merge(graphdef, variables)
-    border = batch["border"] if "border" in batch else None
-    window = (batch["origin"], batch["share"]) if "origin" in batch else None
-    image, label, border = augment.augment_batch(
-      augment_key, batch["image"], batch["label"], batch["size"], border, window, crop_size=crop_size, fill=network.mean,
-      ignore_label=IGNORE_LABEL, margin=network.margin, **augmentation,
-    )  # fmt: skip
+    image, label, border = _crops(augment_key, network, batch, dict(crop_size=crop_size, **augmentation))
     context = dict(context=True) if network.margin else {}
     labelled = jnp.maximum((label != IGNORE_LABEL).sum(), 1)
 
-    def loss_fn(params, batch_stats, image, label, border, key):
+    def loss_fn(trained, batch_stats, image, label, border, key):
       image, label = sharding.split_height(image), sharding.split_height(label)
+      params = overlay(variables["params"], trained)
       model = merge(graphdef, dict(params=params, batch_stats=batch_stats))
       endpoints = {}
       logits = model(model.preprocess(image), train=True, key=key, endpoints=endpoints, **context)
@@ -108,27 +106,29 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
     def add_part(sums, part):
       batch_stats, *before = sums
       (value, (batch_stats, correct)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-        variables["params"], batch_stats, *part
+        without(variables["params"], frozen), batch_stats, *part
       )
-      gradient = jax.lax.with_sharding_constraint(gradient, state_sharding.params)
+      gradient = jax.lax.with_sharding_constraint(gradient, without(state_sharding.params, frozen))
       return (batch_stats, *jax.tree.map(jnp.add, before, [gradient, value, correct])), None
 
     parts = sharding.split_batch((image, label, border), accumulate_steps, mesh)
     keys = jax.random.split(dropout_key, accumulate_steps)
-    nothing = variables["batch_stats"], jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), jnp.zeros((), int)
+    trained = without(state.params, frozen)
+    nothing = variables["batch_stats"], jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), jnp.zeros((), int)
     if accumulate_steps == 1:
       # Not a loop of one turn: XLA:CPU brings convolutions into a form it has fast code for outside of loops only.
       sums, _ = add_part(nothing, jax.tree.map(lambda x: x[0], (*parts, keys)))
     else:
       sums, _ = jax.lax.scan(add_part, nothing, (*parts, keys))
     batch_stats, gradient, value, correct = sums
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))
+    updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+    trained = optax.apply_updates(trained, optax.tree.scale(optimizer_lib.plateau_scale(state.policy), updates))
+    params = overlay(state.params, trained)
     ema = state.ema
     if ema is not None:
       # Warmed up as TensorFlow does it, so that the average forgets the random start: at most (1 + n) / (10 + n).
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-      ema = optax.incremental_update(dict(params=params, batch_stats=batch_stats), ema, 1 - decay)
+      ema = optax.incremental_update(dict(params=trained, batch_stats=without(batch_stats, frozen)), ema, 1 - decay)
     updated = TrainState(state.step + 1, params, batch_stats, opt_state, ema, state.failed_step, state.policy)
 
     grad_norm = optax.tree.norm(gradient)
@@ -141,6 +141,48 @@ def make_train_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformat
 
   out = state_sharding, sharding.replicated(mesh)
   return jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=compiler.options("train", platform))
+
+
+def _crops(key: jax.Array, network: nnx.Module, batch: dict, augmentation: dict):
+  """The (image, label, border) that a network is trained on; border is None where the batch has none."""
+  border = batch["border"] if "border" in batch else None
+  window = (batch["origin"], batch["share"]) if "origin" in batch else None
+  return augment.augment_batch(
+    key, batch["image"], batch["label"], batch["size"], border, window, fill=network.mean, ignore_label=IGNORE_LABEL,
+    margin=network.margin, **augmentation,
+  )  # fmt: skip
+
+
+def make_moments_step(graphdef: nnx.GraphDef, mesh: Mesh, *, seed: int, augmentation: dict,
+                      kernels: str = "auto", matmul_precision: str = "default",
+                      ) -> Callable[[dict, dict, int], dict]:  # fmt: skip
+  """What each batch norm is given for a training batch, while all of them normalise by their running statistics.
+
+  Args:
+    augmentation: keywords of `augment.augment_batch`, the crop's size among them.
+    kernels: which forms of operations, see `kernels.target`.
+    matmul_precision: of `jax.default_matmul_precision`.
+
+  Returns:
+    moments_step(variables, batch, number) -> the `batch_stats` whose mean and variance (not the unbiased one) are those of
+    this batch, jitted; of the crops that training would have in its step `number`.
+  """
+
+  platform = kernels_lib.target(mesh, kernels)
+
+  @sharding.on(mesh)
+  @kernels_lib.on(platform)
+  @jax.default_matmul_precision(matmul_precision)
+  def moments_step(variables: dict, batch: dict, number: jax.Array) -> dict:
+    network = merge(graphdef, variables)
+    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+    image = sharding.split_height(_crops(key, network, batch, augmentation)[0])
+    network.set_attributes(measures=True)
+    network(network.preprocess(image), **(dict(context=True) if network.margin else {}))
+    return nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
+
+  options = compiler.options("eval", platform)
+  return jax.jit(moments_step, out_shardings=sharding.replicated(mesh), compiler_options=options)
 
 
 def make_eval_step(graphdef: nnx.GraphDef, mesh: Mesh, *, num_classes: int,

@@ -10,7 +10,7 @@ from segjax import optimizer as optimizer_lib
 from segjax.experiment import Experiment
 from segjax.input_pipeline import order, scan
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.run import distributed, report, streams, task
+from segjax.run import distributed, prediction_info, report, streams
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.examples import check_examples
 from segjax.run.report import say
@@ -53,7 +53,7 @@ def train(config, workdir) -> dict[str, float]:
     report.Profiler(workdir, config.profile_steps) as profiler,
   ):
     if jax.process_index() == 0:
-      task.of_split(experiment.eval_source, config.data).save(workdir)
+      prediction_info.of_split(experiment.eval_source, config.data).save(workdir)
     bad = BadExamples(workdir, config.data.max_bad_examples, jax.process_index())
     distributed.on_first(lambda: check_examples(config, splits, workdir, bad))
     class_weights = experiment.class_weights(workdir)
@@ -142,7 +142,9 @@ def build_model(experiment: Experiment) -> Validation:
   sources = experiment.train_source, experiment.eval_source
   window = experiment.crop_window
   say("\n".join(input_pipeline.describe_canvases(*sources, config.data, window, config.batch_size)))
-  say(f"parameters of {config.model.name}:\n{report.parameter_table(state.params, state.batch_stats)}")
+  say(
+    f"parameters of {config.model.name}:\n{report.parameter_table(state.params, state.batch_stats, experiment.frozen)}"
+  )
   experiment.check()
   return Validation(config, experiment.evaluator, say)
 

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
 TRAIN, VAL, SBD_ONLY, TEST = (
   ("2007_000032", "2007_000039", "2007_000063"),

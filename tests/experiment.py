@@ -69,10 +69,15 @@ def host_batches(config, num_steps):
   config.data.loader = "grain"
   return list(
     input_pipeline.train_batches(
-      source, config.data, seed=0, batch_size=config.batch_size, rows=np.arange(config.batch_size), start_step=0,
+      source,
+      config.data,
+      seed=0,
+      batch_size=config.batch_size,
+      rows=np.arange(config.batch_size),
+      start_step=0,
       num_steps=num_steps,
     )
-  )  # fmt: skip
+  )
 
 
 def label_checksum(logits, label, step, border):
@@ -88,10 +93,15 @@ def run(config, mesh, num_steps: int = 5) -> dict:
     source = input_pipeline.make_source(config.data, "train")
     batches = list(
       input_pipeline.train_batches(
-        source, config.data, seed=0, batch_size=config.batch_size, rows=sharding.local_rows(mesh, config.batch_size),
-        start_step=0, num_steps=num_steps,
+        source,
+        config.data,
+        seed=0,
+        batch_size=config.batch_size,
+        rows=sharding.local_rows(mesh, config.batch_size),
+        start_step=0,
+        num_steps=num_steps,
       )
-    )  # fmt: skip
+    )
     found = dict(ids=np.stack([batch["id"] for batch in batches]))
     for name, loss in (("labels", label_checksum), ("losses", None)):
       step, current = make_step(config, mesh, loss)

@@ -22,9 +22,10 @@ from PIL import Image
 from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.config import rules as config_rules
+from segjax.input_pipeline import sources
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.sources.folder import FolderSource
 from segjax.pretrained import files
 
 SECONDS = 20  # Per input; a hang ends the process with a trace.
@@ -98,7 +99,7 @@ def open_folder(folder, **options):
   data = config_lib.default_config(data="folder").data
   known = {name: data[name] for name in config_lib.SOURCES["folder"]}
   known |= dict(images="images", masks="masks", classes=("a", "b", "c"), holdout=1e-9) | options
-  return FolderSource(dir=str(folder), split="train", **known)
+  return FolderSource(split="train", **sources.arguments(FolderSource, known | dict(dir=str(folder))))
 
 
 def lists(folder):
@@ -194,6 +195,23 @@ def _torch(path):
   torch.save({name: torch.from_numpy(array) for name, array in ARRAYS.items()}, path)
 
 
+def _tflite(path):
+  from tests import tflite_file
+
+  array = np.arange(12, dtype=np.float32).reshape(4, 1, 1, 3)
+  constants = {
+    "A/weights": (array,),
+    "A/m": (array[:, 0, 0, 0],),
+    "B/w": (array.astype(np.int8), [1.0] * 4, [0] * 4, 0),
+  }
+  operators = [
+    ("CONV_2D", ["in", "A/weights"], "x", 0),
+    ("MUL", ["x", "A/m"], "y", 0),
+    ("CONV_2D", ["y", "B/w"], "z", 0),
+  ]
+  tflite_file.write(path, constants, operators)
+
+
 def _tensorflow(path):
   import tensorflow as tf
 
@@ -234,25 +252,35 @@ def checkpoints(folder):
 
 
 def tasks(folder):
-  from segjax.run import task
+  from segjax.run import prediction_info
 
-  sound = task.Task(("a", "b"), np.zeros((2, 3), np.uint8), (24, 32), "refuse")
+  sound = prediction_info.PredictionInfo(("a", "b"), np.zeros((2, 3), np.uint8), (24, 32), "refuse")
   sound.save(folder)
-  content = (folder / task.TASK_FILE).read_bytes()
+  content = (folder / prediction_info.INFO_FILE).read_bytes()
 
   def read(draw):
-    (folder / task.TASK_FILE).write_bytes(mutate(content, draw))
-    return task.load(folder)
+    (folder / prediction_info.INFO_FILE).write_bytes(mutate(content, draw))
+    return prediction_info.load(folder)
 
   return read
 
 
 KINDS = {
-  "jpeg": pictures("JPEG", ".jpg"), "png": pictures("PNG", ".png"), "gif": pictures("GIF", ".gif"),
-  "tiff": pictures("TIFF", ".tif"), "lists": lists, "config": configs, "task": tasks,
-  "npz": weights(".npz", _npz), "safetensors": weights(".safetensors", _safetensors), "pth": weights(".pth", _torch),
-  "tf_checkpoint": weights("", _tensorflow), "frozen_graph": weights(".pb", _tensorflow), "checkpoint": checkpoints,
-}  # fmt: skip
+  "jpeg": pictures("JPEG", ".jpg"),
+  "png": pictures("PNG", ".png"),
+  "gif": pictures("GIF", ".gif"),
+  "tiff": pictures("TIFF", ".tif"),
+  "lists": lists,
+  "config": configs,
+  "task": tasks,
+  "npz": weights(".npz", _npz),
+  "safetensors": weights(".safetensors", _safetensors),
+  "pth": weights(".pth", _torch),
+  "tf_checkpoint": weights("", _tensorflow),
+  "frozen_graph": weights(".pb", _tensorflow),
+  "checkpoint": checkpoints,
+  "tflite": weights(".tflite", _tflite),
+}
 
 
 def main(kind: str, count: int, folder: pathlib.Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-SUITES = ("full", "slow", "reference", "faults", "fuzz")
+SUITES = ("full", "slow", "reference", "faults", "fuzz", "accelerators")
 
 
 def full(*cases) -> list:

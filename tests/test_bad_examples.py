@@ -1,4 +1,4 @@
-"""Data that goes bad in mid-run: what a run puts up with, that it stays repeatable, and what it leaves to look at."""
+"""Data that becomes unreadable during a run: how much of it a run tolerates, and that it stays repeatable."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ from segjax import train as train_lib
 from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.input_pipeline import DataError, order
 from segjax.input_pipeline.bad_examples import BadExamples
+from segjax.input_pipeline.sources.folder import FolderSource
 from tests.folder_of_images import folder_of_images
 from tests.marks import full
 from tests.test_train import assert_identical, checkpoint, read_metrics
@@ -77,9 +78,15 @@ def test_one_bad_example_too_many_stops_and_names_all(config, tmp_path, loader):
   rot(config, "05")
   source = input_pipeline.make_source(config.data, "train")
   found = input_pipeline.train_batches(
-    source, config.data, seed=0, batch_size=8, rows=np.arange(8), start_step=0, num_steps=3,
+    source,
+    config.data,
+    seed=0,
+    batch_size=8,
+    rows=np.arange(8),
+    start_step=0,
+    num_steps=3,
     bad=BadExamples(tmp_path, most=1),
-  )  # fmt: skip
+  )
   (tmp_path / "data/images/train/07.png").unlink()
   with pytest.raises(DataError, match=r"0[57].png: .*\nIt is bad example 2 \(the others: images/train/0[57]\)"):
     list(found)
@@ -165,7 +172,7 @@ def test_a_run_that_starts_with_other_examples_than_it_began_with_is_refused(con
 def test_nan_in_a_batch_stops_with_the_batch_saved(config, tmp_path, monkeypatch, loader):
   """Images and labels are integers; the weights of border pixels are where a NaN can come in."""
   config.data.loader, config.loss.border_weight, config.log_every = loader, 10.0, 1
-  source, border = input_pipeline.FolderSource, input_pipeline.FolderSource.border
+  source, border = FolderSource, FolderSource.border
   monkeypatch.setattr(source, "border", lambda self, i: border(self, i) + np.float16(np.nan if i == 3 else 0))
   first = next(n for n in range(6) if 3 in order.train_ids(config.seed, n, 8, 12))
   ids = order.train_ids(config.seed, first, 8, 12)

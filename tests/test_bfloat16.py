@@ -83,7 +83,7 @@ def sums_in_bfloat16(text: str) -> list[str]:
   return [line.strip() for line in text.splitlines() if re.search(adding, line)]
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("network", ["unet", *full(*(name for name in test_kernels.NETWORKS if name != "unet"))])
 def test_no_step_for_gpu_or_tpu_sums_in_bfloat16(network, platform):
   for kind in ("train", "eval"):

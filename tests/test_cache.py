@@ -13,7 +13,7 @@ from segjax import input_pipeline
 from segjax.config import IGNORE_LABEL, ConfigError, default_config
 from segjax.config.rules import validate
 from segjax.files import atomic
-from segjax.input_pipeline import cache, images
+from segjax.input_pipeline import cache, images, masks
 from segjax.input_pipeline.bad_examples import BadExamples
 
 LOADERS, CACHES = ("tf_data", "grain"), ("memory", "disk")
@@ -46,8 +46,8 @@ def decoded(tmp_path, monkeypatch):
     paths.extend([str(path)] * str(path).startswith(str(tmp_path)))
     return read(path, **how)
 
-  for name in ("read_image", "read_mask"):
-    monkeypatch.setattr(images, name, functools.partial(counted, getattr(images, name)))
+  for module, name in ((images, "read_image"), (masks, "read_mask")):
+    monkeypatch.setattr(module, name, functools.partial(counted, getattr(module, name)))
   return paths
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from segjax import augment, evaluate, input_pipeline, train
 from segjax.config import IGNORE_LABEL, default_config
 from segjax.input_pipeline import canvas
-from segjax.run import task
+from segjax.run import prediction_info
 from segjax.tools import dry_run
 
 OFF = dict(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, hsv=(0.0, 0.0, 0.0))
@@ -21,9 +21,18 @@ BENT = dict(rotation=20.0, shift=0.1, shear=8.0, zoom=0.2, elastic=1.5)
 def augmented(batch, draws, crop, margin=0, outside="void", scale=(0.5, 2.0), warp=STILL, cut=True):
   """The crops of a batch on its canvas."""
   function = functools.partial(
-    augment.augment_batch, crop_size=crop, fill=(1, 2, 3), ignore_label=255, margin=margin, scale=scale, scale_step=0.0,
-    flip=True, outside=outside, **OFF, **warp,
-  )  # fmt: skip
+    augment.augment_batch,
+    crop_size=crop,
+    fill=(1, 2, 3),
+    ignore_label=255,
+    margin=margin,
+    scale=scale,
+    scale_step=0.0,
+    flip=True,
+    outside=outside,
+    **OFF,
+    **warp,
+  )
   window = (batch["origin"], batch["share"]) if cut else None
   return jax.jit(function)(
     jax.random.key(draws), batch["image"], batch["label"], batch["size"], batch["border"], window
@@ -40,9 +49,12 @@ def test_a_crop_of_the_window_is_the_crop_of_the_whole_image_bit_for_bit(margin,
   assert window[0] < size[0] and window[1] < size[1]
   image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
   whole = dict(
-    image=image, label=image[..., 0] % 5, border=image[..., 1].astype(np.float16), size=np.array(size, np.int32),
+    image=image,
+    label=image[..., 0] % 5,
+    border=image[..., 1].astype(np.float16),
+    size=np.array(size, np.int32),
     id=np.array(0, np.int32),
-  )  # fmt: skip
+  )
   for step in range(4):
     examples = [canvas.cut_window(whole, window, around, (0, step, row)) for row in range(24)]
     cut = canvas.pad_batch(examples, window)
@@ -167,8 +179,11 @@ def test_an_evaluation_shows_each_image_whole_and_once_large_ones_in_small_batch
   source = input_pipeline.make_source(data, "val")
   found = list(input_pipeline.eval_batches(source, data, batch_size=4, rows=np.arange(4), single=(1, np.arange(1))))
   assert [(b["image"].shape[:3], b["id"].tolist()) for b in found] == [
-    ((4, 20, 24), [1, 2, 3, 4]), ((4, 20, 24), [5, 6, 7, -1]), ((1, 310, 400), [0]), ((1, 310, 400), [8]),
-  ]  # fmt: skip
+    ((4, 20, 24), [1, 2, 3, 4]),
+    ((4, 20, 24), [5, 6, 7, -1]),
+    ((1, 310, 400), [0]),
+    ((1, 310, 400), [8]),
+  ]
   for batch in found:
     for row, index in enumerate(batch["id"]):
       h, w = batch["size"][row]
@@ -191,7 +206,7 @@ def test_a_run_with_one_huge_image_trains_on_its_windows_and_scores_every_pixel(
   out = capsys.readouterr().out
   assert "canvas: in training 30x30, " in out and "data.canvas_size=300,400" in out and "2: 20x24, 300x400" in out
   assert np.isfinite(scores["val/mean_iou"])
-  assert task.load(tmp_path / "run").canvas_size == (20, 24)
+  assert prediction_info.load(tmp_path / "run").canvas_size == (20, 24)
   assert evaluate.evaluate(config, tmp_path / "run") == scores
   config.eval.batch_size = 16
   assert evaluate.evaluate(config, tmp_path / "run") == scores

@@ -14,9 +14,14 @@ from tests.test_folder import make, source, spoil
 
 def check(tmp_path, *arguments):
   command = [
-    sys.executable, "-m", "segjax.check_data", "--config=configs/folder.py", f"--config.data.dir={tmp_path}",
-    "--config.data.classes=ground,road,car", *arguments,
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "segjax.check_data",
+    "--config=configs/folder.py",
+    f"--config.data.dir={tmp_path}",
+    "--config.data.classes=ground,road,car",
+    *arguments,
+  ]
   return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

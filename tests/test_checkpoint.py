@@ -9,7 +9,13 @@ import pytest
 
 from segjax import state
 from segjax.config import ConfigError
+from segjax.run import checkpoint
 from segjax.run.checkpoint import CHECKSUMS, Checkpoints, damage, set_aside_damaged
+
+
+def state_of(step):
+  params = {"layer": {"kernel": jnp.arange(5000.0) * step, "bias": jnp.ones(3)}}
+  return state.TrainState(jnp.int32(step), params, {}, {"momentum": params}, None, jnp.int32(-1), {})
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +24,7 @@ def saved(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run")
   with Checkpoints(workdir, keep=2) as checkpoints:
     for step in (1, 2):
-      params = {"layer": {"kernel": jnp.arange(5000.0) * step, "bias": jnp.ones(3)}}
-      checkpoints.save(
-        state.TrainState(jnp.int32(step), params, {}, {"momentum": params}, None, jnp.int32(-1), {}), 0.1 * step
-      )
+      checkpoints.save(state_of(step), 0.1 * step)
   return workdir
 
 
@@ -122,3 +125,28 @@ def test_an_unfinished_save_is_no_checkpoint(workdir):
   folder = workdir / "checkpoints"
   (folder / "step_2").rename(folder / "step_2.orbax-checkpoint-tmp-7")
   assert set_aside_damaged(workdir) == [] and (folder / "step_2.orbax-checkpoint-tmp-7").exists()
+
+
+@pytest.mark.parametrize("moment", ["before the checksums", "while they are written", "after them"])
+def test_a_save_that_ends_around_its_checksums_is_no_checkpoint_and_can_be_repeated(workdir, monkeypatch, moment):
+  write = checkpoint._write_checksums
+
+  def dies(folder):
+    if moment != "before the checksums":
+      write(folder)
+    if moment == "while they are written":
+      (folder / CHECKSUMS).write_text((folder / CHECKSUMS).read_text()[:100])
+    raise OSError("died")
+
+  monkeypatch.setattr(checkpoint, "_write_checksums", dies)
+  with pytest.raises(OSError, match="died"), Checkpoints(workdir, keep=3) as checkpoints:
+    checkpoints.save(state_of(3))
+  assert [p.name for p in (workdir / "checkpoints").glob("step_3*")] == ["step_3.orbax-checkpoint-tmp"]
+  assert set_aside_damaged(workdir) == [] and checkpoint.newest_step(workdir) == 2
+  monkeypatch.setattr(checkpoint, "_write_checksums", write)
+  with Checkpoints(workdir, keep=3) as checkpoints:
+    assert checkpoints.latest_step() == 2
+    for step in (3, 4):  # The second while the first is being written.
+      checkpoints.save(state_of(step))
+  assert not damage(workdir / "checkpoints/step_3") and not damage(workdir / "checkpoints/step_4")
+  assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"step_2", "step_3", "step_4"}

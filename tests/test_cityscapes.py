@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from segjax import metrics
-from segjax.input_pipeline import CityscapesSource, DataError, cityscapes, datasets
+from segjax.input_pipeline import DataError
+from segjax.input_pipeline.sources import cityscapes, datasets
+from segjax.input_pipeline.sources.cityscapes import CityscapesSource
 from segjax.tools import prepare
 from tests import archives
 
@@ -72,8 +74,9 @@ def test_coarse_labels_and_train_extra(root):
 
 def test_what_is_missing_of_the_official_split_is_noted(root):
   assert source(root, "val").notes == (
-    "split 'val' has 2 images, the official one 500", "split 'val' lacks the cities frankfurt, lindau",
-  )  # fmt: skip
+    "split 'val' has 2 images, the official one 500",
+    "split 'val' lacks the cities frankfurt, lindau",
+  )
 
 
 def rename_to_train_ids(root):
@@ -95,17 +98,29 @@ MASK = "gtFine/train/zurich/zurich_000000_000019_gtFine_labelIds.png"
   [
     (rename_to_train_ids, "holds _labelTrainIds.png but no _labelIds.png for 4 images.*unzip gtFine_trainvaltest.zip"),
     (write_train_ids, r"aachen_000000_000019_gtFine_labelIds.png: .* 255 \(\d+ px\).*look like train ids"),
-    (lambda r: Image.fromarray(np.full((32, 64), 34, np.uint8)).save(r / MASK), r"zurich.*: .* 34 \(2048 px\).*ids are 0 to 33"),
-    (lambda r: Image.fromarray(np.zeros((16, 64), np.uint8)).save(r / MASK), "labelIds.png is 16x64, but .*leftImg8bit.png is 32x64"),
+    (
+      lambda r: Image.fromarray(np.full((32, 64), 34, np.uint8)).save(r / MASK),
+      r"zurich.*: .* 34 \(2048 px\).*ids are 0 to 33",
+    ),
+    (
+      lambda r: Image.fromarray(np.zeros((16, 64), np.uint8)).save(r / MASK),
+      "labelIds.png is 16x64, but .*leftImg8bit.png is 32x64",
+    ),
     (lambda r: (r / MASK).write_bytes((r / MASK).read_bytes()[:60]), "zurich.*(damaged or truncated|not a readable)"),
     (lambda r: (r / MASK).unlink(), r"1 of 4 images have no \*_gtFine_labelIds.png \(zurich_000000_000019\)"),
     (lambda r: shutil.rmtree(r / "gtFine/train/zurich"), r"2 of 4 images have no .*\(cities without labels: zurich\)"),
     (lambda r: shutil.rmtree(r / "gtFine"), "gtFine/train: no such folder. Unzip gtFine_trainvaltest.zip in"),
-    (lambda r: shutil.rmtree(r / "leftImg8bit"), "leftImg8bit/train: no such folder. Unzip leftImg8bit_trainvaltest.zip in"),
-    (lambda r: shutil.rmtree(r / "leftImg8bit/train/aachen") or shutil.rmtree(r / "leftImg8bit/train/zurich"), "so the split is empty"),
+    (
+      lambda r: shutil.rmtree(r / "leftImg8bit"),
+      "leftImg8bit/train: no such folder. Unzip leftImg8bit_trainvaltest.zip in",
+    ),
+    (
+      lambda r: shutil.rmtree(r / "leftImg8bit/train/aachen") or shutil.rmtree(r / "leftImg8bit/train/zurich"),
+      "so the split is empty",
+    ),
     (lambda r: shutil.rmtree(r), "neither leftImg8bit nor gtFine is there"),
   ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(root, damage, message):
   damage(root)
   with pytest.raises(DataError, match=message):

@@ -1,6 +1,7 @@
 """The schema: what is refused, what is saved, and that every field means something."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import pathlib
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 
 from segjax import config as config_lib
-from segjax import input_pipeline, losses, models, sharding
+from segjax import losses, models, sharding
 from segjax.augment import augment_batch, jitter_color
 from segjax.config import ConfigError, default_config, options
 from segjax.config import rules as config_rules
 from segjax.experiment import Experiment
+from segjax.input_pipeline import sources
 from tests.marks import full
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -117,11 +119,19 @@ def test_model_and_source_options_are_their_constructors_arguments():
     for option, value in values.items():
       assert value == parameters[option].default, (name, option)
   for name, values in config_lib.SOURCES.items():
-    parameters = inspect.signature(input_pipeline.SOURCES[name].__init__).parameters
-    assert {"dir", "split", "exif", *values} == set(parameters) - {"self"}, name
-    assert all(values[option] == parameters[option].default for option in values), name
+    taken = {p.name: p.default for p in inspect.signature(sources.SOURCES[name]).parameters.values()}
+    for group in [group for group, default in taken.items() if dataclasses.is_dataclass(default)]:
+      taken |= dataclasses.asdict(taken.pop(group))
+    assert {"dir", "split", "exif", *values} == set(taken), name
+    assert all(values[option] == taken[option] for option in values), name
   assert config_lib.MODELS.keys() == models.MODELS.keys()
-  assert config_lib.SOURCES.keys() == input_pipeline.SOURCES.keys()
+  assert config_lib.SOURCES.keys() == sources.SOURCES.keys()
+
+
+def test_every_source_class_in_the_folder_can_be_chosen():
+  texts = [path.read_text() for path in pathlib.Path(sources.__file__).parent.glob("*.py")]
+  found = {name for text in texts for name in re.findall(r"(?m)^class (\w+Source)\b", text)}
+  assert found == {source.__name__ for source in sources.SOURCES.values()}
 
 
 def test_a_parameter_of_a_loss_reaches_it_and_acts_only_where_its_term_is_named(monkeypatch):

@@ -24,10 +24,10 @@ data.cache data.exif data.labels data.dataset data.image_feature data.mask_featu
 augment.scale augment.flip augment.brightness augment.contrast augment.saturation augment.hue augment.hsv augment.rotation
 augment.shear augment.shift augment.zoom augment.elastic augment.outside
 loss.terms optimizer.name optimizer.base_lr optimizer.schedule optimizer.warmup_steps optimizer.momentum
-optimizer.weight_decay optimizer.head_multiplier optimizer.bias_multiplier optimizer.clip_norm optimizer.ema_decay
+optimizer.weight_decay optimizer.freeze optimizer.lr_multipliers optimizer.clip_norm optimizer.ema_decay
 policy.metric policy.plateau_factor policy.early_stop
 eval.batch_size eval.scales eval.flip eval.window eval.outside eval.checkpoint eval.num_overlays
-init.path init.scheme init.exclude
+init.path init.scheme init.exclude init.unfold
 """.split()
 
 DEEPLAB, FCN = ("deeplab_v3plus", "folder"), ("fcn", "folder")
@@ -50,7 +50,12 @@ CASES = [
   ("data.holdout", UNET, FLAT | {"data.holdout": 20.0}, {"data.folds": 5}),
   ("data.holdout", ("fcn", "kitti_road"), {"data.holdout": 0.5}, {"data.folds": 5}),
   ("data.fold", UNET, FLAT | {"data.folds": 5, "data.fold": 1}, {"data.folds": 0}),
-  ("data.void_colors", UNET, {"data.colors": ("000000", "FF0000"), "data.void_colors": ("FFFFFF",)}, {"data.colors": ()}),
+  (
+    "data.void_colors",
+    UNET,
+    {"data.colors": ("000000", "FF0000"), "data.void_colors": ("FFFFFF",)},
+    {"data.colors": ()},
+  ),
   ("data.instances", UNET, WEIGHTED, {"loss.border_weight": 0.0}),
   ("data.border_sigma", UNET, WEIGHTED | {"data.border_sigma": 3.0}, {"loss.border_weight": 0.0}),
   ("model.bn_momentum", UNET, {"model.bn_momentum": 0.99}, {"model.batch_norm": False}),
@@ -65,32 +70,74 @@ CASES = [
   ("model.details.low_level_first", DEEPLAB, {"model.details.low_level_first": True}, {"model.decoder": False}),
   ("model.details.low_level", DEEPLAB, {"model.details.low_level": "layer_4"}, {"model.decoder": False}),
   ("model.details.dilate_first", DEEPLAB, {"model.details.dilate_first": True}, {"model.output_stride": 32}),
-  ("augment.scale_step", UNET, {"augment.scale": (0.9, 1.15), "augment.scale_step": 0.25}, {"augment.scale": (0.9, 1.1)}),
-  *((f"loss.{field}", UNET, {"loss.terms": (f"{term}:2", "cross_entropy"), f"loss.{field}": default / 2},
-     {"loss.terms": ("cross_entropy",)})
-    for term in TERMS for field, (default, _) in options.signature("losses.make_loss").items() if field.startswith(f"{term}_")),
+  (
+    "augment.scale_step",
+    UNET,
+    {"augment.scale": (0.9, 1.15), "augment.scale_step": 0.25},
+    {"augment.scale": (0.9, 1.1)},
+  ),
+  *(
+    (
+      f"loss.{field}",
+      UNET,
+      {"loss.terms": (f"{term}:2", "cross_entropy"), f"loss.{field}": default / 2},
+      {"loss.terms": ("cross_entropy",)},
+    )
+    for term in TERMS
+    for field, (default, _) in options.signature("losses.make_loss").items()
+    if field.startswith(f"{term}_")
+  ),
   ("loss.border_weight", UNET, WEIGHTED, {"loss.terms": ("focal",)}),
   ("loss.class_weights", UNET, SIGMOID | {"loss.class_weights": (1.0, 0.0)}, {"loss.terms": ("bce", "dice")}),
-  ("loss.class_weights", UNET, {"loss.terms": ("lovasz",), "loss.class_weights": ("inverse_log",)}, {"head": "sigmoid"}),
+  (
+    "loss.class_weights",
+    UNET,
+    {"loss.terms": ("lovasz",), "loss.class_weights": ("inverse_log",)},
+    {"head": "sigmoid"},
+  ),
   ("loss.hard_fraction", UNET, {"loss.hard_fraction": 0.5}, {"loss.terms": ("focal",)}),
-  ("loss.hard_fraction_steps", UNET, {"loss.hard_fraction": 0.5, "loss.hard_fraction_steps": 9}, {"loss.hard_fraction": 1.0}),
-  ("loss.auxiliary_weight", DEEPLAB, {"model.auxiliary": True, "loss.auxiliary_weight": 0.1}, {"model.auxiliary": False}),
+  (
+    "loss.hard_fraction_steps",
+    UNET,
+    {"loss.hard_fraction": 0.5, "loss.hard_fraction_steps": 9},
+    {"loss.hard_fraction": 1.0},
+  ),
+  (
+    "loss.auxiliary_weight",
+    DEEPLAB,
+    {"model.auxiliary": True, "loss.auxiliary_weight": 0.1},
+    {"model.auxiliary": False},
+  ),
   ("loss.auxiliary_weight", DEEPLAB, {"model.auxiliary": True, "loss.auxiliary_weight": 0.1}, UNET),
   ("optimizer.poly_power", UNET, {"optimizer.poly_power": 0.5}, {"optimizer.schedule": "cosine"}),
   ("optimizer.end_lr", UNET, {"optimizer.end_lr": 1e-4}, {"optimizer.schedule": "constant"}),
   ("optimizer.decay_every", UNET, STEP, {"optimizer.schedule": "poly"}),
   ("optimizer.decay_factor", UNET, STEP | {"optimizer.decay_factor": 0.5}, {"optimizer.schedule": "cosine"}),
-  ("optimizer.warmup", UNET, {"optimizer.warmup_steps": 9, "optimizer.warmup": "constant", "optimizer.warmup_lr": 1e-3},
-   {"optimizer.warmup_steps": 0}),
-  ("optimizer.warmup_lr", UNET, {"optimizer.warmup_steps": 9, "optimizer.warmup_lr": 1e-3}, {"optimizer.warmup_steps": 0}),
+  (
+    "optimizer.warmup",
+    UNET,
+    {"optimizer.warmup_steps": 9, "optimizer.warmup": "constant", "optimizer.warmup_lr": 1e-3},
+    {"optimizer.warmup_steps": 0},
+  ),
+  (
+    "optimizer.warmup_lr",
+    UNET,
+    {"optimizer.warmup_steps": 9, "optimizer.warmup_lr": 1e-3},
+    {"optimizer.warmup_steps": 0},
+  ),
   ("optimizer.nesterov", UNET, {"optimizer.nesterov": True}, {"optimizer.name": "adamw"}),
   ("optimizer.nesterov", UNET, {"optimizer.nesterov": True}, {"optimizer.momentum": 0.0}),
   ("policy.min_gain", UNET, {"policy.early_stop": 3, "policy.min_gain": 0.01}, {"policy.early_stop": 0}),
-  ("policy.plateau_patience", UNET, {"policy.plateau_factor": 0.1, "policy.plateau_patience": 2}, {"policy.plateau_factor": 1.0}),
+  (
+    "policy.plateau_patience",
+    UNET,
+    {"policy.plateau_factor": 0.1, "policy.plateau_patience": 2},
+    {"policy.plateau_factor": 1.0},
+  ),
   ("eval.threshold", UNET, SIGMOID | {"eval.threshold": 0.3}, {"head": "softmax"}),
   ("eval.window_stride", UNET, {"eval.window": (64, 64), "eval.window_stride": (48, 48)}, {"eval.window": (0, 0)}),
   ("eval.window_stride", UNET, {"eval.window": (64, 64), "eval.window_stride": (48, 48)}, {"model.padding": "valid"}),
-]  # fmt: skip
+]
 
 
 def make(schema, changes):
@@ -148,8 +195,11 @@ def test_every_row_has_a_case_and_every_field_a_row_or_a_place_among_those_that_
     }
   assert met == {(row.field, row.deciders) for row in config_rules.ACTS}
   known = {
-    field for model in config_lib.MODELS for data in config_lib.SOURCES for field in config_lib.fields(default_config(model, data))
-  }  # fmt: skip
+    field
+    for model in config_lib.MODELS
+    for data in config_lib.SOURCES
+    for field in config_lib.fields(default_config(model, data))
+  }
   conditional = {row.field for row in config_rules.ACTS}
   decided = conditional | {field for field in known if field in ALWAYS or field.startswith("model.")}
   assert known == decided and not conditional & set(ALWAYS)
@@ -204,10 +254,19 @@ def test_schedules_are_the_same_whatever_the_fields_that_cannot_act():
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"optimizer.warmup": "constant", "optimizer.warmup_steps": 9}, "config.optimizer.warmup = .*set optimizer.warmup_lr"),
-    ({"optimizer.end_lr": 0.01}, r"optimizer.end_lr = 0.01: must lie in \[0, base_lr\); .*set optimizer.schedule to constant"),
+    (
+      {"optimizer.warmup": "constant", "optimizer.warmup_steps": 9},
+      "config.optimizer.warmup = .*set optimizer.warmup_lr",
+    ),
+    (
+      {"optimizer.end_lr": 0.01},
+      r"optimizer.end_lr = 0.01: must lie in \[0, base_lr\); .*set optimizer.schedule to constant",
+    ),
     ({"optimizer.schedule": "step"}, "optimizer.decay_every = 2000: the step schedule would not drop before num_steps"),
-    ({"optimizer.schedule": "step", "optimizer.decay_every": 9, "optimizer.decay_factor": 1.0}, "must lie between 0 and 1"),
+    (
+      {"optimizer.schedule": "step", "optimizer.decay_every": 9, "optimizer.decay_factor": 1.0},
+      "must lie between 0 and 1",
+    ),
     ({"loss.class_weights": (0.0, 0.0)}, "loss.class_weights = .*: give one number >= 0 per class, not all 0"),
     ({"loss.hard_fraction": 1e-6, "crop_size": (8, 8)}, "loss.hard_fraction = 1e-06: picks no pixel"),
     ({"profile_steps": (2000, 2001)}, r"profile_steps = \(2000, 2001\): must be \(first, last\), from 1 to num_steps"),
@@ -215,7 +274,7 @@ def test_schedules_are_the_same_whatever_the_fields_that_cannot_act():
     ({"augment.scale": (0.5, float("nan"))}, "augment.scale = .*: must hold a number"),
     ({"eval.window": (64, 64)}, r"eval.window_stride = \(0, 0\): must lie between 1 and eval.window"),
   ],
-)  # fmt: skip
+)
 def test_values_with_which_nothing_would_happen_are_refused(changes, message):
   with pytest.raises(ConfigError, match=message):
     config_rules.validate(make(UNET, changes))

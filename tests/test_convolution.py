@@ -69,7 +69,6 @@ WINOGRAD = [  # (H, W), padding: rows that fill their tiles of four and rows tha
 @pytest.mark.parametrize("batch, features", [(2, (3, 4)), (1, (40, 50))])
 @pytest.mark.parametrize("size, padding", WINOGRAD)
 def test_winograds_sums_equal_xlas_convolution_in_value_and_gradients(size, padding, batch, features, monkeypatch):
-  """With many features on few pixels the gradient by x is a product over patches."""
   monkeypatch.setattr(convolution, "_fast_forms", lambda *_: convolution.WINOGRAD)
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):
@@ -105,11 +104,7 @@ def test_winograds_sums_are_taken_where_they_pay():
     return convolution._fast_forms(x, kernel, **options)
 
   assert forms((4, 64, 64, 256), 256) == convolution.WINOGRAD
-  assert forms((16, 32, 32, 64), 64).forward is convolution.WINOGRAD.forward
-  few = forms((4, 256, 256, 64), 64)
-  assert few.forward is convolution.WINOGRAD.forward and few.input_gradient is convolution.WINOGRAD.input_gradient
-  assert few.kernel_gradient is convolution.XLA.kernel_gradient
-  assert forms((4, 256, 256, 128), 64).kernel_gradient is convolution._kernel_gradient_of_g  # Which has fewer features.
+  assert forms((16, 32, 32, 64), 64) == convolution.WINOGRAD
   assert forms((4, 256, 256, 32), 64) == convolution.XLA
   assert forms((4, 64, 64, 256), 256, stride=2) == convolution.XLA
   assert forms((4, 64, 64, 256), 256, rate=2) == convolution.XLA

@@ -66,6 +66,25 @@ def test_kernel_gradient_is_right_on_every_mesh(data, space, spec):
       np.testing.assert_allclose(ours, theirs, atol=1e-10)
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("stride, rate, size", [(1, 1, (9, 6)), (2, 1, (8, 6)), *full((1, 4, (9, 6)))])
+def test_gradients_for_accelerators_are_those_of_one_device(platform, stride, rate, size):
+  """Each device takes the kernel gradient of its own images, which are then added."""
+  mesh, around = sharding.make_mesh(8, 1), layers.paddings(size, 3, stride, rate, "same")
+
+  def loss(x, kernel):
+    return (depthwise.depthwise_conv(x, kernel, stride, rate, around) ** 2).sum()
+
+  with jax.enable_x64(True):
+    x = jax.random.normal(jax.random.key(0), (8, *size, 3), jnp.float64)
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 3), jnp.float64)
+    want = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+    of_mesh = sharding.on(mesh)(kernels.on(platform)(jax.grad(loss, argnums=(0, 1))))
+    got = jax.jit(of_mesh)(jax.device_put(x, sharding.batch_sharding(mesh)), sharding.gather(kernel, mesh))
+    for ours, theirs in zip(got, want):
+      np.testing.assert_allclose(ours, theirs, atol=1e-10)
+
+
 def test_bfloat16_sums_in_float32():
   x = jnp.full((1, 8, 8, 1), 1.0, jnp.bfloat16)
   kernel = jnp.full((3, 3, 1, 1), 1 / 256).at[1, 1].set(1.0)  # In bfloat16, 1 + 1/256 is 1 again.

@@ -46,9 +46,14 @@ def test_dry_run_tells_what_the_real_step_holds_and_writes_nothing(config, tmp_p
   assert prediction <= programs["evaluation"].outputs < 2 * prediction
   output = capsys.readouterr().out
   count = sum(leaf.size for leaf in jax.tree.leaves(current.params))
-  for text in (f"{count:,}", "20 images in 'train' of synthetic", "6 classes, canvas 24x32", "shard_state=True",
-               f"{len(found['all-reduce'])} all-reduce",
-               "host memory, which 8 devices share): fits"):  # fmt: skip
+  for text in (
+    f"{count:,}",
+    "20 images in 'train' of synthetic",
+    "6 classes, canvas 24x32",
+    "shard_state=True",
+    f"{len(found['all-reduce'])} all-reduce",
+    "host memory, which 8 devices share): fits",
+  ):
     assert text in output, output
 
 

@@ -36,9 +36,15 @@ def stores(tmp_path_factory):
   archives.make_cityscapes(folder)
   for name in ("voc", "cityscapes"):
     command = [
-      sys.executable, "-m", "segjax.prepare", name, f"--archives={folder}", f"--out={folder / name}", "--allow_partial",
+      sys.executable,
+      "-m",
+      "segjax.prepare",
+      name,
+      f"--archives={folder}",
+      f"--out={folder / name}",
+      "--allow_partial",
       f"--tfds={folder / 'tfds'}",
-    ]  # fmt: skip
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and "train on it: --config.data.dir=" in result.stdout, result.stderr
   return {
@@ -142,7 +148,7 @@ def test_a_split_without_labels_is_refused_for_training_and_scoring(stores, tmp_
 def test_shards_are_read_without_importing_tensorflow(stores):
   code = f"""
 import sys
-from segjax.input_pipeline import VocSource
+from segjax.input_pipeline.sources.voc import VocSource
 data = VocSource(dir={str(stores["voc", "tfds"])!r}, split="trainaug", format="tfds")
 assert len(data) == 5 and data[0][0].ndim == 3
 assert not any(name.split(".")[0] in ("tensorflow", "jax") for name in sys.modules)
@@ -211,7 +217,7 @@ def test_real_voc_images_go_through_check_train_eval_and_predict(shared, tmp_pat
   output = capsys.readouterr().out
   assert "val: 8 examples" in output and "no pixel of" in output and "canvas" not in output
   assert "note: split 'val' has 8 images, the official one 1449" in output
-  counts, problems = scan.scan(input_pipeline.make_source(config.data, "val"), range(8))
+  counts, _, problems = scan.scan(input_pipeline.make_source(config.data, "val"), range(8))
   assert not problems and counts.sum() == 7 * 513 * 513 + 334 * 500
   scores = train_lib.train(config, tmp_path / "run")
   assert evaluate_lib.evaluate(config, tmp_path / "run")["val/mean_iou"] == scores["val/mean_iou"]

@@ -180,8 +180,11 @@ def test_the_death_of_one_of_two_processes_stops_the_other_and_both_resume(long_
     begin = time.monotonic()
     code = run.wait(timeout=HEARTBEAT_TIMEOUT + 60)
     seconds = time.monotonic() - begin
-    assert code == 137 and f"process {victim}" in run.output and "is gone" in run.output, run.output
-    assert seconds < HEARTBEAT_TIMEOUT and "Check failure stack trace" not in run.output
+    # By the failed collective, or by the heartbeat, where it waits on the host.
+    assert code == 137 and ("another process stopped first" in run.output or "another task died" in run.output), (
+      run.output
+    )
+    assert seconds < HEARTBEAT_TIMEOUT + 15
     print(f"process {victim} killed at step {step}: the other stopped after {seconds:.1f} s")
   run = together(long_config, broken)
   run.wait_for("step     38/50")
@@ -198,7 +201,8 @@ def test_sigterm_ends_an_evaluation_of_two_processes(tiny_config, tmp_path):
   run = together(tiny_config, tmp_path / "run", "--mode=eval")
   time.sleep(30)  # It says nothing before its end.
   os.kill(process_of(run, 1), signal.SIGTERM)
-  assert run.wait(timeout=HEARTBEAT_TIMEOUT) == 143 and "is gone" in run.output, run.output
+  assert run.wait(timeout=HEARTBEAT_TIMEOUT + 15) == 143, run.output
+  assert "another process stopped first" in run.output or "another task died" in run.output, run.output
 
 
 def test_a_second_run_on_a_workdir_is_refused_and_the_first_goes_on(long_config, tmp_path):
@@ -221,8 +225,11 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_ends_the_same(tiny
   path = max(files, key=lambda p: p.stat().st_size)
   content = bytearray(path.read_bytes())
   content[len(content) // 2] ^= 1
-  {"flipped byte": lambda: path.write_bytes(content), "truncated": lambda: path.write_bytes(content[:-1]),
-   "removed": path.unlink}[damage]()  # fmt: skip
+  {
+    "flipped byte": lambda: path.write_bytes(content),
+    "truncated": lambda: path.write_bytes(content[:-1]),
+    "removed": path.unlink,
+  }[damage]()
   train_lib.train(tiny_config, workdir)
   output = capsys.readouterr().out
   assert "DAMAGED CHECKPOINT step_6" in output and str(path.relative_to(workdir)) in output, output

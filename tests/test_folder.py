@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from segjax.config import SOURCES
-from segjax.input_pipeline import DataError, FolderSource, datasets, images, scan
-from segjax.input_pipeline.source import held_out
+from segjax.input_pipeline import DataError, images, masks, scan, sources
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.folder import FolderSource
+from segjax.input_pipeline.sources.holdout import HoldOut
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 MASK = np.tile(np.array([0, 1, 2, 255], np.uint8), (6, 2))
@@ -32,7 +34,7 @@ def make(root, names=("a", "b"), split="train", mask=MASK):
 
 def source(root, split="train", **options):
   options = dict(SOURCES["folder"], classes=("ground", "road", "car")) | options
-  return FolderSource(dir=str(root), split=split, **options)
+  return FolderSource(split=split, **sources.arguments(FolderSource, options | dict(dir=str(root))))
 
 
 def test_pairs_by_name_whatever_the_extension(tmp_path):
@@ -86,14 +88,14 @@ def test_holdout_splits_all_images_once_and_stays_when_more_come(tmp_path):
     source(tmp_path, "test", **layout)
 
 
-def split(names, **options):
-  return held_out(names, **(dict(holdout=0.1, folds=0, fold=0, seed=0, group="") | options))
+def split(names, group="", **options):
+  return HoldOut(**options).choose(names, group)
 
 
 def test_a_holdout_from_1_on_is_a_number_of_images():
   names = [f"{i:03d}" for i in range(97)]
   first = split(names, holdout=20.0)
-  assert len(first) == 20 and first == split(names[::-1], holdout=20.0) != split(names, holdout=20.0, seed=1)
+  assert len(first) == 20 and first == split(names[::-1], holdout=20.0) != split(names, holdout=20.0, split_seed=1)
   assert first > split(names, holdout=7.0) and len(split(names, holdout=1.0)) == 1
   with pytest.raises(DataError, match="data.holdout = 97 holds out all of the 97 images.*Hold out fewer"):
     split(names, holdout=97.0)
@@ -159,13 +161,17 @@ def test_classes_from_a_file(tmp_path):
 @pytest.mark.parametrize(
   "mask, options, message",
   [
-    (np.full((6, 8), 7, np.uint8), {}, r"a\.png: label values outside the 3 classes .* 7 \(48 px\).* data.label_map, e.g. 7:255"),
+    (
+      np.full((6, 8), 7, np.uint8),
+      {},
+      r"a\.png: label values outside the 3 classes .* 7 \(48 px\).* data.label_map, e.g. 7:255",
+    ),
     (np.array([[0, 200]] * 3, np.uint8).repeat(2, 0).repeat(4, 1), dict(classes=("no", "yes")), "e.g. 200:1"),
     (np.array([[1, 2, 3]] * 6, np.uint8), {}, "e.g. 1:0,2:1,3:2"),
     (np.full((6, 8), -1, np.int32), {}, r"-1 \(48 px\)"),
     (np.tile(np.uint8([9, 8, 7]), (6, 8, 1)), {}, r"an RGB mask with colours that no class has: 090807 \(48 px\)"),
   ],
-)  # fmt: skip
+)
 def test_wrong_label_values_are_named_with_counts_and_remedy(tmp_path, mask, options, message):
   write(tmp_path / "images/train/a.png", np.zeros((*mask.shape[:2], 3), np.uint8))
   path = tmp_path / "masks/train/a.png"
@@ -254,9 +260,9 @@ def test_empty_split(tmp_path):
 
 def test_camvid_is_read_with_the_published_pixel_shares(shared):
   options = dict(SOURCES["folder"], **datasets.CAMVID)
-  data = FolderSource(dir=str(shared / "data/camvid"), split="train", **options)
+  data = source(shared / "data/camvid", **options)
   assert len(data) == 367 and data.canvas_size == (360, 480)
-  counts, problems = scan.scan(data, range(0, 367))
+  counts, _, problems = scan.scan(data, range(0, 367))
   shares = 100 * counts.sum(0) / counts.sum()
   want = [16.845, 23.259, 0.983, 31.658, 4.486, 9.724, 1.173, 1.127, 5.866, 0.639, 0.292]
   np.testing.assert_allclose(shares[:11], want, atol=6e-4)
@@ -277,7 +283,7 @@ def png_that_claims(height, width):
 def test_an_image_that_claims_too_many_pixels_is_refused_before_it_takes_memory(tmp_path, size):
   path = tmp_path / "bomb.png"
   path.write_bytes(png_that_claims(*size))
-  for read in (images.read_size, images.read_image, images.read_mask):
+  for read in (images.read_size, images.read_image, masks.read_mask):
     tracemalloc.start()
     with pytest.raises(DataError, match=r"bomb.png: (claims \d+x\d+ pixels, more than|not a readable|damaged)"):
       read(path)
@@ -288,4 +294,4 @@ def test_an_image_that_claims_too_many_pixels_is_refused_before_it_takes_memory(
 def test_masks_of_other_colour_modes_are_refused(tmp_path):
   Image.new("CMYK", (4, 4)).save(tmp_path / "m.tif")
   with pytest.raises(DataError, match="m.tif: CMYK pixels are no labels"):
-    images.read_mask(tmp_path / "m.tif")
+    masks.read_mask(tmp_path / "m.tif")

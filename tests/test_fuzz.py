@@ -11,9 +11,21 @@ from tests.fuzz_readers import KINDS, SECONDS
 
 ROOT = pathlib.Path(__file__).parents[1]
 COUNTS = dict(
-  jpeg=300, png=300, gif=150, tiff=100, lists=150, config=250, task=50, npz=150, safetensors=150, pth=150,
-  tf_checkpoint=100, frozen_graph=100, checkpoint=50,
-)  # fmt: skip
+  jpeg=250,
+  png=250,
+  gif=150,
+  tiff=100,
+  lists=150,
+  config=250,
+  task=50,
+  npz=150,
+  safetensors=150,
+  pth=150,
+  tf_checkpoint=100,
+  frozen_graph=100,
+  checkpoint=50,
+  tflite=100,
+)
 
 
 def test_counts_are_of_all_kinds_and_sum_to_2000():
@@ -24,8 +36,8 @@ def test_counts_are_of_all_kinds_and_sum_to_2000():
 @pytest.mark.parametrize("kind", COUNTS)
 def test_each_damaged_file_is_read_or_refused_with_a_message(kind, tmp_path):
   """In a process of its own, which must live to its end: no crash, no hang, no other exception, no memory."""
-  if kind in ("pth", "safetensors"):
-    pytest.importorskip({"pth": "torch"}.get(kind, kind))
+  if kind in ("pth", "safetensors", "tflite"):
+    pytest.importorskip({"pth": "torch", "tflite": "ai_edge_litert"}.get(kind, kind))
   if kind in ("tf_checkpoint", "frozen_graph"):
     pytest.importorskip("tensorflow")
   command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz_readers", kind, str(COUNTS[kind]), str(tmp_path)]

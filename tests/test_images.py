@@ -12,8 +12,9 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from segjax import config as config_lib
 from segjax import predict
-from segjax.input_pipeline import DataError, datasets, images, unlabelled
-from segjax.run import task
+from segjax.input_pipeline import DataError, images, masks, unlabelled
+from segjax.input_pipeline.sources import datasets
+from segjax.run import prediction_info
 from segjax.tools import check_data
 from tests.test_folder import IMAGE, MASK, make, source, write
 
@@ -46,8 +47,17 @@ def tiff(samples, bits, photometric):
   height, width, *channels = samples.shape
   count = channels[0] if channels else 1
   data = samples.tobytes()
-  tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8),
-          (277, 3, count), (278, 4, height), (279, 4, len(data))]  # fmt: skip
+  tags = [
+    (256, 4, width),
+    (257, 4, height),
+    (258, 3, bits),
+    (259, 3, 1),
+    (262, 3, photometric),
+    (273, 4, 8),
+    (277, 3, count),
+    (278, 4, height),
+    (279, 4, len(data)),
+  ]
   body, extra = b"", b""
   start = 8 + len(data)
   for tag, kind, value in tags:
@@ -114,15 +124,15 @@ def test_an_image_that_would_arrive_as_another_is_refused(content, message):
 @pytest.mark.parametrize("depth, numbers", [(1, [0, 1]), (2, [0, 1, 2, 3]), (4, [0, 3, 9, 15])])
 def test_grey_masks_of_few_bits_give_the_stored_numbers(depth, numbers):
   mask = np.resize(np.uint8(numbers), (5, 8))
-  np.testing.assert_array_equal(images.read_mask("m", io.BytesIO(png(mask, depth, 0))), mask)
-  np.testing.assert_array_equal(images.read_mask("m", io.BytesIO(png(mask, depth, 3, (b"PLTE", bytes(48))))), mask)
+  np.testing.assert_array_equal(masks.read_mask("m", io.BytesIO(png(mask, depth, 0))), mask)
+  np.testing.assert_array_equal(masks.read_mask("m", io.BytesIO(png(mask, depth, 3, (b"PLTE", bytes(48))))), mask)
 
 
 def test_a_pgm_gives_the_stored_numbers_whatever_it_calls_white():
   mask = np.resize(np.uint8([0, 1, 2, 3]), (5, 8))
-  np.testing.assert_array_equal(images.read_mask("m", io.BytesIO(b"P5 8 5 3\n" + mask.tobytes())), mask)
+  np.testing.assert_array_equal(masks.read_mask("m", io.BytesIO(b"P5 8 5 3\n" + mask.tobytes())), mask)
   plain = b"P2 8 5 1000\n" + " ".join(map(str, 300 * mask.reshape(-1).astype(int))).encode()
-  np.testing.assert_array_equal(images.read_mask("m", io.BytesIO(plain)), 300 * mask.astype(int))
+  np.testing.assert_array_equal(masks.read_mask("m", io.BytesIO(plain)), 300 * mask.astype(int))
 
 
 PAINTED = np.dstack([np.tile(np.uint8([255, 0, 0]), (6, 8, 1)), np.full((6, 8), 255, np.uint8)])
@@ -152,14 +162,14 @@ PALETTE = (b"PLTE", datasets.palette(256).tobytes())
 )
 def test_a_mask_that_would_arrive_as_another_is_refused(content, message):
   with pytest.raises(DataError, match=f"name: .*{message}"):
-    images.read_mask("name", io.BytesIO(content))
+    masks.read_mask("name", io.BytesIO(content))
 
 
 def test_transparency_that_hides_no_pixel_is_allowed():
   for content in (saved(Image.fromarray(PAINTED), "PNG"), png(PAINTED[..., :3], 8, 2, (b"tRNS", bytes(6)))):
-    np.testing.assert_array_equal(images.read_mask("m", io.BytesIO(content)), PAINTED[..., :3])
+    np.testing.assert_array_equal(masks.read_mask("m", io.BytesIO(content)), PAINTED[..., :3])
   content = png(MASK, 8, 3, PALETTE, (b"tRNS", b"\xff\xff\xff\0"))
-  np.testing.assert_array_equal(images.read_mask("m", io.BytesIO(content)), MASK)
+  np.testing.assert_array_equal(masks.read_mask("m", io.BytesIO(content)), MASK)
 
 
 def test_an_optimised_mask_of_one_bit_among_masks_of_eight_is_refused(tmp_path):
@@ -263,7 +273,7 @@ def test_where_sizes_tell_nothing_exif_is_refused_or_an_option_decides(tmp_path,
 
 def test_a_mask_that_exif_turns_is_refused():
   with pytest.raises(DataError, match="EXIF gives the mask orientation 3"):
-    images.read_mask("m", io.BytesIO(with_exif(MASK, 3, "PNG")))
+    masks.read_mask("m", io.BytesIO(with_exif(MASK, 3, "PNG")))
 
 
 def test_prediction_turns_images_as_the_runs_masks_told(tmp_path):
@@ -271,25 +281,25 @@ def test_prediction_turns_images_as_the_runs_masks_told(tmp_path):
   config = config_lib.default_config(data="folder")
   config.data.dir, config.data.classes = str(tmp_path), ("x", "y", "z")
   photo = str(tmp_path / "images/val/a.jpg")
-  seen, problems = unlabelled.find_photos([photo], [], task.exif_rule(config, None))
+  seen, problems = unlabelled.find_photos([photo], [], prediction_info.exif_rule(config, None))
   assert not seen and "a.jpg: EXIF gives it orientation 6" in problems[0] and "no mask tells" in problems[0]
   run = tmp_path / "run"
   run.mkdir()
   config_lib.save(config, run)
-  task.of_split(source(tmp_path, "val"), config.data).save(run)
-  (seen,), problems = unlabelled.find_photos([photo], [], task.exif_rule(config, run))
-  ((_, pixels),) = unlabelled.read_ahead([seen], 1, task.exif_rule(config, run))
+  prediction_info.of_split(source(tmp_path, "val"), config.data).save(run)
+  (seen,), problems = unlabelled.find_photos([photo], [], prediction_info.exif_rule(config, run))
+  ((_, pixels),) = unlabelled.read_ahead([seen], 1, prediction_info.exif_rule(config, run))
   assert seen.size == pixels.shape[:2] == (8, 6) and not problems
   np.testing.assert_array_equal(pixels, source(tmp_path, "val")[0][0])
   config.data.exif = "ignore"  # Said for this prediction.
-  assert unlabelled.find_photos([photo], [], task.of_run(config, run).exif)[0][0].size == (6, 8)
-  saved_task = json.loads((run / task.TASK_FILE).read_text())
-  (run / task.TASK_FILE).write_text(json.dumps(saved_task | dict(exif="perhaps")))
+  assert unlabelled.find_photos([photo], [], prediction_info.of_run(config, run).exif)[0][0].size == (6, 8)
+  saved_task = json.loads((run / prediction_info.INFO_FILE).read_text())
+  (run / prediction_info.INFO_FILE).write_text(json.dumps(saved_task | dict(exif="perhaps")))
   with pytest.raises(config_lib.ConfigError, match="exif 'perhaps'"):
     predict.predict(config, run, [photo], tmp_path / "out")
 
 
-@pytest.mark.parametrize("read", [images.read_header, images.read_image, images.read_mask])
+@pytest.mark.parametrize("read", [images.read_header, images.read_image, masks.read_mask])
 def test_pillow_offers_a_file_to_no_other_reader_than_those_of_our_formats(tmp_path, read):
   Image.init()
   eps, tga = tmp_path / "eps.png", tmp_path / "tga.png"
@@ -319,7 +329,7 @@ def test_real_files_are_decoded_to_pillows_bits(shared, folder):
       if not file.mode.startswith("I"):
         np.testing.assert_array_equal(images.read_image(path), np.asarray(file.convert("RGB")))
       if path.suffix == ".png":
-        np.testing.assert_array_equal(images.read_mask(path), stored)
+        np.testing.assert_array_equal(masks.read_mask(path), stored)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(progressive=True), dict(optimize=True), dict(restart_marker_rows=1)])
@@ -359,10 +369,10 @@ def test_pngs_come_out_the_same_without_the_optional_decoder_and_damage_is_told_
 
   def read():
     for file in (io.BytesIO(flipped), io.BytesIO(sound[: len(sound) // 2]), io.BytesIO(half_zero(sound))):
-      for reader in (images.read_image, images.read_mask):
+      for reader in (images.read_image, masks.read_mask):
         with pytest.raises(DataError, match="damaged or truncated"):
           reader("x", file)
-    return [reader("x", file).tobytes() for file in files for reader in (images.read_image, images.read_mask)]
+    return [reader("x", file).tobytes() for file in files for reader in (images.read_image, masks.read_mask)]
 
   fast = read()
   monkeypatch.setattr(images, "imagecodecs", None)

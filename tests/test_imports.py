@@ -101,6 +101,16 @@ def test_the_story_is_at_the_top_and_nothing_else():
   assert len(list(PACKAGE.glob("*.py"))) <= 15
 
 
+def test_files_stay_below_400_lines_and_constructors_at_10_arguments():
+  """But for the constructors of models, whose arguments are their papers' variants."""
+  for path in PACKAGE.rglob("*.py"):
+    text = path.read_text()
+    assert text.count("\n") < 400, path
+    for node in ast.walk(ast.parse(text)):
+      if isinstance(node, ast.FunctionDef) and node.name == "__init__" and "models" not in path.parts:
+        assert len(node.args.args[1:] + node.args.kwonlyargs) <= 10, (path, node.lineno)
+
+
 def has_default_tests(path):
   """Whether a test of the file is of no other suite; one of whose cases are is."""
   of_suite = re.compile(rf"pytest\.mark\.({'|'.join(SUITES)})$")
@@ -156,7 +166,8 @@ def test_sources_and_order_import_no_jax():
 import sys
 sys.modules["jax"] = None  # Any import of it now raises.
 from segjax import input_pipeline
-source = input_pipeline.SyntheticSource(split="train", num_train=3, num_val=1, image_size=(8, 8))
+from segjax.input_pipeline.sources.synthetic import SyntheticSource
+source = SyntheticSource(split="train", num_train=3, num_val=1, image_size=(8, 8))
 assert input_pipeline.load_example(source, (9, 9), 1)["image"].shape == (8, 8, 3)
 assert not any(name.split(".")[0] in ("flax", "orbax", "tensorflow") for name in sys.modules)
 """

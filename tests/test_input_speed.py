@@ -28,8 +28,10 @@ def test_the_table_has_a_row_for_each_format_and_loader(tmp_path, monkeypatch):
   config.data.train_split, config.data.workers, config.batch_size = "trainaug", 1, 2
   table = input_speed.input_table(config, {"tree": formats["tree"]}, seconds=0.1).splitlines()
   assert [row.split(" | ")[:3] for row in table[2:5]] == [
-    ["| tree", "none, decoding alone", "1"], ["| tree", "tf_data", "1"], ["| tree", "grain", "1"],
-  ]  # fmt: skip
+    ["| tree", "none, decoding alone", "1"],
+    ["| tree", "tf_data", "1"],
+    ["| tree", "grain", "1"],
+  ]
   assert all(float(cell) > 0 for row in table[2:5] for cell in row.rstrip(" |").split(" | ")[3:])
   assert "canvas 375x500, batches of 2" in table[-1]
   data = config.data

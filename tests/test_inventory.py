@@ -8,7 +8,11 @@ import pytest
 
 from segjax import input_pipeline
 from segjax.config import default_config
-from segjax.input_pipeline import CityscapesSource, DataError, KittiRoadSource, VocSource, images, inventory, unlabelled
+from segjax.input_pipeline import DataError, images, inventory, masks, unlabelled
+from segjax.input_pipeline.sources.cityscapes import CityscapesSource
+from segjax.input_pipeline.sources.holdout import HoldOut
+from segjax.input_pipeline.sources.kitti_road import KittiRoadSource
+from segjax.input_pipeline.sources.voc import VocSource
 from segjax.tools import check_data
 from tests.test_folder import IMAGE, MASK, make, source, write
 
@@ -70,6 +74,18 @@ def test_what_another_split_uses_is_used(tmp_path, capsys):
   assert count == 0 and output.count("is not used: in no split") == 2 * 16
 
 
+def test_one_split_alone_tells_what_no_other_can_use_and_nothing_else(tmp_path):
+  for split in ("train", "val"):
+    for name in ("1.png", "2.png"):
+      write(tmp_path / "images" / split / (split + name), IMAGE)
+      write(tmp_path / "masks" / (split + name), MASK)
+  val = source(tmp_path, "val", masks="masks")  # All masks in one folder.
+  assert len(inventory.unused({"val": val})) == 2 and not inventory.notes({"val": val}, whole=False)
+  (tmp_path / "images/val/d.heic").write_text("")
+  notes = inventory.notes({"val": source(tmp_path, "val", masks="masks")}, whole=False)
+  assert len(notes) == 1 and "1 entries of the data folders are not used: a .heic file (1)" in notes[0]
+
+
 def test_lists_with_a_byte_order_mark_and_names_with_spaces_are_read(tmp_path):
   names = ("my image", "a", "b c d", "next\x85line")
   make(tmp_path, names=names)
@@ -93,7 +109,7 @@ def test_what_is_no_regular_file_is_named_and_never_waited_for(root, capsys, fol
   special(path)
   count, output = findings(root, capsys)
   assert count == 1 and f"{path}: no regular file" in output
-  for read in (images.read_size, images.read_image, images.read_mask, images.read_lines):
+  for read in (images.read_size, images.read_image, masks.read_mask, images.read_lines):
     with pytest.raises(DataError, match="no regular file"):
       read(path)
   found, problems = unlabelled.find_photos([str(path.parent)], [], "refuse")
@@ -179,7 +195,7 @@ def test_kitti_leaves_nothing_unused_without_a_word(tmp_path):
       write(masks / f"um_{kind}_00000{number}.png", np.zeros((6, 8, 3), np.uint8))
 
   def open_sources():
-    options = dict(dir=str(tmp_path), labels="road", holdout=1.0, folds=0, fold=0, split_seed=0)
+    options = dict(dir=str(tmp_path), hold_out=HoldOut(holdout=1.0))
     return {split: KittiRoadSource(split=split, **options) for split in ("train", "val")}
 
   assert not inventory.unused(open_sources())

@@ -32,7 +32,7 @@ SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 code=0
 for ((i = 0; i < TASKS; i++)); do
-  SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_TASKS=$TASKS SLURM_STEP_TASKS_PER_NODE="1(x$TASKS)" \\
+  SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_TASKS=$TASKS SLURM_NTASKS=$TASKS SLURM_STEP_TASKS_PER_NODE="1(x$TASKS)" \\
     SLURM_PROCID=$i SLURM_NODEID=$i SLURM_LOCALID=0 "$@" &
 done
 for ((i = 0; i < TASKS; i++)); do wait -n || code=$?; done

@@ -90,9 +90,14 @@ def bytes_on_first_device(tree):
 
 @pytest.mark.parametrize(
   "model, data, space",
-  [*full(("unet", 8, 1)), pytest.param("unet", 4, 2, marks=SLOW), pytest.param("deeplab", 8, 1, marks=SLOW),
-   pytest.param("deeplab", 2, 4, marks=SLOW), pytest.param("fcn", 8, 1, marks=SLOW)],
-)  # fmt: skip
+  [
+    *full(("unet", 8, 1)),
+    pytest.param("unet", 4, 2, marks=SLOW),
+    pytest.param("deeplab", 8, 1, marks=SLOW),
+    pytest.param("deeplab", 2, 4, marks=SLOW),
+    pytest.param("fcn", 8, 1, marks=SLOW),
+  ],
+)
 def test_sharded_state_trains_as_the_replicated_one_in_float64(config, model, data, space):
   config = dict(unet=lambda c: c, deeplab=deeplab, fcn=fcn)[model](config)
   want = run_in_float64(changed(config), data, space, num_steps=2)
@@ -134,9 +139,12 @@ def test_the_widest_divisible_dimension_is_split():
 
 
 LAYOUTS = [  # (devices, sharded) that save and that restore
-  ((8, True), (1, False)), ((1, False), (8, True)), ((8, True), (8, False)), ((8, False), (8, True)),
+  ((8, True), (1, False)),
+  ((1, False), (8, True)),
+  ((8, True), (8, False)),
+  ((8, False), (8, True)),
   ((8, True), (2, True)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("saved, restored", [*LAYOUTS[:2], *full(*LAYOUTS[2:])])
@@ -230,8 +238,9 @@ def test_a_batch_that_parts_and_devices_do_not_divide_says_so():
 
 
 @pytest.mark.parametrize(
-  "model", [*full("unet"), pytest.param("deeplab", marks=SLOW), pytest.param("fcn", marks=SLOW)],
-)  # fmt: skip
+  "model",
+  [*full("unet"), pytest.param("deeplab", marks=SLOW), pytest.param("fcn", marks=SLOW)],
+)
 def test_rematerialisation_changes_neither_gradients_nor_statistics(config, model):
   config = dict(unet=lambda c: c, deeplab=deeplab, fcn=fcn)[model](config)
   want = run_in_float64(changed(config), 1, 1, num_steps=2)

@@ -162,7 +162,8 @@ def official_table(shared):
 def test_decay_and_multipliers_are_those_of_every_official_variable(shared):
   params = tf_deeplab.convert({n: np.zeros(s) for n, (s, _) in seeded.variables("xception65").items()})["params"]
   decays = traverse_util.flatten_dict(optimizer.decay_mask(params), sep="/")
-  by_head = {h: traverse_util.flatten_dict(optimizer.gradient_multipliers(params, h, 2.0), sep="/") for h in (1, 10)}
+  factors = {h: optimizer.lr_factors((f"!backbone:{h}", "logits/bias:2"), params) for h in (1, 10)}
+  by_head = {h: traverse_util.flatten_dict(tree, sep="/") for h, tree in factors.items()}
   rows = official_table(shared)
   assert len(rows) == 440 == len(decays)
   for name, decay, _, head1, head10, _ in rows:
@@ -177,9 +178,14 @@ def test_three_training_steps_equal_the_official_ones(shared, monkeypatch):
   weight_decay = 4e-5
   schedule = optimizer.make_schedule("poly", base_lr=1e-3, num_steps=30000)
   make = optimizer.make_optimizer(
-    "sgd", schedule, momentum=0.9, nesterov=False, weight_decay=weight_decay, clip_norm=0.0, head_multiplier=10.0,
-    bias_multiplier=2.0,
-  )  # fmt: skip
+    "sgd",
+    schedule,
+    momentum=0.9,
+    nesterov=False,
+    weight_decay=weight_decay,
+    clip_norm=0.0,
+    lr_multipliers=("!backbone:10", "logits/bias:2"),
+  )
   graphdef, params, batch_stats = state.split(seeded_model("xception65", frozen_bn=True))
   params, batch_stats = (jax.tree.map(jnp.asarray, tree) for tree in (params, batch_stats))
   initial_stats = batch_stats
@@ -201,8 +207,14 @@ def test_three_training_steps_equal_the_official_ones(shared, monkeypatch):
     squares = jax.tree.map(lambda w, m: (w**2).sum() / 2 if m else 0.0, params, mask_of)
     total_gradient = jax.tree.map(lambda g, w, m: g + weight_decay * w if m else g, gradient, params, mask_of)
     updates, opt_state = make.update(gradient, opt_state, params)
-    return (optax.apply_updates(params, updates), batch_stats, opt_state, loss,
-            weight_decay * sum(jax.tree.leaves(squares)), total_gradient)  # fmt: skip
+    return (
+      optax.apply_updates(params, updates),
+      batch_stats,
+      opt_state,
+      loss,
+      weight_decay * sum(jax.tree.leaves(squares)),
+      total_gradient,
+    )
 
   opt_state = make.init(params)
   places = [tf_deeplab.rename(str(name))[1] for name in z["grad_names"]]

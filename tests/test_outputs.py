@@ -10,8 +10,9 @@ from PIL import Image
 
 from segjax import predict
 from segjax.config import ConfigError, default_config
-from segjax.input_pipeline import DataError, borders, datasets, images, scan, unlabelled
-from segjax.input_pipeline.source import Source
+from segjax.input_pipeline import DataError, borders, images, scan, unlabelled
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Source
 from segjax.run import examples, outputs, report
 from segjax.tools import submission
 from tests.test_examples import start
@@ -47,11 +48,16 @@ def test_every_writer_stays_in_its_folder_whatever_an_id_says(tmp_path, monkeypa
   assert len(written) == 1 and written[0].parent == folder and ".." not in written[0].parts
 
 
-@pytest.mark.parametrize("names, message", [
-  (["../x"], "names no file below"), (["a" * 250, "b" * 252], r"^b{252}.png: too long for a file's name \(256 bytes of"),
-  (["ä" * 126], "256 bytes"), (["/".join(["d" * 250] * 17)], "the whole path of 4095"),
-  (["a", "b", "a"], "Several examples would be written as .*a.png. Rename"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "names, message",
+  [
+    (["../x"], "names no file below"),
+    (["a" * 250, "b" * 252], r"^b{252}.png: too long for a file's name \(256 bytes of"),
+    (["ä" * 126], "256 bytes"),
+    (["/".join(["d" * 250] * 17)], "the whole path of 4095"),
+    (["a", "b", "a"], "Several examples would be written as .*a.png. Rename"),
+  ],
+)
 def test_predictions_with_impossible_names_are_refused_before_the_work(tmp_path, monkeypatch, names, message):
   config = default_config(data="folder")
   config.data.eval_split = "val"

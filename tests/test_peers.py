@@ -29,7 +29,8 @@ CASES = {
   "timm_xception71_os16": ("timm/xception71", dict(output_stride=16)),
   "smp_deeplabv3plus_resnet50": ("smp/deeplabv3plus_resnet50", {}),
   "smp_deeplabv3plus_resnet50_rates6_full": (
-    "smp/deeplabv3plus_resnet50", dict(atrous_rates=(6, 12, 18), details=dict(separable_aspp=False))
+    "smp/deeplabv3plus_resnet50",
+    dict(atrous_rates=(6, 12, 18), details=dict(separable_aspp=False)),
   ),
   "smp_deeplabv3plus_mobilenet_v2": ("smp/deeplabv3plus_mobilenet_v2", {}),
   "smp_deeplabv3plus_tu-xception65": ("smp/deeplabv3plus_tu-xception65", {}),
@@ -37,7 +38,7 @@ CASES = {
   "torchvision_deeplabv3_resnet50": ("torchvision/deeplabv3_resnet50", {}),
   "torchvision_fcn_resnet50": ("torchvision/fcn_resnet50", {}),
   "torchvision_vgg16": ("torchvision/vgg16", {}),
-}  # fmt: skip
+}
 
 # The fixtures' names of intermediate results, and ours.
 ENDPOINTS = (
@@ -149,11 +150,18 @@ def check(case, z, tolerance=20):
 
 # One of each table of names; the others are the same at another stride or depth.
 DISTINCT = (
-  "vainf_deeplabv3plus_resnet50_separable", "vainf_deeplabv3plus_mobilenet", "timm_xception41_os8",
-  "timm_xception65_features_only_os16", "timm_xception71_os16", "smp_deeplabv3plus_resnet50_rates6_full",
-  "smp_deeplabv3plus_mobilenet_v2", "smp_deeplabv3plus_tu-xception41_os8", "torchvision_deeplabv3_resnet50",
-  "torchvision_fcn_resnet50", "torchvision_vgg16",
-)  # fmt: skip
+  "vainf_deeplabv3plus_resnet50_separable",
+  "vainf_deeplabv3plus_mobilenet",
+  "timm_xception41_os8",
+  "timm_xception65_features_only_os16",
+  "timm_xception71_os16",
+  "smp_deeplabv3plus_resnet50_rates6_full",
+  "smp_deeplabv3plus_mobilenet_v2",
+  "smp_deeplabv3plus_tu-xception41_os8",
+  "torchvision_deeplabv3_resnet50",
+  "torchvision_fcn_resnet50",
+  "torchvision_vgg16",
+)
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,16 @@ def binary(tmp_path, monkeypatch):
     Image.fromarray(mask).save(tmp_path / f"data/masks/{i}.png")
   config = default_config(model="unet", data="folder")
   config.data.update(
-    dir=str(tmp_path / "data"), images="images", masks="masks", classes=("ground", "disc"), label_map="255:1", folds=5,
-    instances="components", loader="grain", workers=2,
-  )  # fmt: skip
+    dir=str(tmp_path / "data"),
+    images="images",
+    masks="masks",
+    classes=("ground", "disc"),
+    label_map="255:1",
+    folds=5,
+    instances="components",
+    loader="grain",
+    workers=2,
+  )
   config.num_steps, config.eval_every, config.checkpoint_every, config.log_every = 40, 40, 40, 20
   config.batch_size, config.eval.batch_size, config.mesh.data, config.crop_size = 4, 2, 1, (16, 16)
   config.model.update(width=4, depth=1, padding="valid", batch_norm=False)

@@ -17,7 +17,7 @@ from segjax.config import ConfigError, default_config
 from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError, unlabelled
 from segjax.models import resize
-from segjax.run import pictures, task
+from segjax.run import pictures, prediction_info
 from segjax.run.checkpoint import Checkpoints
 from tests.marks import full
 
@@ -68,7 +68,7 @@ def make_run(config, workdir):
     weights.params["logits"]["bias"] += np.array([0, -6], np.float32)  # Both classes occur.
   workdir.mkdir()
   config_lib.save(config, workdir)
-  task.of_split(source, config.data).save(workdir)
+  prediction_info.of_split(source, config.data).save(workdir)
   with Checkpoints(workdir) as checkpoints:
     checkpoints.save(weights, 0.5)
   return workdir
@@ -100,9 +100,11 @@ FAMILIES = dict(
   unpadded_sigmoid=(dict(classes=2, width=4, depth=1, padding="valid", batch_norm=False), dict(threshold=0.45)),
   unpadded_tiles=(dict(width=4, depth=1, padding="valid"), dict(window=(16, 20), window_stride=(16, 20))),
   fcn=(dict(model="fcn", width=2), dict()),
-  deeplab=(dict(model="deeplab_v3plus", classes=2, backbone="mobilenet_v2", output_stride=16, atrous_rates=(),
-                decoder=False), dict(window=(33, 33), window_stride=(20, 20))),
-)  # fmt: skip
+  deeplab=(
+    dict(model="deeplab_v3plus", classes=2, backbone="mobilenet_v2", output_stride=16, atrous_rates=(), decoder=False),
+    dict(window=(33, 33), window_stride=(20, 20)),
+  ),
+)
 
 
 @pytest.mark.parametrize("family", ["unet", *full(*(name for name in FAMILIES if name != "unet"))])
@@ -157,7 +159,7 @@ def test_what_is_written_shows_the_same_classes(data, tmp_path):
     with Image.open(out / "ids/1.png") as plain, Image.open(out / "colors/1.png") as colors:
       assert plain.mode == "L" and colors.mode == "P"
       np.testing.assert_array_equal(np.asarray(colors), ids)
-      np.testing.assert_array_equal(np.asarray(colors.convert("RGB")), task.load(workdir).palette[ids])
+      np.testing.assert_array_equal(np.asarray(colors.convert("RGB")), prediction_info.load(workdir).palette[ids])
     if classes == 2:
       np.testing.assert_array_equal(overlay[ids == 0], image[ids == 0])
       np.testing.assert_array_equal(overlay[ids == 1], (image[ids == 1].astype(int) + [0, 255, 0]) // 2)
@@ -254,8 +256,12 @@ def test_bad_files_are_named_and_skipped(data, run, tmp_path):
   for _ in range(2):
     code, output = command("--workdir", run, images, images / "nosuch.jpg", f"--out={out}", "--config.eval.flip=True")
     assert code == 1 and "4 file(s) skipped" in output and "flip True" in output and "notes.txt" not in output, output
-    for name, reason in (("bits", "more than 8 bits"), ("text", "not a readable image"), ("cut", "damaged or trunc"),
-                         ("nosuch", "no such file")):  # fmt: skip
+    for name, reason in (
+      ("bits", "more than 8 bits"),
+      ("text", "not a readable image"),
+      ("cut", "damaged or trunc"),
+      ("nosuch", "no such file"),
+    ):
       assert f"{name}." in output and reason in output, (name, output)
     names = {path.relative_to(out).as_posix() for path in out.rglob("*.png")}
     assert names == {f"{kind}/deep/{n}.png" for kind in predict.KINDS for n in range(5)}
@@ -296,11 +302,13 @@ def test_the_task_must_be_that_of_the_checkpoint(run, tmp_path):
   image = str(tmp_path / "image.png")
   Image.fromarray(smooth(0, (9, 9))).save(image)
   config = config_lib.load(copy)
-  saved = (copy / task.TASK_FILE).read_text()
-  (copy / task.TASK_FILE).write_text(saved.replace('"b"', '"b", "c"').replace('"800000"', '"800000", "FFFFFF"'))
+  saved = (copy / prediction_info.INFO_FILE).read_text()
+  (copy / prediction_info.INFO_FILE).write_text(
+    saved.replace('"b"', '"b", "c"').replace('"800000"', '"800000", "FFFFFF"')
+  )
   with pytest.raises(ConfigError, match="does not hold the state of this config"):
     predict.predict(config, copy, [image], tmp_path / "out")
-  (copy / task.TASK_FILE).write_text(saved.replace('"b"', '"b", "c"'))
+  (copy / prediction_info.INFO_FILE).write_text(saved.replace('"b"', '"b", "c"'))
   with pytest.raises(ConfigError, match="2 colours for 3 classes.*repeat the run's training command"):
     predict.predict(config, copy, [image], tmp_path / "out")
 
@@ -310,7 +318,7 @@ def test_weights_and_runs_of_before_predict_where_the_config_names_the_classes(d
   config, image = config_lib.load(run), str(data / "images/val/1.png")
   predict.predict(config, run, [image], tmp_path / "run")
   old = tmp_path / "old"
-  shutil.copytree(run, old, ignore=shutil.ignore_patterns(task.TASK_FILE))
+  shutil.copytree(run, old, ignore=shutil.ignore_patterns(prediction_info.INFO_FILE))
   capsys.readouterr()
   predict.predict(config, old, [image], tmp_path / "old_out")
   assert "note: no evaluation's canvas is known" in capsys.readouterr().out
@@ -326,12 +334,12 @@ def test_weights_and_runs_of_before_predict_where_the_config_names_the_classes(d
 
 def test_sources_name_their_classes_without_any_data(tmp_path):
   for name, count, first in (("voc", 21, "background"), ("cityscapes", 19, "road"), ("synthetic", 6, "ground")):
-    found = task.of_run(default_config(data=name), None)
+    found = prediction_info.of_run(default_config(data=name), None)
     assert len(found.classes) == len(found.palette) == count and found.classes[0] == first
   config = default_config(data="folder")
   config.data.dir = str(tmp_path)
   with pytest.raises(DataError, match="The classes have no names: set data.classes"):
-    task.of_run(config, None)
+    prediction_info.of_run(config, None)
 
 
 def test_the_command_says_what_it_lacks(tmp_path):

@@ -167,22 +167,38 @@ def test_kitti_road_trains_scores_at_full_size_and_predicts_images_without_label
 @pytest.mark.parametrize(
   "damage, changes, message",
   [
-    (lambda r: write(r / "training/gt_image_2/um_road_000001.png", np.full((74, 244, 3), 9, np.uint8)), {},
-     r"um_road_000001\.png: an RGB mask with colours that no class has: 090909 .* restore the file from data_road.zip"),
-    (lambda r: write(r / "training/gt_image_2/um_road_000001.png", np.zeros((74, 244), np.uint8)), {}, "not an RGB file"),
-    (lambda r: (r / "training/gt_image_2/uu_road_000002.png").unlink(), {},
-     r"1 of 10 masks are missing: uu_road_000002.png. Unzip data_road.zip again\.$"),
-    (lambda r: [p.unlink() for p in r.glob("training/*/um*_*_*.png") if "lane" not in p.name], {},
-     "7 of 10 masks are missing"),
-    (lambda r: [p.unlink() for p in r.glob("training/*/u*") if p.name.startswith(("umm", "uu", "um_road"))], {},
-     "4 of 4 masks are missing: .* The masks of the lane are there: data.labels=lane"),
+    (
+      lambda r: write(r / "training/gt_image_2/um_road_000001.png", np.full((74, 244, 3), 9, np.uint8)),
+      {},
+      r"um_road_000001\.png: an RGB mask with colours that no class has: 090909 .* restore the file from data_road.zip",
+    ),
+    (
+      lambda r: write(r / "training/gt_image_2/um_road_000001.png", np.zeros((74, 244), np.uint8)),
+      {},
+      "not an RGB file",
+    ),
+    (
+      lambda r: (r / "training/gt_image_2/uu_road_000002.png").unlink(),
+      {},
+      r"1 of 10 masks are missing: uu_road_000002.png. Unzip data_road.zip again\.$",
+    ),
+    (
+      lambda r: [p.unlink() for p in r.glob("training/*/um*_*_*.png") if "lane" not in p.name],
+      {},
+      "7 of 10 masks are missing",
+    ),
+    (
+      lambda r: [p.unlink() for p in r.glob("training/*/u*") if p.name.startswith(("umm", "uu", "um_road"))],
+      {},
+      "4 of 4 masks are missing: .* The masks of the lane are there: data.labels=lane",
+    ),
     (lambda r: (r / "training").rename(r / "train"), {}, "no folder training/image_2 there"),
     (lambda r: [p.unlink() for p in r.glob("training/image_2/*")], {}, "holds no um_"),
     (lambda r: None, dict(train_split="training"), "no split 'training': choose one of train, val, trainval, test"),
     (lambda r: None, dict(folds=0, holdout=10.0), "data.holdout = 10 holds out all of the 10 images"),
     (lambda r: None, dict(folds=0, holdout=1e-9, train_split="val"), "'val' of .* is empty. Hold out more"),
   ],
-)  # fmt: skip
+)
 def test_mistakes_in_kitti_road_are_named(tmp_path, damage, changes, message):
   root = make_kitti_road(tmp_path / "data_road")
   damage(root)
@@ -244,8 +260,13 @@ def test_salt_stands_mirrored_in_its_frame_and_is_scored_without_it(tmp_path):
 
 @pytest.mark.full
 def test_chairs_are_split_77_to_20_and_train(tmp_path):
-  config = recipe("unet_chairs", make_chairs(tmp_path / "chairs"), num_steps=30, crop_size=(24, 24),
-                  **{"model.depth": 2, "model.width": 8})  # fmt: skip
+  config = recipe(
+    "unet_chairs",
+    make_chairs(tmp_path / "chairs"),
+    num_steps=30,
+    crop_size=(24, 24),
+    **{"model.depth": 2, "model.width": 8},
+  )
   config.eval_every = config.checkpoint_every = 30
   train, val = names(config, "train"), names(config, "val")
   assert len(train) == 77 and len(val) == 20 and len({*train, *val}) == 97
@@ -258,15 +279,30 @@ def test_chairs_are_split_77_to_20_and_train(tmp_path):
 @pytest.mark.parametrize(
   "name, make, path, mask, message",
   [
-    ("unet_carvana", make_carvana, "train_masks/00087a6bd4dc_01_mask.png", np.full((80, 120), 2, np.uint8),
-     r"_mask\.png: label values outside the 2 classes .*: 2 \(9600 px\). Map them with data.label_map, e.g. 2:1"),
-    ("unet_salt", make_salt, "masks/0000000000.png", np.full((101, 101), 257, np.uint16),
-     r"0000000000\.png: label values outside the 2 classes .*: 257 \(10201 px\)"),
-    ("unet_chairs", make_chairs, "masks/chair_0.png", np.tile(np.uint8([0, 0, 254]), (60, 48, 1)),
-     r"chair_0\.png: an RGB mask with colours that no class has: 0000FE \(2880 px\). Name every class's colour"),
+    (
+      "unet_carvana",
+      make_carvana,
+      "train_masks/00087a6bd4dc_01_mask.png",
+      np.full((80, 120), 2, np.uint8),
+      r"_mask\.png: label values outside the 2 classes .*: 2 \(9600 px\). Map them with data.label_map, e.g. 2:1",
+    ),
+    (
+      "unet_salt",
+      make_salt,
+      "masks/0000000000.png",
+      np.full((101, 101), 257, np.uint16),
+      r"0000000000\.png: label values outside the 2 classes .*: 257 \(10201 px\)",
+    ),
+    (
+      "unet_chairs",
+      make_chairs,
+      "masks/chair_0.png",
+      np.tile(np.uint8([0, 0, 254]), (60, 48, 1)),
+      r"chair_0\.png: an RGB mask with colours that no class has: 0000FE \(2880 px\). Name every class's colour",
+    ),
     ("unet_chairs", make_chairs, "masks/chair_0.jpg", np.zeros((60, 48, 3), np.uint8), "a JPEG cannot hold labels"),
   ],
-)  # fmt: skip
+)
 def test_masks_with_a_third_value_are_refused_with_the_remedy(tmp_path, name, make, path, mask, message):
   root = make(tmp_path / "data")
   for old in (root / path).parent.glob(f"{(root / path).stem}.*"):
@@ -313,8 +349,9 @@ def test_rates_for_a_mean_move_weights_as_the_papers_do_for_a_sum():
   want = -1e-10 * (gradient_sum + 5e-4 * w)
   o = config.optimizer
   with jax.enable_x64(True):
-    make = optimizer.make_optimizer("sgd", lambda _: o.base_lr, momentum=o.momentum, nesterov=False,
-                                    weight_decay=o.weight_decay, clip_norm=0.0)  # fmt: skip
+    make = optimizer.make_optimizer(
+      "sgd", lambda _: o.base_lr, momentum=o.momentum, nesterov=False, weight_decay=o.weight_decay, clip_norm=0.0
+    )
     params = {"conv": {"kernel": np.float64(w)}}
     updates, _ = make.update({"conv": {"kernel": np.float64(gradient_sum / pixels)}}, make.init(params), params)
   assert float(updates["conv"]["kernel"]) == pytest.approx(want, rel=1e-12)
@@ -356,6 +393,9 @@ def test_imagenet_weights_fit_what_the_recipe_excludes(name, argument):
   loaded = pretrained.SCHEMES[config.init.scheme](arrays), "vgg16.pth"
   merged, line = warm_start.merge(variables, loaded, config.init.exclude)
   assert line.startswith("init: imported 30 of")
-  new = {path[0].key for path, leaf in jax.tree_util.tree_flatten_with_path(merged["params"])[0]
-         if isinstance(leaf, jax.ShapeDtypeStruct)}  # fmt: skip
+  new = {
+    path[0].key
+    for path, leaf in jax.tree_util.tree_flatten_with_path(merged["params"])[0]
+    if isinstance(leaf, jax.ShapeDtypeStruct)
+  }
   assert new == merged["params"].keys() - {"backbone"}

@@ -154,7 +154,7 @@ def test_policies_count_anew_and_best_is_not_compared_after_a_change_of_what_the
   config.num_steps, fake.scores = 6, [0.2] * 2
   train_lib.train(config, tmp_path / "run")
   output = capsys.readouterr().out
-  assert "count anew from step 4, the learning rate stays at 0.5 times" in output
+  assert "count again from step 4, the learning rate stays at 0.5 times" in output
   memory = checkpoint(tmp_path / "run", 6)["policy"]
   assert memory["best"] == (np.float32(0.2) if field == "eval_every" else -np.inf)  # Before its own evaluation.
   with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
@@ -171,7 +171,7 @@ def test_where_nothing_goes_by_scores_a_change_of_evaluations_is_not_commented(c
   train_lib.train(config, tmp_path / "run")
   config.num_steps, config.eval_every, fake.scores = 8, 4, [0.7]
   train_lib.train(config, tmp_path / "run")
-  assert "count anew" not in capsys.readouterr().out
+  assert "count again" not in capsys.readouterr().out
 
 
 def test_an_undefined_score_neither_becomes_nor_deletes_the_best(config, fake, tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_a_workdir_that_is_gone_is_named_as_that(config, fake, tmp_path, what):
         workdir.mkdir()
 
   fake.at_step, fake.scores = go, [0.5]
-  with pytest.raises(WorkdirError, match="was removed, moved or emptied in mid-run") as error:
+  with pytest.raises(WorkdirError, match="was removed, moved or emptied during the run") as error:
     train_lib.train(config, workdir)
   assert "Free space" not in str(error.value)
   if what == "moved":

@@ -84,10 +84,13 @@ def test_two_processes_of_four_devices_are_the_same_experiment_in_float64(model,
   processes = [
     subprocess.Popen(
       [sys.executable, "-m", "tests.experiment", address, "2", str(n), model, str(out)],
-      env=environ, cwd=pathlib.Path(__file__).parents[1], stderr=subprocess.PIPE, text=True,
+      env=environ,
+      cwd=pathlib.Path(__file__).parents[1],
+      stderr=subprocess.PIPE,
+      text=True,
     )
     for n, out in enumerate(outs)
-  ]  # fmt: skip
+  ]
   for process in processes:
     _, error = process.communicate(timeout=900)
     assert process.returncode == 0, error

@@ -5,7 +5,6 @@ import json
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from flax import nnx
 
 from segjax import models, sharding
 from segjax.config import ConfigError, default_config
-from segjax.tools import flops, step_speed
+from segjax.tools import flops, step_speed, torch_process
 from tests.marks import full
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -76,17 +75,21 @@ def test_what_pytorch_cannot_follow_is_refused():
   config = default_config(model="unet", data="synthetic")
   config.model.padding = "valid"
   with pytest.raises(ConfigError, match="segjax's defaults in model.padding"):
-    step_speed._check_torch_options(config)
+    torch_process.check_options(config)
   with pytest.raises(ConfigError, match="knows unet, fcn, deeplab_v3plus, not dilated_fcn"):
-    step_speed._check_torch_options(default_config(model="dilated_fcn", data="synthetic"))
+    torch_process.check_options(default_config(model="dilated_fcn", data="synthetic"))
 
 
 NETWORKS = [
-  ("unet", {}), ("unet", dict(width=16)), ("fcn", {}), ("fcn", dict(stride=16, width=16)), ("fcn", dict(stride=32)),
+  ("unet", {}),
+  ("unet", dict(width=16)),
+  ("fcn", {}),
+  ("fcn", dict(stride=16, width=16)),
+  ("fcn", dict(stride=32)),
   *(("deeplab_v3plus", dict(backbone=f"xception_{depth}")) for depth in (41, 65, 71)),
   *(("deeplab_v3plus", dict(backbone=name)) for name in ("mobilenet_v2", "resnet_50", "resnet_101")),
   ("deeplab_v3plus", dict(output_stride=8)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, options", NETWORKS)
@@ -95,7 +98,7 @@ def test_pytorchs_network_has_as_many_parameters_and_multiply_adds(name, options
   counter = importlib.import_module("torch.utils.flop_counter").FlopCounterMode(display=False)
   monkeypatch.syspath_prepend(ROOT / "benchmarks")
   networks = importlib.import_module("torch_networks")
-  assert networks.NETWORKS[name][1] == step_speed.TORCH_OPTIONS[name]
+  assert networks.NETWORKS[name][1] == torch_process.OPTIONS[name]
   size = 257 if name == "deeplab_v3plus" else 256
   model = nnx.eval_shape(lambda: models.build(name, num_classes=21, rngs=nnx.Rngs(0), **options))
   graphdef, variables = nnx.split(model)
@@ -123,26 +126,32 @@ def test_pytorch_answers_in_turn(config, monkeypatch):
   "python, fault", [("/absent/python", "cannot be run: No such file"), ("false", "has no PyTorch")]
 )
 def test_a_python_without_pytorch_is_named(config, python, fault):
-  ours = types.SimpleNamespace(batch_size=1, size=(64, 64))
   with pytest.raises(ConfigError, match=f"{python}.*{fault}"):
-    step_speed.Torch(config, "train", ours, 2, python)
+    torch_process.Torch(config, "train", 1, (64, 64), 2, python)
 
 
 def test_a_python_with_pytorch_and_without_segjax_is_told_so(config, tmp_path):
   python = tmp_path / "python"
   python.write_text('#!/bin/sh\ntest "$2" = "import torch"\n')
   python.chmod(0o755)
-  ours = types.SimpleNamespace(batch_size=1, size=(64, 64))
   with pytest.raises(ConfigError, match="has PyTorch but cannot import segjax.*pip install -e ."):
-    step_speed.Torch(config, "train", ours, 2, str(python))
+    torch_process.Torch(config, "train", 1, (64, 64), 2, str(python))
 
 
 @pytest.mark.full
 def test_the_command_appends_json_lines(tmp_path):
   command = [
-    sys.executable, "-m", "segjax.benchmark", "--config=configs/quickstart.py", "--what=eval", "--seconds=0.1",
-    "--config.model.width=2", "--config.eval.batch_size=2", "--config.mesh.data=1", f"--json={tmp_path / 'rows'}",
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "segjax.benchmark",
+    "--config=configs/quickstart.py",
+    "--what=eval",
+    "--seconds=0.1",
+    "--config.model.width=2",
+    "--config.eval.batch_size=2",
+    "--config.mesh.data=1",
+    f"--json={tmp_path / 'rows'}",
+  ]
   result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
   assert result.returncode == 0 and "| unet eval float32 | 2x64x64 |" in result.stdout, result.stderr
   (line,) = (tmp_path / "rows").read_text().splitlines()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segjax.input_pipeline import images, tfds_store
+from segjax.input_pipeline import images
+from segjax.input_pipeline.sources import tfds_store
 
 
 def png(size):
@@ -16,9 +17,19 @@ def png(size):
 
 
 @pytest.mark.parametrize(
-  "damage", ["", "[]", "{}", '{"names": [1, 2], "sizes": [[4, 6], [5, 3]]}', '{"names": ["a", "b"], "sizes": [3, 4]}',
-             '{"names": ["a", "b"], "sizes": [[4, 6]]}', '{"names": 3, "sizes": 3}', "[" * 10**5, "\0"]
-)  # fmt: skip
+  "damage",
+  [
+    "",
+    "[]",
+    "{}",
+    '{"names": [1, 2], "sizes": [[4, 6], [5, 3]]}',
+    '{"names": ["a", "b"], "sizes": [3, 4]}',
+    '{"names": ["a", "b"], "sizes": [[4, 6]]}',
+    '{"names": 3, "sizes": 3}',
+    "[" * 10**5,
+    "\0",
+  ],
+)
 def test_a_damaged_index_is_made_again(damage, tmp_path):
   records = [dict(image=png(size), mask=png(size), id=name) for size, name in (((4, 6), b"a"), ((5, 3), b"b"))]
   want = dict(names=["a", "b"], sizes=[(4, 6), (5, 3)])

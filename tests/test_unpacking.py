@@ -19,8 +19,11 @@ def tar(path, name, size, sparse=False, content=b""):
   info.size = size
   if sparse:  # GNU's format 1.0 holds the map of the data in front of it: none.
     info.pax_headers = {
-      "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name, "GNU.sparse.realsize": str(size),
-    }  # fmt: skip
+      "GNU.sparse.major": "1",
+      "GNU.sparse.minor": "0",
+      "GNU.sparse.name": name,
+      "GNU.sparse.realsize": str(size),
+    }
     content, info.size = b"0\n".ljust(512, b"\0"), 512
   header = info.tobuf(tarfile.PAX_FORMAT)
   path.write_bytes(header + content.ljust(512, b"\0") + bytes(1024))

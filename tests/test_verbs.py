@@ -41,8 +41,12 @@ def test_a_verb_is_its_module_with_the_same_arguments(command):
   for verb in ("train", "eval", "submit", "config"):
     assert command(verb, "--workdir=x", "a") == ("segjax.main", [f"--mode={verb}", "--workdir=x", "a"])
   assert command("dry-run") == ("segjax.main", ["--mode=dry_run"])
-  for verb, module in (("predict", "predict"), ("check", "check_data"), ("prepare", "prepare"),
-                       ("benchmark", "benchmark")):  # fmt: skip
+  for verb, module in (
+    ("predict", "predict"),
+    ("check", "check_data"),
+    ("prepare", "prepare"),
+    ("benchmark", "benchmark"),
+  ):
     assert command(verb, "--a", "b") == (f"segjax.{module}", ["--a", "b"])
 
 

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from segjax import metrics
-from segjax.input_pipeline import DataError, VocSource, datasets, voc
+from segjax.input_pipeline import DataError
+from segjax.input_pipeline.sources import datasets, voc
+from segjax.input_pipeline.sources.voc import VocSource
 from segjax.tools import prepare
 from tests import archives
 
@@ -175,19 +177,33 @@ def save(root, path, array):
     (lambda r: lose(r, "JPEGImages/2007_000032.jpg"), "train", "1 are missing: JPEGImages/2007_000032.jpg"),
     (lambda r: lose(r, "SegmentationClass/2007_000033.png"), "val", "SegmentationClass/2007_000033.png"),
     (lambda r: lose(r, "SegmentationClassAug/2008_000002.png"), "trainaug", "Aug/2008_000002.png.*segjax.prepare voc"),
-    (lambda r: lose(r, "ImageSets/Segmentation/trainaug.txt"), "trainaug", "trainaug.txt: no such list.*segjax.prepare"),
+    (
+      lambda r: lose(r, "ImageSets/Segmentation/trainaug.txt"),
+      "trainaug",
+      "trainaug.txt: no such list.*segjax.prepare",
+    ),
     (lambda r: lose(r, "ImageSets/Segmentation/test.txt"), "test", "Unpack VOC2012test.tar"),
     (lambda r: overwrite(r, "ImageSets/Segmentation/val.txt", "\n"), "val", "the split 'val' is empty"),
     (lambda r: overwrite(r, "ImageSets/Segmentation/train.txt", "a\na\n"), "train", "lists a more than once"),
-    (lambda r: overwrite(r, "ImageSets/Segmentation/trainaug.txt", "2007_000033"), "trainaug", "1 images of val: 2007_000033"),
-    (lambda r: save(r, "SegmentationClass/2007_000032.png", np.full((40, 40), 38, np.uint8)), "train",
-     r"2007_000032.png: label values that do not belong here: 38 \(1600 px\). VOC's masks are palette"),
+    (
+      lambda r: overwrite(r, "ImageSets/Segmentation/trainaug.txt", "2007_000033"),
+      "trainaug",
+      "1 images of val: 2007_000033",
+    ),
+    (
+      lambda r: save(r, "SegmentationClass/2007_000032.png", np.full((40, 40), 38, np.uint8)),
+      "train",
+      r"2007_000032.png: label values that do not belong here: 38 \(1600 px\). VOC's masks are palette",
+    ),
     (lambda r: save(r, "SegmentationClass/2007_000032.png", np.zeros((40, 40, 3), np.uint8)), "train", "an RGB file"),
-    (lambda r: save(r, "SegmentationClass/2007_000032.png", np.zeros((50, 40), np.uint8)), "train",
-     "2007_000032.png is 50x40, but .*2007_000032.jpg is 40x40"),
+    (
+      lambda r: save(r, "SegmentationClass/2007_000032.png", np.zeros((50, 40), np.uint8)),
+      "train",
+      "2007_000032.png is 50x40, but .*2007_000032.jpg is 40x40",
+    ),
     (lambda r: None, "minival", "VOC has no split 'minival': choose one of train, val, trainval, trainaug, test"),
   ],
-)  # fmt: skip
+)
 def test_mistakes_are_named(devkit, damage, split, message):
   damage(devkit)
   with pytest.raises(DataError, match=message):

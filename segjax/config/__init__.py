@@ -1,9 +1,9 @@
-"""The config of a run: its fields, which stand in options.py and in constructors' signatures, each once; saved and loaded.
+"""The config of a run: its schema, made from options.py and from constructors' signatures; how it is saved and loaded.
 
 A config file starts from `default_config(model=..., data=...)` and sets what differs. The result is locked and
 typed, so a misspelt field or a wrong type stops in the file as on the command line. `model` and `data` choose which
 `config.model.*` and `config.data.*` fields exist: they are exactly the constructor arguments of that model and
-that data source, so an option that nothing reads cannot be set; one that other values keep from acting must stay at its
+that data source, so an option that nothing reads cannot be set; one that cannot act under the others must stay at its
 default. Ranges and combinations: rules.py.
 """
 
@@ -27,13 +27,12 @@ MODELS = {name: options.defaults(of_model) for name, of_model in options.models(
 SOURCES = {name: options.defaults(of_source) for name, of_source in options.sources().items()}
 
 # What a resumed run may change: none of these alters the updates from here on (num_steps does so through the
-# schedule, and what is evaluated how often through a plateau policy, which then counts anew; both are said aloud).
+# schedule, and what is evaluated how often through a plateau policy, which then starts to count again; both are printed).
 HARMLESS = (
-  "num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "mesh", "shard_state", "remat",
-  "kernels", "profile_steps", "eval", "init",
-  "data.dir", "data.eval_split", "data.loader", "data.workers", "data.cache", "data.max_bad_examples", "data.format",
-  "policy.early_stop",
-)  # fmt: skip
+  *("num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "profile_steps"),
+  *("mesh", "shard_state", "remat", "kernels", "eval", "init", "policy.early_stop"),
+  *(f"data.{field}" for field in ("dir", "eval_split", "loader", "workers", "cache", "max_bad_examples", "format")),
+)
 
 PATHS = ("data.dir", "init.path", "compilation_cache")  # Fields in which ~ is the home folder.
 

@@ -91,8 +91,8 @@ def _neighbours(folder: pathlib.Path):
     sys.path[:] = search
     for name in set(sys.modules) - known:
       module = sys.modules[name]
-      places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
-      if any(place and pathlib.Path(place).is_relative_to(folder) for place in places):
+      files = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]
+      if any(file and pathlib.Path(file).is_relative_to(folder) for file in files):
         del sys.modules[name]
 
 
@@ -101,7 +101,7 @@ def _located(error: Exception, path: pathlib.Path) -> str:
   lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
   if isinstance(error, SyntaxError) and error.filename:
     lines.append((error.filename, error.lineno))
-  own = [place for place in lines if pathlib.Path(place[0]).is_relative_to(path.parent.absolute())]
+  own = [line for line in lines if pathlib.Path(line[0]).is_relative_to(path.parent.absolute())]
   file, line = own[-1] if own else (path, None)
   text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
   text = re.sub(r'Other fields present: ".*}"(\\n)?', "", text, flags=re.DOTALL)  # The whole config.

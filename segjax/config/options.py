@@ -1,8 +1,8 @@
 """Every option, once: default and meaning. Its type is its default's.
 
-What a constructor or function takes stands there alone, in its signature and docstring; here stand the others. This is the
-lowest layer, and data workers and --help shall not wait for JAX: so those signatures are read from the text of the files
-(`ast`), which imports nothing.
+An option that a constructor or function takes is defined there alone, in its signature and docstring; the others are
+defined here. This is the lowest layer, and data workers and --help must not wait for JAX: so signatures are read from the
+text of the files (`ast`), without an import.
 """
 
 import ast
@@ -30,7 +30,7 @@ RUN = dict(
   ),
   accumulate_steps=Option(
     1,
-    "each update in so many parts, one after another, for batches that do not fit into memory. Without batch norm (or with"
+    "parts of an update, computed one after another, for batches that do not fit into memory. Without batch norm (or with"
     " frozen ones) and dropout the update is that of the whole batch under cross_entropy, bce and focal; batch norm sees the"
     " part, and hard_fraction, dice, jaccard and lovasz rank and compare its pixels only. Slow on CPU, whose fast"
     " convolutions XLA does not use in loops.",
@@ -46,7 +46,9 @@ RUN = dict(
   log_every=Option(20, "steps between progress lines."),
   eval_every=Option(500, "steps between evaluations; each also saves a checkpoint. The last step always does."),
   checkpoint_every=Option(500, "steps between checkpoints."),
-  keep_checkpoints=Option(2, "the last so many, beside the best by policy.metric. 1: the last, to resume from."),
+  keep_checkpoints=Option(
+    2, "how many of the last ones are kept, beside the best by policy.metric. 1: the last, to resume from."
+  ),
   head=Option("softmax", 'over all classes, or "sigmoid": one logit, for two classes, the second being foreground.'),
   shard_state=Option(
     False,
@@ -60,7 +62,7 @@ RUN = dict(
   ),
   kernels=Option(
     "auto",
-    '"auto": forms of operations that are fast on the mesh\'s platform (segjax/kernels); "plain": none, textbook code.'
+    '"auto": kernels that are fast on the mesh\'s platform (segjax/kernels); "plain": textbook code alone.'
     " Results differ by rounding.",
   ),
   profile_steps=Option(
@@ -79,7 +81,7 @@ DATA = dict(
   eval_split=Option("val", "split that is scored."),
   loader=Option(
     "tf_data",
-    '"tf_data", or "grain", which never imports TensorFlow, and is taken where that is not installed. Batches are the same,'
+    '"tf_data", or "grain", which never imports TensorFlow, and is used where TensorFlow is not installed. Batches are the same,'
     " bit for bit.",
   ),
   workers=Option(0, "threads that read and decode, per host. 0: one per core."),
@@ -90,19 +92,19 @@ DATA = dict(
   ),
   max_bad_examples=Option(
     0,
-    "training examples that may turn out unreadable in mid-run; each is all void in its step, and counted. One more stops the"
+    "training examples that may become unreadable during a run; each is all void in its step, and counted. One more stops the"
     " run. Evaluation always stops at the first.",
   ),
   exif=Option(
     "refuse",
-    "images that EXIF wants turned, where the mask's size does not tell whether it was drawn on the turned image, and in"
+    "images that EXIF wants turned, where the mask's size does not show whether it was drawn on the turned image, and in"
     ' predict, where the run\'s masks did not: "refuse", "apply" (turn them, as viewers do), "ignore" (pixels as stored).',
   ),
   canvas_size=Option(
     (0, 0),
     "(H, W) that images are padded to on the host. (0, 0): the largest of the split; but where that would be mostly padding,"
-    " larger ones are cut, in training, to what their crops can show (input_pipeline.canvas.cut_window: the same crops are as"
-    " likely), and in evaluation lie whole on canvases of their own.",
+    " training cuts larger ones to what their crops can show (input_pipeline.canvas.cut_window: crops are drawn from the"
+    " same distribution), and evaluation puts them whole on canvases of their own.",
   ),
 )
 LOSS = dict(
@@ -118,13 +120,22 @@ LOSS = dict(
 OPTIMIZER = dict(
   name=Option("sgd", '"sgd" or "adamw".'),
   schedule=Option("poly", '"poly", "cosine", "step" or "constant".'),
-  ema_decay=Option(0.0, "moving average of parameters and statistics, used for evaluation. 0: none."),
+  freeze=Option(
+    (),
+    'patterns of parameters that are not trained, e.g. ("backbone",): a path ("logits/bias") or the first parts of one; * for'
+    ' any characters ("*/bias"), ? for one; "!logits" for all but logits. They cost no gradient and no optimiser state, do'
+    " not decay, and do not count in clip_norm. Batch norms whose scale and bias are frozen use their running statistics in"
+    " training too, and keep them; dropout acts as ever.",
+  ),
+  ema_decay=Option(
+    0.0, "moving average of parameters and statistics that are not frozen, used for evaluation. 0: none."
+  ),
 )
 POLICY = dict(
   metric=Option(
     "mean_iou", 'validation score that decides which checkpoint is best, and all below; "iou/NAME" for a class.'
   ),
-  early_stop=Option(0, "ends training after so many evaluations without gain. 0: never."),
+  early_stop=Option(0, "evaluations without gain after which training ends. 0: never ends early."),
 )
 EVAL = dict(
   batch_size=Option(8, "images per evaluation step over all devices; no influence on the score."),
@@ -142,11 +153,20 @@ EVAL = dict(
 INIT = dict(
   path=Option(
     "",
-    "weights that a new run starts from. Empty: random. The workdir of another run; or a file: .npz, .safetensors, .pth, a"
-    " TensorFlow checkpoint (the name before .index) or frozen graph (.pb).",
+    "weights that a new run starts from. Empty: random. The workdir of another run; or a file: .npz, .safetensors, .pth,"
+    " .tflite, a TensorFlow checkpoint (the name before .index) or frozen graph (.pb).",
   ),
   scheme=Option("", "whose names a file's tensors have: tf_deeplab, ... (segjax/pretrained). Empty for a workdir."),
-  exclude=Option((), 'parameter paths or prefixes left random, e.g. ("logits",) for other classes.'),
+  exclude=Option(
+    (),
+    'patterns, as of optimizer.freeze, of parameters and statistics left random, e.g. ("logits",) for other classes.',
+  ),
+  unfold=Option(
+    False,
+    "before training, one pass over the training images measures what each batch norm is given, and makes that its running"
+    " statistics, without changing what the network computes. For weights whose batch norm was folded into the convolutions,"
+    " as in TFLite files: by a batch's statistics they would compute something else.",
+  ),
 )
 # Arguments with a default that are no options, or those of all data sources, above.
 _NONE = ("dtype", "dir", "exif", "details")
@@ -192,7 +212,7 @@ def models() -> dict[str, dict[str, Option]]:
 
 def sources() -> dict[str, dict[str, Option]]:
   """The options of each data source, beside those of all, `DATA`."""
-  return {name: signature(place) for name, place in _table("input_pipeline", "SOURCES").items()}
+  return {name: signature(origin) for name, origin in _table("input_pipeline.sources", "SOURCES").items()}
 
 
 def defaults(options: dict[str, Option]) -> dict:
@@ -208,27 +228,39 @@ def defaults(options: dict[str, Option]) -> dict:
 def signature(origin: str) -> dict[str, Option]:
   """The arguments with a default of a function or class of segjax ("losses.make_loss"), or the fields of a dataclass.
 
-  Their meaning is what its docstring says of them, as "NAME: text" or "NAME, OTHER: text".
+  Their meaning is what its docstring says of them, as "NAME: text" or "NAME, OTHER: text". An argument whose default is
+  `Group(...)`, a dataclass, stands for its fields, with the defaults that this call gives them.
 
   Raises:
     TypeError: a default that is no literal, or an argument that the docstring leaves out.
   """
   module, _, name = origin.rpartition(".")
   node = next(node for node in _parse(module).body if getattr(node, "name", None) == name)
-  told = _meanings(ast.get_docstring(node) or "")
+  meanings = _meanings(ast.get_docstring(node) or "")
   if isinstance(node, ast.ClassDef):
     made = [part for part in node.body if getattr(part, "name", None) == "__init__"]
     if not made:
       fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-      return {field.target.id: _option(origin, field.target.id, field.value, told) for field in fields}
+      return {field.target.id: _option(origin, field.target.id, field.value, meanings) for field in fields}
     node = made[0]
-  pairs = zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults)
-  return {name: _option(origin, name, value, told) for name, value in pairs if value and name not in _NONE}
+  found = {}
+  for name, value in zip((argument.arg for argument in node.args.kwonlyargs), node.args.kw_defaults):
+    if isinstance(value, ast.Call) and ast.unparse(value.func) in _origins(
+      module
+    ):  # A dataclass: its fields are options.
+      own = {keyword.arg: ast.literal_eval(keyword.value) for keyword in value.keywords}
+      fields = signature(_origins(module)[ast.unparse(value.func)])
+      found |= {
+        field: option._replace(default=own[field]) if field in own else option for field, option in fields.items()
+      }
+    elif value and name not in _NONE:
+      found[name] = _option(origin, name, value, meanings)
+  return found
 
 
-def _option(origin: str, name: str, value: ast.expr, told: dict[str, str]) -> Option:
+def _option(origin: str, name: str, value: ast.expr, meanings: dict[str, str]) -> Option:
   try:
-    return Option(ast.literal_eval(value), told[name])
+    return Option(ast.literal_eval(value), meanings[name])
   except (ValueError, KeyError) as error:
     raise TypeError(f"{origin}: {name} needs a literal default, and an entry in the docstring's Args.") from error
 
@@ -240,13 +272,16 @@ def _parse(module: str) -> ast.Module:
 
 def _table(package: str, name: str) -> dict[str, str]:
   """A package's dict {option: class}, as {option: "package.module.class"}."""
-  module = _parse(package)
-  origins = {
-    alias.name: f"{node.module.removeprefix('segjax.')}.{alias.name}"
-    for node in module.body if isinstance(node, ast.ImportFrom) for alias in node.names
-  }  # fmt: skip
-  table = _assigned(module, name)
+  table, origins = _assigned(_parse(package), name), _origins(package)
   return {key.value: origins[value.id] for key, value in zip(table.keys, table.values)}
+
+
+def _origins(module: str) -> dict[str, str]:
+  """{name: "module.name"} of the classes that a module defines or imports from segjax."""
+  body = _parse(module).body
+  own = {node.name: f"{module}.{node.name}" for node in body if isinstance(node, ast.ClassDef)}
+  imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module.startswith("segjax")]
+  return own | {a.name: f"{node.module.removeprefix('segjax.')}.{a.name}" for node in imports for a in node.names}
 
 
 def _assigned(module: ast.Module, name: str) -> ast.expr:

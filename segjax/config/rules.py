@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import config_dict
 
-from segjax.config import ConfigError, default_config, fields, options, schema_problem
+from segjax.config import ConfigError, default_config, fields, options, patterns, schema_problem
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
@@ -65,8 +65,9 @@ class Acts(NamedTuple):
   remedy: str
 
 
-# Fields without a row always act, or are refused by the model's constructor (multi_grid, auxiliary, details.mobilenet_*).
-# init.* has none: a config file names the scheme of weights that the command line may add. Nor have facts of a data set
+# Fields without a row always act, or are refused by the model's constructor (depth_multiplier, multi_grid, auxiliary,
+# details.mobilenet_*).
+# init.* has none: a config file names the scheme of weights that the command line may add. Nor have properties of a data set
 # of which evaluation may show a part: a row must not depend on data.eval_split.
 ACTS = (
   Acts("matmul_precision", ("dtype",), lambda c: c.dtype == "float32", "set dtype to float32"),
@@ -205,8 +206,8 @@ def _is_size(size: tuple, least: int) -> bool:
 
 
 def _run(config) -> Rules:
-  for field in ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-                "accumulate_steps"):  # fmt: skip
+  counts = ("num_steps", "batch_size", "accumulate_steps", "keep_checkpoints")
+  for field in (*counts, "log_every", "eval_every", "checkpoint_every"):
     yield config[field] >= 1, field, "must be at least 1."
   yield 0 <= config.seed < 2**31, "seed", "must lie in [0, 2^31)."
   yield config.mesh.space >= 1, "mesh.space", "must be at least 1."
@@ -303,12 +304,21 @@ def _optimizer(config) -> Rules:
     "the step schedule would not drop before num_steps: lower it, or set optimizer.schedule to constant.",
   )
   yield 0 < optimizer.decay_factor < 1, "optimizer.decay_factor", "must lie between 0 and 1."
-  for field in ("head_multiplier", "bias_multiplier"):
-    yield optimizer[field] > 0, f"optimizer.{field}", "must be above 0; 1 changes nothing."
+  for field, named in (("optimizer.freeze", optimizer.freeze), ("init.exclude", config.init.exclude)):
+    yield all(isinstance(pattern, str) for pattern in named), field, "must hold patterns of parameter paths, as text."
+  for text in optimizer.lr_multipliers:
+    yield from _accepts(patterns.with_factor, text, "optimizer.lr_multipliers")
   for field in ("momentum", "ema_decay"):
     yield 0 <= optimizer[field] < 1, f"optimizer.{field}", "must lie in [0, 1)."
   for field in ("weight_decay", "clip_norm"):
     yield optimizer[field] >= 0, f"optimizer.{field}", "must be 0 (off) or more."
+
+
+def _accepts(parse: Callable, value, field: str) -> Rules:
+  try:
+    parse(value)
+  except ConfigError as error:
+    yield False, field, str(error)
 
 
 def _policy(policy) -> Rules:

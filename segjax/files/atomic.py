@@ -1,4 +1,4 @@
-"""Files written whole or not at all, whatever stops the writer: under a temporary name, then renamed."""
+"""Files written whole or not at all, even if the writer is stopped: under a temporary name, then renamed."""
 
 import contextlib
 import pathlib

@@ -7,7 +7,7 @@ from segjax.config import ConfigError
 
 
 def folder(name: str) -> pathlib.Path:
-  """$XDG_CACHE_HOME/segjax/`name`, or ~/.cache/segjax/`name`: made where missing, and open to nobody else (mode 0700).
+  """$XDG_CACHE_HOME/segjax/`name`, or ~/.cache/segjax/`name`: made where missing, and readable by its owner alone (mode 0700).
 
   Raises:
     ConfigError: it cannot be made; or it belongs to another user, or others can write to it, so that what it holds may be

@@ -1,8 +1,8 @@
 """From files to host batches. Nothing below this package imports JAX, so data workers stay free of it.
 
-A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the facts
-`classes`, `palette` [K, 3] uint8, `sizes`, `canvas_size`, `labelled`, `notes` and `submission` (see `source.Source`); its class
-tells `named_classes` without any example. `order` says which examples a step sees. A loader reads them:
+A source is random access to examples: `len(source)`, `source[i]` -> (image, label), `source.describe(i)`, and the
+attributes that `sources.base.Source` lists; its class gives `named_classes` without any example. `order` says which
+examples a step sees. A loader reads them:
 
     batches(positions, load, canvas_size, batch_size, num_workers) -> iterator of dicts
 
@@ -18,51 +18,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from segjax import config as config_lib
-from segjax.input_pipeline import cache, canvas, datasets, order
+from segjax.input_pipeline import cache, canvas, order
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.input_pipeline.cityscapes import CityscapesSource
-from segjax.input_pipeline.folder import FolderSource
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.kitti_road import KittiRoadSource
-from segjax.input_pipeline.synthetic import SyntheticSource
-from segjax.input_pipeline.tfds_source import TfdsSource
-from segjax.input_pipeline.voc import VocSource
+from segjax.input_pipeline.sources import datasets, make_source, named_classes
 
-SOURCES = {
-  "synthetic": SyntheticSource, "folder": FolderSource, "voc": VocSource, "cityscapes": CityscapesSource,
-  "tfds": TfdsSource, "kitti_road": KittiRoadSource,
-}  # fmt: skip
 # Imported when asked for: a run with grain must not import TensorFlow, nor the other way round.
 _LOADERS = {"tf_data": "segjax.input_pipeline.tf_data", "grain": "segjax.input_pipeline.grain_loader"}
-
-
-def make_source(data, split: str, labels: bool = True):
-  """The source of one split from `config.data`.
-
-  Args:
-    labels: whether they are needed; predicting works without.
-
-  Raises:
-    DataError: the data set cannot be used, or has no public labels for this split; the message says why.
-  """
-  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
-  source = SOURCES[data.name](dir=data.dir, split=split, exif=data.exif, **options)
-  if labels and not source.labelled:
-    raise DataError(
-      f"Split {split!r} of {data.name} has no public labels, so it can neither train nor be scored here. Write its"
-      f" predictions for the benchmark's server: --mode=submit --config.data.eval_split={split}"
-    )
-  return source
-
-
-def named_classes(data) -> tuple[tuple[str, ...], np.ndarray]:
-  """Class names and palette [K, 3] uint8 of `config.data`, without reading the data set (but its classes.txt).
-
-  Raises:
-    DataError: nobody names the classes.
-  """
-  options = {name: data[name] for name in config_lib.SOURCES[data.name]}
-  return SOURCES[data.name].named_classes(dir=data.dir, **options)
 
 
 def canvas_of(source, data) -> tuple[int, int]:
@@ -104,27 +66,27 @@ def eval_canvases(source, data) -> list[tuple[int, int]]:
 
 
 def describe_canvases(train_source, eval_source, data, window, batch_size: int) -> list[str]:
-  """Lines that tell the canvases, how much of them is padding, and the memory of a training batch of `batch_size`."""
+  """Lines on the canvases, their share of padding, and the memory of a training batch of `batch_size`."""
   size, whole = train_canvas(train_source, data, window), canvas_of(train_source, data)
   sizes, evaluation = train_source.sizes, eval_canvases(eval_source, data)
 
-  def told(size, sizes):
+  def with_share(size, sizes):
     return f"{size[0]}x{size[1]}, {100 * canvas.padding_share(sizes, size):.0f} % of it padding"
 
   def memory(size):
     return f"{4 * batch_size * size[0] * size[1] / 2**20:,.1f} MiB a batch"
 
-  lines = [f"canvas: in training {told(size, sizes)} ({memory(size)})"]
+  lines = [f"canvas: in training {with_share(size, sizes)} ({memory(size)})"]
   if size != whole:
     lines.append(
-      f"note: larger images are cut to what their crops can show. Whole, they would take a canvas of {told(whole, sizes)}"
+      f"note: larger images are cut to what their crops can show. Whole, they would take a canvas of {with_share(whole, sizes)}"
       f" ({memory(whole)}): data.canvas_size={whole[0]},{whole[1]}"
     )
   elif canvas.padding_share(sizes, size) > canvas.MOSTLY:
     remedy = "data.canvas_size=0,0 cuts larger images" if any(data.canvas_size) else "Smaller images would need less"
     lines.append(f"note: most of the training's canvas is padding. {remedy}")
   if len(evaluation) == 1:
-    lines[0] += f"; in evaluation {told(evaluation[0], eval_source.sizes)}"
+    lines[0] += f"; in evaluation {with_share(evaluation[0], eval_source.sizes)}"
   else:
     lines.append(
       f"note: one canvas for all images of the evaluation would be mostly padding, so there are {len(evaluation)}:"
@@ -137,10 +99,13 @@ def describe_canvases(train_source, eval_source, data, window, batch_size: int) 
 def classes_and_canvas(data, split: str, window=None) -> tuple[int, tuple[int, int], str]:
   """Number of classes and canvas (H, W) of a split, and where they are from.
 
-  With the `window` of `augment.crop_window`, the canvas of training on it. From the data set; without it from the config, or from what is known of benchmarks.
+  They are from the data set; where it is absent, from the config or `datasets.LARGEST`.
+
+  Args:
+    window: of `augment.crop_window`, for the canvas of training; None: the whole images'.
 
   Raises:
-    ConfigError: the data set cannot be used, and what it would tell is not known otherwise.
+    ConfigError: the data set cannot be used, and nothing else gives its classes or canvas.
     DataError: classes and colours that contradict each other.
   """
   try:
@@ -254,7 +219,7 @@ def _batches(
 def train_batches(
   source, data, *, seed, batch_size, rows, start_step, num_steps, border=False, bad=None, window=None
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Training batches of steps start_step .. num_steps - 1, the same whatever the loader and the number of hosts.
+  """Training batches of steps start_step .. num_steps - 1, the same for every loader and number of hosts.
 
   Args:
     data: `config.data`.
@@ -285,12 +250,12 @@ def eval_batches(source, data, *, batch_size, rows, single=None) -> Iterator[dic
     Otherwise as above.
   """
   canvases = eval_canvases(source, data)
-  place = np.zeros(len(source), int)
+  canvas_number = np.zeros(len(source), int)
   if len(canvases) > 1:
     holds = [(np.array(source.sizes) <= size).all(1) for size in canvases]
-    place = np.argmax(holds, axis=0)
+    canvas_number = np.argmax(holds, axis=0)
   for number, size in enumerate(canvases):
-    members = np.flatnonzero(place == number)
+    members = np.flatnonzero(canvas_number == number)
     if number and single:
       batch_size, rows = single
 

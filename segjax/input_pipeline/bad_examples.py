@@ -1,4 +1,4 @@
-"""Training examples that can no longer be read in mid-run: how many a run puts up with, and that it stays repeatable."""
+"""Training examples that become unreadable during a run: how many it tolerates, and how it stays repeatable."""
 
 import json
 import pathlib
@@ -12,8 +12,8 @@ class BadExamples:
   """The examples that a training run could not read. Each is all void in the step that needed it.
 
   Which those are is written down before the step is taken, a JSON line each in `workdir`/bad_examples_PROCESS.jsonl.
-  A run that resumes has them void in these steps again, whether or not the files can be read by then, and so ends as if
-  it had never stopped. In any other step a file is tried anew: once restored, it counts again.
+  A resumed run has them void in these steps again, even if the files can be read by then, and so ends as if it had never
+  stopped. In any other step the file is read again: once restored, it counts.
 
   Attributes:
     most: how many examples may be bad; one more stops the run.
@@ -32,7 +32,7 @@ class BadExamples:
     self._folder, self.most, self._process = pathlib.Path(workdir), most, process
     self._lock = threading.Lock()
     known = self._read()
-    self._places = {(line["step"], line["row"]) for line in known}
+    self._steps_and_rows = {(line["step"], line["row"]) for line in known}
     self.names = names = sorted({line["name"] for line in known})
     if len(names) > most:
       raise DataError(
@@ -40,12 +40,12 @@ class BadExamples:
         f" data.max_bad_examples = {most}. Raise it to {len(names)} or more to go on."
       )
 
-  def __contains__(self, place: tuple[int, int]) -> bool:
+  def __contains__(self, step_and_row: tuple[int, int]) -> bool:
     """Whether the example in (step, row of the global batch), both from 0, was bad."""
-    return place in self._places
+    return step_and_row in self._steps_and_rows
 
   def add(self, step: int, row: int, name: str, error: DataError) -> None:
-    """Takes note of the example in row `row` of a step, which cannot be read.
+    """Records that the example in row `row` of a step cannot be read.
 
     Raises:
       DataError: it is one too many; names it, and says what is wrong with it.
@@ -61,7 +61,7 @@ class BadExamples:
         ) from error
       with (self._folder / f"bad_examples_{self._process}.jsonl").open("a") as file:
         file.write(json.dumps(dict(step=step, row=row, name=name, error=str(error))) + "\n")
-      self._places.add((step, row))
+      self._steps_and_rows.add((step, row))
     print(f"BAD EXAMPLE {name}, void in step {step + 1} ({len(names)} of at most {self.most}): {error}", flush=True)
 
   def count(self, steps: int) -> int:

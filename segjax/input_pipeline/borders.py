@@ -47,7 +47,7 @@ def cached_border_map(path: pathlib.Path, meaning: str, read: Callable[[], np.nd
 
   Raises:
     DataError: the file is gone.
-    ConfigError: the cache folder is not to be had.
+    ConfigError: the cache folder cannot be made or trusted.
   """
   name = f"{os.path.abspath(path)}|{meaning}|{sigma}"
   (weight,) = cache.arrays(

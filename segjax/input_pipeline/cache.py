@@ -1,4 +1,4 @@
-"""What took long to compute from files, kept: in files of the user's cache folder, or in memory (config.data.cache)."""
+"""A cache of what is slow to compute from files: in the user's cache folder, or in memory (config.data.cache)."""
 
 import functools
 import hashlib
@@ -17,11 +17,11 @@ from segjax.config import ConfigError
 from segjax.files import atomic, user_cache
 from segjax.input_pipeline.images import DataError
 
-_sound = {}  # {path: state of the file} whose check sum this process has compared.
+_sound = {}  # {path: state of the file} whose checksum this process has compared.
 
 
 def file_state(path: str | os.PathLike) -> str:
-  """Size and time of change of a file, which tell its content from another.
+  """Size and time of change of a file; where they are the same, so is its content.
 
   Raises:
     DataError: it is gone.
@@ -37,9 +37,9 @@ def file_state(path: str | os.PathLike) -> str:
 
 @functools.cache
 def code_state() -> str:
-  """Tells the code that reads files from every other version of it, so that what another one made is made again."""
+  """A checksum of the code that reads files: what another version cached is computed again."""
   digest = hashlib.sha256(PIL.__version__.encode())
-  for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+  for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
     digest.update(path.read_bytes())
   return digest.hexdigest()[:16]
 
@@ -48,7 +48,7 @@ def path_of(kind: str, name: str) -> pathlib.Path:
   """Where `arrays` keeps what is called `name`.
 
   Raises:
-    ConfigError: the cache folder is not to be had.
+    ConfigError: the cache folder cannot be made or trusted.
   """
   return user_cache.folder(kind) / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:32]
 
@@ -57,7 +57,7 @@ def arrays(kind: str, name: str, state: str, make: Callable[[], tuple[np.ndarray
   """What `make()` gives, from a file that is mapped into memory; made, and the file written, where there is none.
 
   A file that was made in another state, by other code, or is damaged, is replaced. Any number of threads and processes
-  may do so at once: files appear whole. Where there is no room for one, that is said once, and nothing else happens.
+  may do so at once: files appear whole. A full disk is reported once, and the arrays are not kept.
 
   Args:
     kind: folder in the user's cache folder.
@@ -68,7 +68,7 @@ def arrays(kind: str, name: str, state: str, make: Callable[[], tuple[np.ndarray
     Arrays that cannot be written to.
 
   Raises:
-    ConfigError: the cache folder is not to be had.
+    ConfigError: the cache folder cannot be made or trusted.
   """
   path, state = path_of(kind, name), f"{state} {code_state()}"
   found = _read(path, state)
@@ -87,7 +87,7 @@ def _say_once(message: str) -> None:
 
 
 def _write(path: pathlib.Path, state: str, values: Sequence[np.ndarray]) -> None:
-  """A line with the check sum of the rest; a line that describes the arrays; their bytes."""
+  """A line with the checksum of the rest; a line that describes the arrays; their bytes."""
   header = json.dumps(dict(state=state, arrays=[(value.dtype.str, value.shape) for value in values])).encode() + b"\n"
   blocks = [header, *(np.ascontiguousarray(value).data for value in values)]
   check = functools.reduce(lambda sum, block: zlib.crc32(block, sum), blocks, 0)
@@ -126,7 +126,7 @@ class Cached:
   """A source whose examples are decoded once; all that a loader asks of it is the same, bit for bit.
 
   Args:
-    source: a `source.Source`.
+    source: a `sources.base.Source`.
     cache: "memory", for as long as `source` lives, or "disk".
   """
 
@@ -137,7 +137,7 @@ class Cached:
     return len(self._source)
 
   def describe(self, index: int) -> str:
-    """As of the source, like all here."""
+    """See the source, like all here."""
     return self._source.describe(index)
 
   def border(self, index: int) -> np.ndarray:
@@ -145,7 +145,7 @@ class Cached:
     return self._source.border(index)
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Raises what the source raises, and ConfigError where the cache folder is not to be had."""
+    """Raises what the source raises, and ConfigError where the cache folder cannot be made or trusted."""
     name, state = self._source.identity(index)
     if self._cache == "disk":
       return arrays("examples", name, state, lambda: self._source[index])
@@ -156,7 +156,7 @@ class Cached:
 
 
 def check_room(cache: str, sources: Sequence) -> None:
-  """Raises ConfigError where there is no room for the decoded examples of all `sources`; says how much they need.
+  """Raises ConfigError, with the size needed, where the decoded examples of all `sources` do not fit.
 
   Args:
     cache: config.data.cache.
@@ -185,7 +185,7 @@ def check_room(cache: str, sources: Sequence) -> None:
 
 
 def free_memory() -> int:
-  """Bytes that this process may still take without swapping: of the machine, or of its container, where that has less."""
+  """Free bytes of memory, of the machine or of its container, whichever has less."""
   meminfo, group = pathlib.Path("/proc/meminfo"), pathlib.Path("/sys/fs/cgroup")
   if not meminfo.exists():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -8,7 +8,7 @@ from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import order
 
 MOSTLY = 0.5  # Share of padding from which a canvas for all images is more padding than images.
-_SHARE = 0x5348415245  # Tells these draws from those of `order`.
+_SHARE = 0x5348415245  # Makes these draws differ from those of `order`.
 FILL = dict(image=0, label=IGNORE_LABEL, border=0)  # Of the canvas around what has a height and width.
 
 
@@ -59,9 +59,9 @@ def cut_window(
 ) -> dict:
   """An example cut to the part of its image that its crop will show, where the image is longer than the canvas.
 
-  The place of a crop is uniform among all that there are at its scale, wherever that is drawn. So the host draws which
-  share of them lies before it, and cuts out what the crop of this share shows at any scale; `augment.random_crop` draws the
-  scale, and takes that crop. Along sides that fit the canvas nothing is cut, and `augment.random_crop` draws as ever.
+  The position of a crop is uniform among all positions at its scale. So the host draws which share of the positions lies
+  before it, and cuts out what the crop at this share shows at any scale; `augment.random_crop` draws the scale, and takes
+  that crop. Along sides that fit the canvas nothing is cut, and `augment.random_crop` draws the position itself.
 
   Args:
     canvas_size: (H, W), at least the size that `augment.crop_window` gives, where that is less than the image's.

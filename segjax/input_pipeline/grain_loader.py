@@ -9,8 +9,9 @@ import grain
 from segjax.input_pipeline.canvas import pad_batch
 
 
-def batches(positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int,
-            num_workers: int) -> Iterator[dict]:  # fmt: skip
+def batches(
+  positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int, num_workers: int
+) -> Iterator[dict]:
   """Yields `load(position)` of consecutive positions, padded to the canvas, `batch_size` at a time.
 
   Args:

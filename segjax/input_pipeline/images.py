@@ -1,10 +1,10 @@
-"""Reading image and mask files as they are stored, with errors that name the file and the remedy.
+"""Reading image files as they are stored, with errors that name the file and the remedy. Masks: masks.py.
 
 One reader serves both loaders, so their pixels are the same by construction, and Pillow gives palette masks as
 indices, where TensorFlow's PNG decoder would expand the palette to colours (class 1 would arrive as grey 38). JPEGs are
-decoded by simplejpeg, to the same bits a sixth faster, because it also tells damage: Pillow ignores libjpeg's warnings,
-and reads a file whose second half is zeros without a word. What would reach the network other than it is stored (16-bit
-colours, all frames but the first, ...) is refused.
+decoded by simplejpeg, to the same bits a sixth faster, because it also detects damage: Pillow ignores libjpeg's warnings,
+and reads a file whose second half is zeros. What would reach the network altered (16-bit colours) or
+in part (all frames but the first) is refused.
 """
 
 import contextlib
@@ -38,22 +38,27 @@ def printable(name: str) -> str:
   return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda c: c[0].encode("unicode_escape").decode(), name)
 
 
-# What Pillow may open, whatever a file's name: its EPS reader, for one, runs Ghostscript.
+# Formats that Pillow may open. It has dangerous ones: its EPS reader runs Ghostscript.
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
-_JPEGS = ("JPEG", "MPO")  # An MPO is a photograph as JPEG, with more pictures behind it (depth, brightness, a preview).
+JPEGS = ("JPEG", "MPO")  # An MPO is a photograph as JPEG, with more pictures behind it (depth, brightness, a preview).
 
-# Height times width; a few bytes may claim any. 16384 x 16384 in RGB are 0.8 GB. Pillow would warn from 2^26 on.
+# Height times width: a file of a few bytes may claim any size. 16384 x 16384 in RGB are 0.8 GB. Pillow would warn from 2^26 on.
 MAX_PIXELS = 2**28
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 # What EXIF calls the orientation of the stored pixels: how to stand them upright.
 _UPRIGHT = {
-  2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-  6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: np.rot90,
-}  # fmt: skip
+  2: lambda a: a[:, ::-1],
+  3: lambda a: a[::-1, ::-1],
+  4: lambda a: a[::-1],
+  5: lambda a: a.swapaxes(0, 1),
+  6: lambda a: np.rot90(a, -1),
+  7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+  8: np.rot90,
+}
 _ORIENTATION = 274  # The number of EXIF's field.
-# What becomes of an image that EXIF wants turned, where its mask's size does not tell whether it was drawn on the turned
-# one: refuse it, turn it as viewers do, or take the pixels as stored.
+# How to treat an image that EXIF wants turned, where its mask's size does not show whether the mask was drawn on the
+# turned image: refuse it, turn it as viewers do, or take the pixels as stored.
 EXIF_RULES = ("refuse", "apply", "ignore")
 
 
@@ -61,7 +66,7 @@ def read_lines(path: pathlib.Path) -> list[str]:
   """The lines of a list file that hold anything, without the spaces around it.
 
   Raises:
-    DataError: it cannot be read, or is no text.
+    DataError: it cannot be read, or is not text.
   """
   try:
     check_regular(path)  # Lines end at line ends alone: names may hold what str.splitlines() takes for one.
@@ -83,7 +88,7 @@ def _ends_in_zeros(file: BinaryIO) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path | str, file: BinaryIO | None, failure: str) -> Iterator[ImageFile.ImageFile]:
+def opened(path: pathlib.Path | str, file: BinaryIO | None, failure: str) -> Iterator[ImageFile.ImageFile]:
   """The picture, its header read. What fails then, until it is closed, is a DataError that begins with `failure`."""
   try:
     if file is None:
@@ -94,7 +99,7 @@ def _opened(path: pathlib.Path | str, file: BinaryIO | None, failure: str) -> It
           f"{path}: claims {image.height}x{image.width} pixels, more than {MAX_PIXELS} in all. Cut it into parts, or"
           " replace it if that cannot be true."
         )
-      if image.format not in _JPEGS and getattr(image, "is_animated", False):  # Only some formats have the attribute.
+      if image.format not in JPEGS and getattr(image, "is_animated", False):  # Only some formats have the attribute.
         raise DataError(
           f"{path}: holds several frames or pages, of which only the first would be read. Store each in a file of its own."
         )
@@ -109,7 +114,7 @@ def _opened(path: pathlib.Path | str, file: BinaryIO | None, failure: str) -> It
     raise DataError(f"{path}: {failure} ({error}). Replace the file, or remove it.") from error
 
 
-def _storage(image: ImageFile.ImageFile) -> tuple[str, int]:
+def storage(image: ImageFile.ImageFile) -> tuple[str, int]:
   """How samples are stored, in Pillow's words ("L;2": grey of 2 bits), and the number that PPM calls white, else 255.
 
   Only before the pixels are loaded.
@@ -119,9 +124,9 @@ def _storage(image: ImageFile.ImageFile) -> tuple[str, int]:
   return str(args[0]), args[1] if decoder in ("ppm", "ppm_plain") and len(args) > 1 else 255
 
 
-def _is_deep(image: ImageFile.ImageFile) -> bool:
-  """Whether samples have more than 8 bits, be it that Pillow keeps 8 of them."""
-  mode, white = _storage(image)
+def is_deep(image: ImageFile.ImageFile) -> bool:
+  """Whether stored samples have more than 8 bits, even where Pillow keeps only 8 of them."""
+  mode, white = storage(image)
   if image.format == "TIFF" and TiffImagePlugin.BITSPERSAMPLE in image.tag_v2:
     bits = max(image.tag_v2[TiffImagePlugin.BITSPERSAMPLE])
   else:
@@ -146,19 +151,19 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """Of an image.
+  """What an image's header says.
 
   Attributes:
     size: (H, W) as stored.
-    orientation: as of EXIF, 1 to 8; 1 is upright. (A TIFF's is part of its format, and Pillow turns it.)
+    orientation: EXIF's, 1 to 8; 1 is upright. (A TIFF's is part of its format, and Pillow turns it.)
   """
 
   path: pathlib.Path | str
   size: tuple[int, int]
   orientation: int
 
-  def told_by(self, mask_size: tuple[int, int] | None) -> str | None:
-    """What to do about EXIF as of `Reading.exif`, if the mask's size tells; None where it does not."""
+  def rule_by(self, mask_size: tuple[int, int] | None) -> str | None:
+    """The rule for EXIF (see `Reading.exif`) that the mask's size implies; None where it implies none."""
     turned = self._turned()
     if mask_size is None or turned == self.size:
       return None
@@ -168,15 +173,15 @@ class Header:
     """Whether to stand the pixels upright.
 
     Args:
-      exif: of `Reading`, for what the mask does not tell.
+      exif: of `Reading`, where the mask's size implies no rule.
       mask_size: (H, W); None without a mask.
 
     Raises:
-      DataError: nobody tells.
+      DataError: neither mask nor `exif` decides.
     """
     if self.orientation == 1:
       return False
-    rule = self.told_by(mask_size) or exif
+    rule = self.rule_by(mask_size) or exif
     if rule == "refuse":
       drawn = "the mask's size does not tell which of the two it was drawn on" if mask_size else "no mask tells"
       raise DataError(
@@ -186,14 +191,14 @@ class Header:
     return rule == "apply"
 
   def size_by(self, exif: str, mask_size: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(H, W) as `read_image` gives it; arguments and errors as of `must_turn`."""
+    """(H, W) as `read_image` gives it; arguments and errors: see `must_turn`."""
     return self._turned() if self.must_turn(exif, mask_size) else self.size
 
   def _turned(self) -> tuple[int, int]:
     return self.size[::-1] if self.orientation >= 5 else self.size
 
 
-def _header(path, image: ImageFile.ImageFile) -> Header:
+def header_of(path, image: ImageFile.ImageFile) -> Header:
   orientation = 1
   if "exif" in image.info and image.format != "TIFF":
     try:
@@ -204,18 +209,18 @@ def _header(path, image: ImageFile.ImageFile) -> Header:
 
 
 def read_header(path: pathlib.Path | str, file: BinaryIO | None = None) -> Header:
-  """Of an image, without decoding; arguments as of `read_image`.
+  """The header of an image, without decoding; arguments: see `read_image`.
 
   Raises:
     DataError: missing, not an image, one of several frames, or of more than `MAX_PIXELS`, which none of these functions
       reads.
   """
-  with _opened(path, file, "not a readable image") as image:
-    return _header(path, image)
+  with opened(path, file, "not a readable image") as image:
+    return header_of(path, image)
 
 
 def read_size(path: pathlib.Path | str, file: BinaryIO | None = None) -> tuple[int, int]:
-  """(H, W) as stored; arguments and errors as of `read_header`."""
+  """(H, W) as stored; arguments and errors: see `read_header`."""
   return read_header(path, file).size
 
 
@@ -235,9 +240,9 @@ def _decode_jpeg(image: ImageFile.ImageFile) -> np.ndarray:
   return np.asarray(image.convert("RGB"))  # It cannot turn inks into colours.
 
 
-def _decode(image: ImageFile.ImageFile) -> np.ndarray:
+def decode(image: ImageFile.ImageFile) -> np.ndarray:
   """[H, W] or [H, W, C], as stored."""
-  plain = image.mode in ("L", "RGB") and _storage(image)[0] == image.mode
+  plain = image.mode in ("L", "RGB") and storage(image)[0] == image.mode
   if imagecodecs and image.format == "PNG" and plain and not {"transparency", "interlace"} & image.info.keys():
     image.fp.seek(0)
     return imagecodecs.spng_decode(image.fp.read())
@@ -253,151 +258,24 @@ def read_image(
   Args:
     path: of the file, or its name in messages where `file` holds the bytes.
     file: an open file, for images inside other files.
-    exif, mask_size: as of `Header.must_turn`.
+    exif, mask_size: see `Header.must_turn`.
 
   Raises:
     DataError: missing, damaged, one of several frames, with more than 8 bits per channel, which RGB conversion would
-      clip, or turned by EXIF so that nobody knows how its mask lies.
+      clip, or turned by EXIF where it is not known whether its mask is.
   """
-  with _opened(path, file, "damaged or truncated") as image:
-    if _is_deep(image):
+  with opened(path, file, "damaged or truncated") as image:
+    if is_deep(image):
       raise DataError(
         f"{path}: its {image.mode} pixels have more than 8 bits per channel. Convert the image to 8 bits."
       )
-    header = _header(path, image)
+    header = header_of(path, image)
     turn = header.must_turn(exif, mask_size)
-    if image.format in _JPEGS:
+    if image.format in JPEGS:
       pixels = _decode_jpeg(image)
     else:
-      pixels = _decode(image) if image.mode == "RGB" else np.asarray(image.convert("RGB"))
+      pixels = decode(image) if image.mode == "RGB" else np.asarray(image.convert("RGB"))
     return np.ascontiguousarray(_UPRIGHT[header.orientation](pixels)) if turn else pixels
-
-
-def _check_mask(path, image: ImageFile.ImageFile) -> None:
-  """Raises DataError where labels cannot be read from the file as they were meant."""
-  if image.format in _JPEGS or ("compression" in image.info and "jpeg" in str(image.info["compression"])):
-    raise DataError(f"{path}: a JPEG cannot hold labels, its compression blurs them. Export masks as PNG.")
-  if re.search(r";\d?I", _storage(image)[0]):
-    raise DataError(f"{path}: counts from white to black, which inverts its labels. Export masks as PNG.")
-  if image.mode == "F":
-    raise DataError(f"{path}: floating-point pixels are no labels. Export masks with integer pixels.")
-  if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and not image.mode.startswith("I"):
-    raise DataError(f"{path}: {image.mode} pixels are no labels. Export masks as palette, grey or RGB.")
-  if not image.mode.startswith("I") and _is_deep(image):
-    raise DataError(f"{path}: its {image.mode} pixels have more than 8 bits per channel. Export masks with 8 bits.")
-  if (orientation := _header(path, image).orientation) != 1:
-    raise DataError(f"{path}: EXIF gives the mask orientation {orientation}. Export masks as PNG, without EXIF.")
-
-
-def _check_opaque(path, image: Image.Image, mask: np.ndarray) -> None:
-  """Raises DataError where pixels of a mask are transparent: whatever is stored there, nobody saw it."""
-  clear = image.info["transparency"] if "transparency" in image.info else ()
-  if "A" in image.getbands():
-    count = int((np.asarray(image.getchannel("A")) < 255).sum())
-  elif isinstance(clear, bytes):  # The opacity of each number, 255 beyond the end.
-    count = int(np.isin(mask, np.flatnonzero(np.frombuffer(clear, np.uint8) < 255)).sum())
-  elif isinstance(clear, tuple):
-    count = int((mask == np.array(clear)).all(-1).sum()) if clear else 0
-  else:
-    count = int((mask == clear).sum())
-  if count:
-    raise DataError(
-      f"{path}: {count} of the mask's pixels are transparent, so their labels are not seen. Fill them with a class or"
-      " with void (255, or one of data.void_colors), and export masks without transparency."
-    )
-
-
-def read_mask(path: pathlib.Path | str, file: BinaryIO | None = None, *, by_color: bool = False) -> np.ndarray:
-  """The stored numbers: [H, W] integers (palette files as indices), or [H, W, 3] uint8 for an RGB file.
-
-  Grey of 1, 2 or 4 bits gives what is stored, 0 to 1, 3 or 15, not spread over 0 to 255 as for a picture.
-
-  Args:
-    path, file: as of `read_image`.
-    by_color: whether palette files are RGB too.
-
-  Raises:
-    DataError: missing, damaged, one of several frames, with transparent pixels, more than 8 bits per colour, turned by
-      EXIF, or JPEG, whose compression changes labels along every edge.
-  """
-  with _opened(path, file, "damaged or truncated") as image:
-    _check_mask(path, image)
-    mode, white = _storage(image)
-    if image.mode == "RGBA":
-      mask = np.asarray(image.convert("RGB"))
-    elif image.mode in ("LA", "PA"):
-      mask = np.asarray(image.getchannel(0))
-    else:
-      mask = _decode(image)
-      if mode.startswith(("L;2", "L;4")):  # Pillow has spread them.
-        mask = mask // (85 if mode.startswith("L;2") else 17)
-      elif image.format == "PPM" and white != 255:
-        most = 65535 if image.mode == "I" else 255
-        mask = (mask.astype(np.int64) * white + most // 2) // most
-    _check_opaque(path, image, mask)
-    if by_color and image.mode in ("P", "PA"):
-      return np.asarray(image.convert("RGB"))
-    return mask.astype(np.uint8) if mask.dtype == bool else mask
-
-
-class MaskHeaders:
-  """Sees from their headers that the masks of a split mean the same by their numbers.
-
-  Args:
-    same_colors: see `Reading`.
-  """
-
-  def __init__(self, same_colors: Sequence[int]):
-    self._same_colors = same_colors
-    self._colors = {}  # {number: (its colour, the file that says so)}
-    self._depths = {}  # {whether grey has fewer than 8 bits: the file that has it}
-
-  def size(self, path: pathlib.Path | str, file: BinaryIO | None = None) -> tuple[int, int]:
-    """(H, W) of one more mask; arguments as of `read_image`.
-
-    Raises:
-      DataError: what `read_header` raises, or a mask that contradicts an earlier one, which is named too.
-    """
-    with _opened(path, file, "not a readable image") as image:
-      if image.mode == "P" and self._same_colors:
-        self._compare_colors(path, _palette(image))
-      elif image.mode in ("1", "L") or image.mode.startswith("I"):
-        self._compare_depth(path, image.mode == "1" or _storage(image)[0].startswith(("L;2", "L;4")))
-      return image.height, image.width
-
-  def _compare_colors(self, path, palette: bytes) -> None:
-    for number in self._same_colors:
-      color = palette[3 * number : 3 * number + 3]
-      known, other = self._colors.setdefault(number, (color, path)) if color else (color, path)
-      if known != color:
-        raise DataError(
-          f"{path} and {other}: palettes that contradict each other. {number} is {color.hex().upper()} in the first,"
-          f" {known.hex().upper()} in the other, so that their numbers do not mean the same. Name every class's colour in"
-          " data.colors, to read palette masks by colour, or export all masks with one palette."
-        )
-
-  def _compare_depth(self, path, few: bool) -> None:
-    self._depths.setdefault(few, path)
-    if len(self._depths) == 2:
-      raise DataError(
-        f"{self._depths[True]} stores fewer than 8 bits a pixel, {self._depths[False]} does not. Programs that save space"
-        " write 255 as 1 if a file holds nothing between, so it is not known what 1 means. Export all masks with 8 bits."
-      )
-
-
-def _palette(image: ImageFile.ImageFile) -> bytes:
-  """Red, green and blue of each number that the palette names."""
-  if image.palette.rawmode != "RGB":  # Of other formats than PNG and GIF.
-    return bytes(image.getpalette("RGB"))
-  return bytes(image.palette.palette)
-
-
-def size_problem(image_path, image_size, mask_path, mask_size) -> str:
-  """Says that an image and its mask, both (H, W), differ, and what to do."""
-  return (
-    f"{mask_path} is {mask_size[0]}x{mask_size[1]}, but {image_path} is {image_size[0]}x{image_size[1]} (height x width)."
-    " Export the mask at its image's size (never resize it with interpolation)."
-  )
 
 
 def listed(names) -> str:

@@ -1,7 +1,6 @@
 """What lies in the folders of a data set: the images, and what is not used, with the reason.
 
-check_data names each of these, and a run tells their number when it starts: what is skipped without a word is missing
-from the results without a word.
+check_data names each of these, and a run prints their number when it starts, so that nothing is skipped in silence.
 """
 
 import collections
@@ -46,10 +45,10 @@ MISNAMED = Unused("a file with another name than the data set's", "Correct the n
 
 
 def search(root: pathlib.Path, levels: int | None = None) -> tuple[list[pathlib.Path], dict[pathlib.Path, Unused]]:
-  """The image files below `root` by their endings, sorted, and the entries that are none.
+  """The files below `root` that have an image's extension, sorted; and the other entries.
 
-  Opens no file. What is named like an image and is no regular file (a device, a broken link) counts as an image, so that
-  its reader can name it.
+  Opens no file. An entry with an image's extension that is not a regular file (a device, a broken link) counts as an
+  image, so that its reader reports it.
 
   Args:
     levels: how many levels of subfolders are searched, linked ones too. None: all, but no linked ones, which might lead
@@ -108,9 +107,14 @@ def without(others: Mapping[pathlib.Path, Unused], used: Iterable[pathlib.Path])
   return {path: why for path, why in sorted(others.items()) if path not in used}
 
 
-def notes(sources: Mapping[str, object]) -> list[str]:
-  """A line on what {split: source} leave out, and one on images that they name twice, where there is any."""
-  kinds = collections.Counter(why.kind for why in unused(sources).values())
+def notes(sources: Mapping[str, object], whole: bool = True) -> list[str]:
+  """A line on what {split: source} leave out, and one on images that they name twice, where there is any.
+
+  Args:
+    whole: whether these are all splits. Off: what another one may use is not counted.
+  """
+  left_out = [why for why in unused(sources).values() if whole or why not in (UNLISTED, NO_IMAGE)]
+  kinds = collections.Counter(why.kind for why in left_out)
   images = [path for source in sources.values() for path in source.files()["image"]]
   twice = len(images) - len(set(images))
   found = []

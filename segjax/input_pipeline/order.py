@@ -1,4 +1,4 @@
-"""Which examples a step sees: a pure function of (seed, step), so that a checkpoint need not store any data position.
+"""Which examples a step sees: a pure function of (seed, step), so that a checkpoint stores no data position.
 
 Epochs follow each other without a gap: step n takes positions n * batch_size to (n + 1) * batch_size of the endless
 row of freshly shuffled epochs. The shuffle sorts by an integer hash written out below rather than by a library's
@@ -33,8 +33,8 @@ def permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 def train_ids(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
   """Example ids of a training step, [batch_size] int64; may straddle two epochs."""
   position = np.arange(step * batch_size, (step + 1) * batch_size)
-  epochs, places = np.divmod(position, num_examples)
-  return np.array([permutation(seed, int(e), num_examples)[p] for e, p in zip(epochs, places)], np.int64)
+  epochs, offsets = np.divmod(position, num_examples)
+  return np.array([permutation(seed, int(e), num_examples)[p] for e, p in zip(epochs, offsets)], np.int64)
 
 
 def eval_ids(step: int, batch_size: int, num_examples: int) -> np.ndarray:

@@ -12,8 +12,12 @@ from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline.images import DataError
 
 
-def scan(source, indices, progress: str | None = None, border: bool = False) -> tuple[np.ndarray, list[str]]:
-  """Label counts per example, [len(indices), 256] int64 (zeros where it cannot be read), and the problems met.
+def scan(
+  source, indices, progress: str | None = None, border: bool = False
+) -> tuple[np.ndarray, list[bytes | None], list[str]]:
+  """Label counts per example, [len(indices), 256] int64; checksum of each image; and the problems met.
+
+  An example that cannot be read has zeros and None.
 
   Args:
     progress: title of a progress bar, or None for none.
@@ -22,18 +26,10 @@ def scan(source, indices, progress: str | None = None, border: bool = False) -> 
   Raises:
     DataError: the source has no instances.
   """
-  counts, _, problems = scan_with_checksums(source, indices, progress, border)
-  return counts, problems
-
-
-def scan_with_checksums(
-  source, indices, progress: str | None = None, border: bool = False
-) -> tuple[np.ndarray, list[bytes | None], list[str]]:
-  """`scan`, and each image's checksum between its results: None where it cannot be read."""
   if border:
     source.border_files  # noqa: B018 - once, not for every example.
 
-  def look(index):
+  def read(index):
     try:
       if border:
         source.border(int(index))
@@ -44,7 +40,7 @@ def scan_with_checksums(
     return np.bincount(label.reshape(-1), minlength=256), checksum, None
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    seen = pool.map(look, indices)
+    seen = pool.map(read, indices)
     results = list(tqdm.tqdm(seen, progress, len(indices), unit=" images", disable=progress is None))
   counts, checksums, problems = zip(*results)
   return np.stack(counts), list(checksums), [problem for problem in problems if problem]
@@ -56,7 +52,7 @@ def label_statistics(source) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     DataError: the first example that cannot be read.
   """
-  counts, problems = scan(source, range(len(source)), "class weights")
+  counts, _, problems = scan(source, range(len(source)), "class weights")
   if problems:
     raise DataError(problems[0])
   counts = counts[:, : len(source.classes)]
@@ -72,7 +68,7 @@ def share_table(source, counts: np.ndarray) -> str:
 
 
 def warnings(source, counts: np.ndarray) -> list[str]:
-  """What is legal and yet surely unintended, seen in the labels."""
+  """What the labels show that is legal, and surely not meant."""
   counts, found = counts.sum(0), []
   if len(source.classes) == 2 and counts[0] and not counts[1] and counts[IGNORE_LABEL]:
     found.append(
@@ -97,7 +93,7 @@ def probe(source, count: int = 16, border: bool = False, most_bad: int = 0) -> s
     DataError: more examples that cannot be read, or masks of 0 and 255 whose foreground would be ignored as void; with
       `border`, instances that are missing or cannot be read.
   """
-  counts, problems = scan(source, np.unique(np.linspace(0, len(source) - 1, count).astype(int)), border=border)
+  counts, _, problems = scan(source, np.unique(np.linspace(0, len(source) - 1, count).astype(int)), border=border)
   found = warnings(source, counts)
   if len(problems) > most_bad or any("255 is void" in w or "every pixel" in w for w in found):
     raise DataError("\n".join(problems or found))
@@ -106,14 +102,14 @@ def probe(source, count: int = 16, border: bool = False, most_bad: int = 0) -> s
   return text + "".join(f"\n  note: {line}" for line in found)
 
 
-def repeated(places: Mapping[bytes, Sequence[tuple[str, str]]]) -> list[str]:
+def repeated(occurrences: Mapping[bytes, Sequence[tuple[str, str]]]) -> list[str]:
   """A line for each image that occurs several times.
 
   Args:
-    places: {checksum: (split, name) of each example}.
+    occurrences: {checksum: (split, name) of each example}.
   """
   found = []
-  for examples in places.values():
+  for examples in occurrences.values():
     splits = dict.fromkeys(split for split, _ in examples)
     if len(examples) > 1:
       where = "in " + " and ".join(splits) if len(splits) > 1 else f"{len(examples)} times in {examples[0][0]}"

@@ -16,15 +16,16 @@ _started = weakref.WeakSet()
 
 @atexit.register
 def _close_all():
-  """Ends iterators that a failing program left in the middle: once Python shuts down, TensorFlow would wait for ever for
-  reads under way, whose threads Python has ended.
+  """Closes iterators that a failing program left open: at exit, TensorFlow would wait forever for reads in progress, whose
+  threads Python has ended.
   """
   for iterator in list(_started):
     iterator.close()
 
 
-def batches(positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int,
-            num_workers: int) -> Iterator[dict]:  # fmt: skip
+def batches(
+  positions: range, load: Callable[[int], dict], canvas_size: tuple[int, int], batch_size: int, num_workers: int
+) -> Iterator[dict]:
   """`load(position)` of consecutive positions, padded to the canvas, `batch_size` at a time.
 
   Args:

@@ -1,7 +1,7 @@
 """Images from anywhere, without labels: found, named, and laid on canvases, large ones in overlapping tiles.
 
-The canvas matters: what lies around an image, and how far, changes a network's output near the image's border, and its
-features' grid. So an image's canvas follows from its own size alone, never from its company (`canvas_for`).
+The canvas matters: the padding around an image changes a network's output near the image's border, and the grid of its
+feature maps. So an image's canvas follows from its own size alone, never from the other images (`canvas_for`).
 """
 
 import collections
@@ -41,7 +41,7 @@ def find_photos(inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: st
   Args:
     inputs: files, whatever their extension, and folders, searched with their subfolders for images. A file that several
       of them name counts once.
-    exif: what becomes of images that EXIF wants turned; see `images.Reading`.
+    exif: how to treat EXIF's orientation; see `images.Reading`.
     outputs: folders that results go to: no search enters them, so that results of an earlier call are no inputs.
 
   Raises:
@@ -71,7 +71,7 @@ def find_photos(inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: st
       )
     firsts[name] = path
 
-  def look(item):
+  def read_header(item):
     path, name = item
     try:
       if not os.path.exists(path):
@@ -81,7 +81,7 @@ def find_photos(inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: st
       return str(error)
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    seen = list(pool.map(look, named.values()))
+    seen = list(pool.map(read_header, named.values()))
   return [s for s in seen if isinstance(s, Photo)], problems + [s for s in seen if isinstance(s, str)]
 
 
@@ -92,7 +92,7 @@ def _real(path: pathlib.Path) -> pathlib.Path:
 def read_ahead(photos: Sequence[Photo], workers: int, exif: str) -> Iterator[tuple[Photo, np.ndarray | DataError]]:
   """Each photo with its pixels [h, w, 3] uint8, or what is wrong with it; the next `workers` are being read meanwhile.
 
-  `exif`: as of `find`.
+  `exif`: see `find_photos`.
   """
 
   def read(photo):
@@ -120,7 +120,7 @@ def canvas_for(size: tuple[int, int], known: tuple[int, int] | None, tile: int) 
 
   1. An image that fits the evaluation's canvas lies there, as in evaluation.
   2. Others lie on one of their own: each side rounded up to 64 k + 1 pixels (a multiple of every stride, and 1, is the
-     size at which resizing with aligned corners meets the features' grid),
+     size at which resizing with aligned corners meets the feature map's grid),
   3. but no longer than `tile`, or than the evaluation's canvas, whichever is longer.
 
   Args:
@@ -162,7 +162,7 @@ def axis_parts(size: int, canvas: int, stride: int, model_margin: int = 0) -> li
 
 
 def example(pixels: np.ndarray, index: int) -> dict[str, np.ndarray]:
-  """What a source's example is to a loader, all of it void."""
+  """An image as `load_example` gives a source's, with a label that is all void."""
   size = pixels.shape[:2]
   label = np.full(size, IGNORE_LABEL, np.uint8)
   return dict(image=pixels, label=label, size=np.array(size, np.int32), id=np.array(index, np.int32))

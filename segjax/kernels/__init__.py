@@ -22,13 +22,16 @@ def target(mesh: Mesh, kernels: str) -> str:
     kernels: "auto": those of the platform of the mesh's devices, which need not be there. "plain", or the name of
       another platform: as it says.
 
-  Under "auto" a mesh of CPUs that splits the image height is a platform of its own, "split_cpu": shifted rows would be
-  exchanged between devices once more for each shift, and rows that are looped over or merged would be gathered.
+  Returns:
+    "cpu", "gpu" or "tpu". Under "auto" a mesh that splits the image height is a platform of its own, "split_cpu", ...:
+    shifted rows would be exchanged between devices once more for each shift, and rows that are looped over or merged would
+    be gathered.
   """
   if kernels != "auto":
     return kernels
   platform = mesh.devices.flat[0].platform
-  return "split_cpu" if platform == "cpu" and mesh.shape["space"] > 1 else platform
+  platform = "gpu" if platform in ("cuda", "rocm") else platform  # As devices that are not there are called.
+  return f"split_{platform}" if mesh.shape["space"] > 1 else platform
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 | platform | form | gain | measured by |
 |---|---|---|---|
 | gpu, tpu | a gradient of its own, which keeps x alone | Xception-65 keeps 602 MiB for the backward pass, not 1285, in bfloat16 | below |
-| cpu | that, and sums of several maps in one loop | 1.13 in the step of Xception-65, 1.04 in U-Net-16's | benchmarks/torch.md, "One loop for batch norm" |
+| gpu, tpu, cpu | one reading of x and one collective for both moments | benchmarks/kernels.md, "On accelerators" | there |
+| cpu | all that, and sums of several maps in one loop | 1.13 in the step of Xception-65, 1.04 in U-Net-16's | benchmarks/torch.md, "One loop for batch norm" |
 
 The loops can go when XLA:CPU fuses sums with what computes their maps. With ReLU, value and gradients, they take a third to a
 half of the plain form's time (`python benchmarks/kernels.py --only=norm`). What is kept is counted by `residual_bytes` of
@@ -38,13 +39,15 @@ def by_batch_statistics(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon
     (activation(normalised), mean, variance): the first in the type of x, so that its cotangent is; the statistics
     [1, 1, 1, C] in that of `scale`.
   """
-  forms = dict.fromkeys(("gpu", "cuda", "rocm", "tpu"), functools.partial(_own_gradient, IN_ONE_PASS))
-  forms |= dict(cpu=functools.partial(_own_gradient, IN_ONE_LOOP), split_cpu=functools.partial(_own_gradient, IN_TWO))
-  return kernels.fastest(_plain, **forms)(x, scale, bias, epsilon, activation)
+  forms = dict.fromkeys(("gpu", "tpu"), IN_ONE_PASS) | dict.fromkeys(
+    ("split_gpu", "split_tpu", "split_cpu"), IN_TWO_PASSES
+  )
+  own = {platform: functools.partial(_own_gradient, form) for platform, form in (forms | dict(cpu=IN_ONE_LOOP)).items()}
+  return kernels.fastest(_plain, **own)(x, scale, bias, epsilon, activation)
 
 
 def _plain(x, scale, bias, epsilon, activation):
-  mean, var = _moments(x, scale.dtype)
+  mean, var = moments(x, scale.dtype)
   return activation(normalize(x, mean, var, scale, bias, epsilon)).astype(x.dtype), mean, var
 
 
@@ -90,7 +93,7 @@ def _backward(form, epsilon, activation, saved, cotangents):
 _own_gradient.defvjp(_forward, _backward)
 
 
-def _moments(x, dtype):
+def moments(x, dtype):
   """Mean and variance of [B, H, W, C] over all pixels, in `dtype`: [1, 1, 1, C] each."""
   x = x.astype(dtype)
   mean = x.mean((0, 1, 2), keepdims=True)
@@ -103,14 +106,12 @@ def _sums(*maps):
 
 
 def _moments_in_one_pass(sums_of_examples, x, dtype):
-  """The same as `_moments`, reading x once, with one collective: of each example about the mean of its middle row, then of all
-  that a device has, then of all devices' (Chan et al. 1979).
+  """The same as `moments`, reading x once, with one collective: of each example about the mean of its middle row, then of all
+  that a device has, then of all devices' (Chan et al. 1979). Where the height is split, the row would be one more.
 
   A row is 1/h of the pixels, so the square of its mean's distance from theirs, which is cancelled, is at most h variances.
   """
-  (b, h, w, c), (data, space) = x.shape, sharding.axes()
-  if b % data or space > 1:  # Shifted rows and parts of the height would be collectives of their own.
-    return _moments(x, dtype)
+  (b, h, w, c), data = x.shape, sharding.batch_parts()
   middle = x[:, h // 2].astype(dtype).mean(1)
   offset = x.astype(dtype) - middle.reshape(b, 1, 1, c)
   first, second = (total / (h * w) for total in sums_of_examples(offset, jnp.square(offset)))
@@ -151,7 +152,7 @@ def _sums_of_examples_in_one_loop(*maps):
   return tuple(total.sum(1) + x[:, 16 * groups :].sum(1) for total, x in zip(sums, maps))
 
 
-IN_TWO = _Form(_moments, _sums, lambda maps: maps)
+IN_TWO_PASSES = _Form(moments, _sums, lambda maps: maps)
 IN_ONE_PASS = _Form(functools.partial(_moments_in_one_pass, _sums_of_examples), _sums, lambda maps: maps)
 IN_ONE_LOOP = _Form(
   functools.partial(_moments_in_one_pass, _sums_of_examples_in_one_loop),

@@ -2,13 +2,11 @@
 
 | platform | form | gain | measured by `python benchmarks/kernels.py` |
 |---|---|---|---|
-| cpu | a convolution of 1x1 as one product of all pixels | 0.9 to 1.4 times in training | --only=pointwise |
 | cpu | fewer pixels than filters: products over patches | 146 times for an fc6 of 2048 filters | --only=fc6 |
 | cpu | 3x3 of many features: Winograd's sums (winograd.py) | 1.5 times for 256 and 1024 features | --only=conv |
-| cpu | kernel's gradient, more features in than out: as if both were swapped | 1.1 to 1.2 times | --only=dilated |
 | cpu, split_cpu | feature maps computed before | 1.18 in the step of U-Net-16 | benchmarks/torch.md, "What is computed once" |
 
-They can go when XLA:CPU is as fast. To be measured in whole steps: the first, the fourth, Winograd's kernel gradient.
+They can go when XLA:CPU is as fast. What each brings to whole steps is in benchmarks/kernels.md.
 
 Cure, on every platform: the height of the map is split over all devices or none, see `sharding.split_height`.
 """
@@ -24,9 +22,9 @@ from segjax import kernels, sharding
 from segjax.kernels import winograd
 
 Padding = winograd.Padding
-# Of each number of the map and of the result: so many multiplications saved outweigh writing Winograd's sums, measured for
-# 32 to 1024 features. For the kernel's gradient there are the sums of two maps to write.
-PAYS, PAYS_FOR_KERNEL_GRADIENT = 32, 64
+# So many multiplications saved for each number of the two feature maps outweigh what Winograd's transforms write: measured
+# for 32 to 1024 features.
+PAYS = 32
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Padding) -> jax.Array:
@@ -55,9 +53,6 @@ def plain(x, kernel, *, stride, rate, padding):
 
 
 def _on_cpu(x, kernel, *, stride, rate, padding):
-  if kernel.shape[0] == 1:
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if any(map(any, padding)) else x
-    return matmul(x[:, ::stride, ::stride], kernel[0, 0])
   options = dict(stride=stride, rate=rate, padding=padding)
   return _by_forms(x, kernel, _fast_forms(x, kernel, stride, rate, padding), tuple(options.items()))
 
@@ -120,14 +115,10 @@ def _fast_forms(x, kernel, stride, rate, padding) -> _Forms:
   """Those that XLA:CPU runs fastest."""
   h, w = output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   pixels = x.shape[0] * h * w
-  saved = _saved_by_winograd(x, kernel, stride, rate, padding)
-  forms = WINOGRAD if saved >= PAYS and pixels >= kernel.shape[-1] else XLA
-  if forms == XLA and pixels <= kernel.shape[-1]:  # All patches take no more memory than the kernel, read in any case.
-    return PATCHES
-  if saved < PAYS_FOR_KERNEL_GRADIENT or sharding.splits_batch():  # There each of its products would be a collective.
-    narrows = stride == 1 and kernel.shape[-2] > kernel.shape[-1]
-    return forms._replace(kernel_gradient=_kernel_gradient_of_g if narrows else XLA.kernel_gradient)
-  return forms
+  if pixels >= kernel.shape[-1] and _saved_by_winograd(x, kernel, stride, rate, padding) >= PAYS:
+    return WINOGRAD
+  # All patches take no more memory than the kernel, which is read in any case.
+  return PATCHES if pixels <= kernel.shape[-1] and kernel.shape[0] > 1 else XLA
 
 
 def _saved_by_winograd(x, kernel, stride, rate, padding) -> float:
@@ -145,10 +136,6 @@ def _input_gradient_by_winograd(g, *, x, kernel, stride, rate, padding):
   return winograd.input_gradient(g, kernel, padding)
 
 
-def _kernel_gradient_by_winograd(x, g, *, kernel, stride, rate, padding):
-  return winograd.kernel_gradient(x, g, padding)
-
-
 def _over_patches(x, kernel, **options):
   """A convolution as one matrix product."""
   patches = jnp.concatenate(_views(x, kernel.shape[0], **options), axis=-1)
@@ -164,15 +151,6 @@ def _kernel_gradient_by_xla(x, g, *, kernel, **options):
   return jax.linear_transpose(lambda kernel: plain(x, kernel, **options), kernel)(g)[0]
 
 
-def _kernel_gradient_of_g(x, g, *, kernel, stride, rate, padding):
-  """As if x were the gradient and g the map, whose patches XLA copies: faster where g has fewer features. Of stride 1."""
-  reach = (kernel.shape[0] - 1) * rate
-  padding = tuple((reach - before, reach - after) for before, after in padding)
-  swapped = jax.ShapeDtypeStruct((*kernel.shape[:2], g.shape[-1], x.shape[-1]), kernel.dtype)
-  gradient = _kernel_gradient_by_xla(g, x, kernel=swapped, stride=stride, rate=rate, padding=padding)
-  return gradient[::-1, ::-1].swapaxes(2, 3)
-
-
 def _kernel_gradient_by_patches(x, g, *, kernel, **options):
   """The patches of all pixels, as rows, with g."""
   patches = jnp.concatenate(_views(x, kernel.shape[0], **options), axis=-1)
@@ -183,4 +161,4 @@ def _kernel_gradient_by_patches(x, g, *, kernel, **options):
 
 XLA = _Forms(plain, _input_gradient(plain), _kernel_gradient_by_xla)
 PATCHES = _Forms(_over_patches, _input_gradient(_over_patches), _kernel_gradient_by_patches)
-WINOGRAD = _Forms(_by_winograd, _input_gradient_by_winograd, _kernel_gradient_by_winograd)
+WINOGRAD = _Forms(_by_winograd, _input_gradient_by_winograd, _kernel_gradient_by_xla)

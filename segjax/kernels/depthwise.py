@@ -2,10 +2,13 @@
 
 | platform | form | gain | measured by `python benchmarks/kernels.py` |
 |---|---|---|---|
-| cpu | a sum of shifted feature maps | 30 to 50 times forward | --only=depthwise |
-| cpu | kernel's gradient by a loop over rows | 1.5 times beside autodiff of that sum | --only=depthwise |
+| cpu, tpu | shifted products, added | cpu: 30 to 50 times forward; tpu: see below | --only=depthwise |
+| gpu | the same at rates above 1 | not measured; cuDNN's grouped convolutions slow down with the rate | --only=depthwise |
+| cpu | kernel's gradient by a loop over rows | 1.5 times beside autodiff of the shifted products | --only=depthwise |
+| gpu, tpu | kernel's gradient as XLA's own, of each device's images | reads both maps once, not nine times | below |
 
-They can go when XLA:CPU's grouped convolution is as fast.
+They can go when XLA's grouped convolution is as fast, and its partitioner right. By the compiler's accounts of
+benchmarks/accelerators.md.
 
 Cures, on every platform. The kernel's gradient is our own: XLA's partitioner multiplies that of a grouped convolution,
 silently, by the size of each mesh axis over which the batch is replicated (jax 0.10.2 and 0.12.0.1). And the height of
@@ -18,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from segjax import kernels, sharding
 from segjax.kernels.convolution import Padding, output_size
@@ -37,7 +41,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padd
     stride, rate: same for height and width; rate is the dilation.
     padding: zeros around x.
   """
-  forms = kernels.fastest(PLAIN, cpu=ON_CPU)
+  forms = kernels.fastest(PLAIN, cpu=ON_CPU, gpu=ON_GPU if rate == 1 else ON_TPU, tpu=ON_TPU)
   rows, (out_rows, _) = x.shape[1], output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   y = _by_forms(sharding.split_height(x, out_rows), kernel, forms, stride, rate, padding)
   return sharding.split_height(y, rows)
@@ -140,6 +144,25 @@ def _kernel_gradient_by_rows(x, g, *, kernel, stride, rate, padding):
   return _assemble({tap: total.sum((0, 1)) for tap, total in sums.items()}, kernel)
 
 
+def _kernel_gradient_of_each_device(x, g, *, kernel, **options):
+  """XLA's own, which is right on one device; so each takes its own images, and the results are added in float32.
+
+  Args:
+    x, g: split over `data` alone.
+  """
+
+  def of_images(x, g):
+    return jax.linear_transpose(lambda kernel: _plain(x, kernel, **options), kernel)(g)[0]
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:  # The caller's arrays may be split in ways unknown here.
+    return _kernel_gradient_by_sums(x, g, kernel=kernel, **options)
+  images = PartitionSpec("data")
+  add = lambda x, g: jax.lax.psum(of_images(x, g), "data")  # noqa: E731
+  # Unchecked, as shard_map would add the results itself, before they are float32.
+  return jax.shard_map(add, in_specs=(images, images), out_specs=PartitionSpec(), check_vma=False)(x, g)
+
+
 def _assemble(gradient: dict, kernel):
   """{(i, j): [C]} -> [k, k, 1, C], zero for taps that see only padding."""
   zero, size = jnp.zeros(kernel.shape[-1], kernel.dtype), kernel.shape[0]
@@ -149,3 +172,5 @@ def _assemble(gradient: dict, kernel):
 
 PLAIN = _Forms(_plain, _kernel_gradient_by_sums)
 ON_CPU = _Forms(_shifted, _kernel_gradient_by_rows)
+ON_GPU = _Forms(_plain, _kernel_gradient_of_each_device)
+ON_TPU = _Forms(_shifted, _kernel_gradient_of_each_device)

@@ -28,35 +28,19 @@ TILE, SUMS = OF_RESULT.shape
 
 def conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
   """Convolution of [B, H, W, in] with [3, 3, in, out], stride 1, at most 2 zeros on each side of x."""
-  return _conv(x, list(kernel), padding, _along_width)
+  return _conv(x, list(kernel), padding)
 
 
 def input_gradient(g: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
   """Gradient of a loss by the x of `conv(x, kernel, padding)`, given g: the loss' by its result."""
   to_zeros = tuple((2 - before, 2 - after) for before, after in padding)
-  pixels = g.shape[0] * g.shape[1] * g.shape[2]
-  product = _back_over_patches if 64 * pixels <= kernel.shape[2] * kernel.shape[3] else _back_along_width
-  return _conv(g, list(kernel[::-1, ::-1]), to_zeros, product)
+  return _conv(g, list(kernel[::-1, ::-1].swapaxes(2, 3)), to_zeros)
 
 
-def kernel_gradient(x: jax.Array, g: jax.Array, padding: Padding) -> jax.Array:
-  """Gradient [3, 3, in, out] of a loss by the kernel of `conv(x, kernel, padding)`, given g: the loss' by its result."""
-  height, width = g.shape[1:3]
-  x = jnp.pad(x, ((0, 0), (0, 0), padding[1], (0, 0)))
-  g = jax.lax.optimization_barrier(jnp.pad(g, ((0, 0), (0, -height % TILE), (0, 0), (0, 0))))
-  weights = _sums(OF_RESULT.T, [g[:, n::TILE] for n in range(TILE)])
-  taps = []
-  for part, weight in zip(_sums(OF_MAP, _rows_of_tiles(x, padding[0][0], height)), weights):
-    rows = weight.reshape(-1, weight.shape[-1]).T  # Left: XLA:CPU copies the left factor, here one for three products.
-    views = [part[:, :, n : n + width].reshape(-1, part.shape[-1]) for n in range(3)]
-    taps.append(jnp.stack([(rows @ view).T for view in views]))  # [3, in, out]
-  return jnp.stack(_sums(OF_KERNEL.T, taps))
-
-
-def _conv(x, kernel, padding, product):
+def _conv(x, kernel, padding):
   height = x.shape[1] + sum(padding[0]) - 2
   parts = _sums(OF_MAP, _rows_of_tiles(x, padding[0][0], height))
-  products = [product(part, row, padding[1]) for part, row in zip(parts, _sums(OF_KERNEL, kernel))]
+  products = [_along_width(part, row, padding[1]) for part, row in zip(parts, _sums(OF_KERNEL, kernel))]
   # The four rows as one array, whose coefficients differ from row to row: stacked, they would be copied once more.
   of_result = OF_RESULT.T.astype(x.dtype)[:, None, None, :, None, None]  # SUMS of [1, 1, TILE, 1, 1]
   rows = sum(coefficients * product[:, :, None] for coefficients, product in zip(of_result, products))
@@ -81,17 +65,3 @@ def _along_width(x, row, padding):
   return jax.lax.conv_general_dilated(
     x, row[None], (1, 1), ((0, 0), padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
-
-
-def _back_along_width(g, row, padding):
-  """Convolution with one row of a kernel, [3, in, out], from out to in."""
-  return _along_width(g, row.swapaxes(1, 2), padding)
-
-
-def _back_over_patches(g, row, padding):
-  """The same as one matrix product, which XLA:CPU does not transpose a large kernel for, as it does for a convolution."""
-  width = g.shape[2] + sum(padding) - 2
-  g = jnp.pad(g, ((0, 0), (0, 0), padding, (0, 0)))
-  patches = jnp.concatenate([g[:, :, n : n + width] for n in range(3)], axis=-1)
-  matrix = row.swapaxes(0, 1).reshape(row.shape[1], -1)  # [in, 3 * out]
-  return (patches.reshape(-1, patches.shape[-1]) @ matrix.T).reshape(*patches.shape[:-1], -1)

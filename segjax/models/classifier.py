@@ -5,10 +5,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax.models import backbones, layers
+from segjax.models.backbones import mobilenet_v2
+
+
+class Logits(layers.Conv):
+  """The linear layer as a 1x1 convolution, and what has to come before the mean that it is given.
+
+  Args:
+    wide: channels of a 1x1 convolution there, with batch norm and ReLU6; 0 for none.
+    norm: keywords of that `BatchNorm`.
+  """
+
+  def __init__(self, in_features, num_classes, *, wide, norm: dict, dtype, rngs: nnx.Rngs):
+    super().__init__(wide or in_features, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
+    relu6 = dict(activation=jax.nn.relu6, norm=norm)
+    self.wide = layers.ConvNorm(in_features, wide, dtype=dtype, rngs=rngs, **relu6) if wide else None
 
 
 class Classifier(nnx.Module):
-  """A backbone, the mean over the map, and a linear layer.
+  """A backbone, the mean over the map, and a linear layer. A MobileNetV2 has its last convolution before the mean.
 
   Its parameters are called as in the segmentation networks, `backbone/...` and `logits/...`, so the same weights fit
   those, less `logits`.
@@ -34,7 +49,9 @@ class Classifier(nnx.Module):
     self.backbone = backbones.CLASSIFIERS[backbone](
       output_stride=output_stride, bn_momentum=bn_momentum, frozen_bn=frozen_bn, dtype=dtype, rngs=rngs
     )
-    self.logits = layers.Conv(self.backbone.features, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
+    norm = dict(momentum=bn_momentum, epsilon=backbones.OFFICIAL.mobilenet_epsilon, frozen=frozen_bn)
+    wide = mobilenet_v2.LAST if backbone == "mobilenet_v2" else 0
+    self.logits = Logits(self.backbone.features, num_classes, wide=wide, norm=norm, dtype=dtype, rngs=rngs)
     self.dtype = dtype
     self.mean = backbones.MEANS[self.backbone.normalization]
 
@@ -53,4 +70,5 @@ class Classifier(nnx.Module):
     """
     endpoints = {} if endpoints is None else endpoints
     x = self.backbone(image.astype(self.dtype), train, endpoints, key)
+    x = x if self.logits.wide is None else self.logits.wide(x, train)
     return self.logits(x.mean((1, 2), keepdims=True))[:, 0, 0].astype(layers.param_dtype(self.dtype))

@@ -26,6 +26,8 @@ class Details:
       the first layer, and each block's input is padded before its expansion, whose bias and ReLU6 the border then sees.
     mobilenet_epsilon: of a MobileNetV2's batch norms.
     mobilenet_last_conv: whether a MobileNetV2 keeps its last convolution, to 1280 channels.
+    mobilenet_divisor: a MobileNetV2's numbers of channels become multiples of it. 0: of 8 at depth multiplier 1, else of 1,
+      as official DeepLab's; the ImageNet networks of slim, torchvision and others have 8.
   """
 
   align_corners: bool = True
@@ -41,6 +43,7 @@ class Details:
   mobilenet_padding: str = "same"
   mobilenet_epsilon: float = 1e-3
   mobilenet_last_conv: bool = False
+  mobilenet_divisor: int = 0
 
 
 DETAILS = dataclasses.asdict(Details())
@@ -65,7 +68,9 @@ def resolve(details: Mapping, backbone: str) -> Details:
     raise ValueError(f"model.details.decoder_convs = {result.decoder_convs} must be at least 1.")
   if not result.mobilenet_epsilon > 0:
     raise ValueError(f"model.details.mobilenet_epsilon = {result.mobilenet_epsilon} must be above 0.")
-  for name in ("mobilenet_padding", "mobilenet_epsilon", "mobilenet_last_conv"):
+  if result.mobilenet_divisor < 0:
+    raise ValueError(f"model.details.mobilenet_divisor = {result.mobilenet_divisor} must be 0 or more channels.")
+  for name in (name for name in DETAILS if name.startswith("mobilenet_")):
     if backbone != "mobilenet_v2" and getattr(result, name) != DETAILS[name]:
       raise ValueError(
         f"model.details.{name} = {getattr(result, name)!r}: {backbone} has no such detail, leave it out."

@@ -55,6 +55,7 @@ class DeepLabV3Plus(base.Network):
   Args:
     num_classes: channels of the logits.
     backbone: one of `backbones.BACKBONES`.
+    depth_multiplier: of a MobileNetV2's numbers of channels; officially 1.0 or 0.5.
     output_stride: of the encoder: 8, 16 or 32. It changes no parameter, so a model trained at 16 can run at 8.
     atrous_rates: of the ASPP branches, in pixels of the encoder's map. "auto" or ("auto",): by output stride, 3,6,9 at
       32, 6,12,18 at 16, 12,24,36 at 8. () or None: no atrous branches, as the released MobileNetV2 models have it.
@@ -80,10 +81,10 @@ class DeepLabV3Plus(base.Network):
     ValueError: an option out of range, with the values that are in it.
   """
 
-  def __init__(self, *, num_classes, backbone="xception_65", output_stride=16, atrous_rates=("auto",), separable=True,
-               image_pooling=True, decoder=True, multi_grid=(1, 1, 1), dropout=0.1, bn_momentum=0.9997,
-               frozen_bn=False, auxiliary=False, details: Mapping = DETAILS, dtype=jnp.float32,
-               rngs: nnx.Rngs):  # fmt: skip
+  def __init__(self, *, num_classes, backbone="xception_65", depth_multiplier=1.0, output_stride=16,
+               atrous_rates=("auto",), separable=True, image_pooling=True, decoder=True, multi_grid=(1, 1, 1),
+               dropout=0.1, bn_momentum=0.9997, frozen_bn=False, auxiliary=False, details: Mapping = DETAILS,
+               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     detail = resolve(details, backbone)
     by_stride = atrous_rates == "auto" or tuple(atrous_rates or ()) == ("auto",)
     atrous_rates = () if by_stride else tuple(atrous_rates or ())
@@ -91,8 +92,8 @@ class DeepLabV3Plus(base.Network):
       raise ValueError(f'model.atrous_rates = {atrous_rates!r}: give whole numbers from 1, ("auto",), or () for none.')
     base.check_share(dropout=dropout)
     self.backbone = backbones.build(
-      backbone, output_stride=output_stride, multi_grid=multi_grid, detail=detail, bn_momentum=bn_momentum,
-      frozen_bn=frozen_bn, auxiliary=auxiliary, dtype=dtype, rngs=rngs,
+      backbone, depth_multiplier=depth_multiplier, output_stride=output_stride, multi_grid=multi_grid, detail=detail,
+      bn_momentum=bn_momentum, frozen_bn=frozen_bn, auxiliary=auxiliary, dtype=dtype, rngs=rngs,
     )  # fmt: skip
     self.dtype, self.stride, self.align_corners = dtype, output_stride, detail.align_corners
     self.normalization = self.backbone.normalization if detail.normalization == "auto" else detail.normalization

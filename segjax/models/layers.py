@@ -5,7 +5,7 @@ Mode is an argument of each call, never hidden state. Module attributes give par
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -259,7 +259,13 @@ class BatchNorm(nnx.Module):
 
   The running variance takes the unbiased batch variance (N / (N - 1)), as TensorFlow's fused kernel and PyTorch do;
   the normalisation takes the biased one.
+
+  Attributes:
+    measures: whether, normalising by its running statistics, it leaves in their place those of its input, for
+      `pretrained.unfold`.
   """
+
+  measures = False
 
   def __init__(self, features, *, momentum=0.9, epsilon=1e-5, frozen=False, dtype=jnp.float32):
     self.scale = nnx.Param(jnp.ones(features, param_dtype(dtype)))
@@ -290,7 +296,17 @@ class BatchNorm(nnx.Module):
     else:
       mean, var = per_channel(self.mean), per_channel(self.var)
       y = activation(batch_norm.normalize(x, mean, var, scale, bias, self.epsilon))
+      if self.measures:
+        for running, batch in zip((self.mean, self.var), batch_norm.moments(x, scale.dtype)):
+          running.set_value(batch.reshape(-1))
     return y.astype(self.dtype)
+
+
+def freeze(network: nnx.Module, paths: Collection[str]) -> None:
+  """Freezes the batch norms whose running statistics have these paths, as "backbone/norm1/mean"."""
+  for parts, module in nnx.iter_modules(network):
+    if isinstance(module, BatchNorm) and "/".join(map(str, (*parts, "mean"))) in paths:
+      module.frozen = True
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from segjax.config import ConfigError
+from segjax.config import ConfigError, patterns
 from segjax.pretrained import smp, tf_deeplab, timm, torchvision, vainf, wkentaro
 from segjax.pretrained.peers import PEERS, build
 
@@ -36,8 +36,8 @@ def assign(model: nnx.Module, arrays: Mapping[str, np.ndarray], scheme: str, exc
   Args:
     arrays: by the scheme's own names.
     scheme: a key of `SCHEMES`.
-    exclude: our paths or prefixes ("logits", "aspp/pooling") that keep their own values and may be missing or of
-      another shape in `arrays`.
+    exclude: patterns of our paths (`patterns.match`: "logits", "aspp/pooling") that keep their own values and may be
+      missing or of another shape in `arrays`.
 
   Returns:
     How many tensors were taken.
@@ -64,8 +64,8 @@ def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], o
 
   Args:
     variables, imported: {"params": ..., "batch_stats": ...}.
-    exclude: paths or prefixes ("logits", "up0/conv1") that keep their own weights and may be missing or of another
-      shape in `imported`.
+    exclude: patterns of paths (`patterns.match`: "logits", "up0/conv1") that keep their own weights and may be missing or
+      of another shape in `imported`.
     origin: where the weights come from, for messages.
 
   Returns:
@@ -76,17 +76,11 @@ def merge_variables(variables: dict, imported: dict, exclude: tuple[str, ...], o
   """
   ours, theirs = (traverse_util.flatten_dict(v, sep="/") for v in (variables, imported))
 
-  def excluded(name):  # Names begin with params/ or batch_stats/.
-    path = name.partition("/")[2]
-    return any(path == e or path.startswith(e.rstrip("/") + "/") for e in exclude)
-
-  useless = [
-    e
-    for e in exclude
-    if not any(excluded(n) and (n.partition("/")[2] + "/").startswith(e.rstrip("/") + "/") for n in (*ours, *theirs))
-  ]
-  wanted, given = ({n for n in side if not excluded(n)} for side in (ours, theirs))
-  problems = [f"no parameter of the model begins with {e!r}, nor of {origin}" for e in useless]
+  paths = {name.partition("/")[2] for name in (*ours, *theirs)}  # Names begin with params/ or batch_stats/.
+  excluded = {pattern: patterns.match(pattern, paths) for pattern in exclude}
+  left = set().union(*excluded.values())
+  wanted, given = ({n for n in side if n.partition("/")[2] not in left} for side in (ours, theirs))
+  problems = [f"no parameter of the model matches {e!r}, nor of {origin}" for e, found in excluded.items() if not found]
   problems += [f"only in the model: {n}" for n in sorted(wanted - given)]
   problems += [f"only in {origin}: {n}" for n in sorted(given - wanted)]
   problems += [

@@ -7,17 +7,18 @@ from collections.abc import Mapping
 import numpy as np
 
 from segjax.config import ConfigError
+from segjax.pretrained import tflite
 
-FORMATS = ".npz, .safetensors, .pth (or .pt, .bin), .pb, or a TensorFlow checkpoint (the name before .index)"
+FORMATS = ".npz, .safetensors, .pth (or .pt, .bin), .tflite, .pb, or a TensorFlow checkpoint (the name before .index)"
 
 
 def load_arrays(path: str) -> dict[str, np.ndarray]:
   """{name: array} of a file of weights.
 
   Args:
-    path: `.npz`; `.safetensors` (needs safetensors); `.pth`, `.pt` or `.bin` of PyTorch (needs torch from 2.6 on; unpickled
-      with weights_only); a TensorFlow checkpoint, by its `.index` file or the name before it, or a frozen graph `.pb` (need
-      TensorFlow).
+    path: `.npz`; `.safetensors` (needs safetensors); `.pth`, `.pt` or `.bin` of PyTorch (needs torch from 2.6 on;
+      unpickled with weights_only); `.tflite` (needs ai-edge-litert; see `tflite.read`); a TensorFlow checkpoint, by its
+      `.index` file or the name before it, or a frozen graph `.pb` (need TensorFlow).
 
   Raises:
     ConfigError: no such file, another format, a damaged file, or a library that is not installed; with the remedy.
@@ -38,6 +39,7 @@ def load_arrays(path: str) -> dict[str, np.ndarray]:
     ".pth": (_torch, "torch"),
     ".pt": (_torch, "torch"),
     ".bin": (_torch, "torch"),
+    ".tflite": (tflite.read, "ai-edge-litert"),
     ".pb": (_frozen_graph, "tensorflow"),
   }
   if file.suffix not in readers:

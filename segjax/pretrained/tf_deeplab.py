@@ -2,6 +2,7 @@
 
 Names are those of research/deeplab in tensorflow/models, without ":0", for Xception-41/65/71 and MobileNetV2 backbones.
 The ImageNet checkpoints of these backbones fit too: their classifier becomes `logits`, which the caller excludes.
+Where batch norm was folded into the convolution, as in published TFLite files, a layer has "biases" in its place.
 """
 
 import re
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 from flax import traverse_util
+
+from segjax.models import aspp, backbones
 
 # Not weights: the step, and what optimisers and moving averages keep beside each variable.
 IGNORED = re.compile(r"^global_step$|(/|^)(Momentum|Adam|Adam_1|RMSProp|RMSProp_1|ExponentialMovingAverage)$")
@@ -30,8 +33,11 @@ PREFIXES = (
   (r"logits/semantic/", "logits/"),
   (r"xception_\d+/logits/", "logits/"),
   (r"MobilenetV2/Logits/Conv2d_1c_1x1/", "logits/"),
-  (r"MobilenetV2/Conv_1/", "logits/Conv_1/"),
+  (r"MobilenetV2/Conv_1/", "logits/wide/"),
 )
+
+# Of batch norm, by prefix; both backbones have the same.
+EPSILONS = ((r"(xception_\d+|MobilenetV2)/", backbones.OFFICIAL.mobilenet_epsilon), (r"", aspp.HEAD_EPSILON))
 
 # Layers inside a prefix, then leaves. What is neither half of a separable convolution is a ConvNorm.
 NORM = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}
@@ -62,17 +68,32 @@ def rename(name: str) -> tuple[str, str] | None:
   return None
 
 
+def unfold(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Gives each layer that has "biases" instead of a batch norm one that adds them: mean 0, variance 1."""
+  result = dict(arrays)
+  for name, bias in arrays.items():
+    scope = name.removesuffix("/biases")
+    normed = f"{scope}/BatchNorm/beta"
+    if scope != name and rename(name) is None and rename(normed) is not None and normed not in arrays:
+      epsilon = next(epsilon for prefix, epsilon in EPSILONS if re.match(prefix, scope))
+      ones = np.ones_like(result.pop(name))
+      leaves = dict(gamma=np.sqrt(1 + epsilon) * ones, beta=bias, moving_mean=0 * ones, moving_variance=ones)
+      result |= {f"{scope}/BatchNorm/{leaf}": np.asarray(array, bias.dtype) for leaf, array in leaves.items()}
+  return result
+
+
 def convert(arrays: Mapping[str, np.ndarray]) -> dict:
   """{"params": ..., "batch_stats": ...} in our paths and layouts, of official variables by name.
 
-  Kernels are [kh, kw, in, out] on both sides; depthwise ones [3, 3, C, 1] there and [3, 3, 1, C] here.
+  Kernels are [kh, kw, in, out] on both sides; depthwise ones [3, 3, C, 1] there and [3, 3, 1, C] here. A bias in the place
+  of a batch norm becomes one of mean 0, variance 1 and a scale that cancels epsilon.
 
   Raises:
     ValueError: listing every name that the scheme does not know, but for optimiser slots, moving averages and
       `global_step`, which are dropped.
   """
   renamed, unknown = {}, []
-  for name, array in arrays.items():
+  for name, array in unfold(arrays).items():
     if IGNORED.search(name):
       continue
     place = rename(name)

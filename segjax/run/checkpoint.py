@@ -1,6 +1,5 @@
-"""Checkpoints: Orbax, written in the background, the last k and the best one, each with its checksums."""
+"""Checkpoints: written by Orbax in the background; the last k and the best one are kept, each with its checksums."""
 
-import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -15,19 +14,12 @@ import orbax.checkpoint as ocp
 from segjax.config import ConfigError
 from segjax.files import atomic
 from segjax.run import distributed
-from segjax.state import TrainState
+from segjax.state import TrainState, overlay
 
-CHECKSUMS = "SHA256SUMS"  # In each checkpoint; `sha256sum -c SHA256SUMS` reads it as well.
+CHECKSUMS = (
+  "SHA256SUMS"  # In each checkpoint, as Orbax keeps no checksums of whole files; `sha256sum -c` reads it as well.
+)
 DAMAGED = "damaged_checkpoints"  # In the workdir.
-
-
-class _Checksummed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-  """A checkpoint gets its checksums before the name that makes it complete, so none is ever without."""
-
-  async def finalize(self) -> None:
-    if self.get_final().name.startswith("step_"):  # Not one of its parts, which are finalised alike.
-      await asyncio.to_thread(_write_checksums, pathlib.Path(self.get()))
-    await super().finalize()
 
 
 def _write_checksums(folder: pathlib.Path) -> None:
@@ -48,7 +40,7 @@ def damage(folder: pathlib.Path) -> list[str]:
   except OSError as error:
     return [f"{folder / CHECKSUMS} cannot be read ({error.strerror})"]
   except UnicodeDecodeError:
-    return [f"{folder / CHECKSUMS} is no text"]
+    return [f"{folder / CHECKSUMS} is not text"]
   found = [] if lines else [f"{folder / CHECKSUMS} is empty"]
   for line in lines:
     digest, _, name = line.partition("  ")
@@ -150,8 +142,9 @@ class Checkpoints:
   """The checkpoints of a workdir.
 
   A checkpoint is the state alone: data order and random keys follow from its step and the seed, so nothing else is
-  needed to continue bit for bit. Each is written under a temporary name and renamed when complete. To be used in a
-  `with` block, which waits at its end until everything is on disk, and ends Orbax's threads.
+  needed to continue bit for bit. Each is written under a temporary name, where it gets its checksums, and renamed when
+  complete: a run that dies before the rename leaves no checkpoint of that step. To be used in a `with` block, which waits
+  at its end until everything is on disk, and ends Orbax's threads.
 
   Args:
     workdir: its folder `checkpoints` is used.
@@ -167,11 +160,13 @@ class Checkpoints:
     self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
     self._read_only = read_only
     self._keep = keep
+    self._saving = None  # The step that is being written.
     options = ocp.CheckpointManagerOptions(
       preservation_policy=_KeepsLastAndBest(keep, self.best_step),
       step_prefix="step",
       read_only=read_only,
-      temporary_path_class=_Checksummed,
+      temporary_path_class=ocp.path.atomicity.AtomicRenameTemporaryPath,  # Which `_add_checksums` counts on.
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
     )
     try:
       self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -215,6 +210,8 @@ class Checkpoints:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
+    self.wait()  # As Orbax would a little later.
+    self._saving = step
     with _system_errors():
       self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), force=True)
     if score is not None:
@@ -259,7 +256,7 @@ class Checkpoints:
       try:
         stored = checkpointer.metadata(folder).item_metadata.tree
         return checkpointer.restore(folder, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stored))
-      except Exception as error:  # A forged one has sound checksums; TensorStore and Orbax raise what they like.
+      except Exception as error:  # Forged files may have fitting checksums; Orbax names no exceptions.
         raise ConfigError(f"{folder} is no checkpoint of segjax ({type(error).__name__}: {error}).") from error
 
   def restore_variables(self, step: int) -> dict:
@@ -269,7 +266,7 @@ class Checkpoints:
       ConfigError: it is damaged.
     """
     restored = self.restore_on_host(step)
-    return restored["ema"] or {name: restored[name] for name in ("params", "batch_stats")}
+    return overlay({name: restored[name] for name in ("params", "batch_stats")}, restored["ema"] or {})
 
   def wait(self) -> None:
     """Waits until everything is on disk; raises OSError where it cannot be."""
@@ -292,6 +289,10 @@ class Checkpoints:
     if jax.process_count() == 1 or error is None or isinstance(error, SystemExit):
       self.close()
 
+  def _add_checksums(self) -> None:
+    """Called by Orbax when all files are written, before the rename that completes a checkpoint: none lacks them."""
+    _write_checksums(self.folder / f"step_{self._saving}{ocp.utils.TMP_DIR_SUFFIX}")
+
   def _read_score(self, step: int) -> Score | None:
     stored = self._manager.metrics(step)
     if stored is None:
@@ -311,7 +312,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _system_errors():
-  """What the system says of a file comes from TensorStore as a ValueError that quotes it; here as the OSError it is."""
+  """Raises an OSError where TensorStore raises a ValueError that quotes an error of the operating system."""
   try:
     yield
   except ValueError as error:

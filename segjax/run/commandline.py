@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import functools
+import json
 import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -39,10 +41,35 @@ def define_path(name: str, default: str | None, help: str, **options) -> flags.F
   return flags.DEFINE(_Path(), name, default, help, **options)
 
 
+def define_json() -> flags.FlagHolder:
+  """--json, for `append_json`."""
+  return define_path("json", None, "File that the figures are appended to, a JSON object a line.")
+
+
+def check_json(path: str | None) -> None:
+  """Raises ConfigError where `append_json` could not write, before anything is measured."""
+  if path:
+    try:
+      open(path, "a").close()
+    except OSError as error:
+      raise ConfigError(f"--json={path} cannot be written ({error}). Give another file.") from error
+
+
+def append_json(path: str | None, row: dict) -> str:
+  """A row of figures with date and version of JAX as a line of JSON, which is appended to the file where there is one."""
+  import jax
+
+  line = json.dumps(dict(date=time.strftime("%Y-%m-%d"), jax=jax.__version__, **row))
+  if path:
+    with open(path, "a") as file:
+      file.write(line + "\n")
+  return line
+
+
 class _ConfigFile(flags.ArgumentParser):
   """Loads the file of --config, and refuses misspelt overrides of `argv` with a suggestion.
 
-  In place of the parser of config_flags, which ends both kinds of mistake in a traceback, and finds no neighbours.
+  Replaces the parser of config_flags, which ends both mistakes in a traceback, and finds no neighbouring files.
   """
 
   def __init__(self, argv: list[str]):
@@ -67,7 +94,7 @@ def run(main: Callable[[list[str]], None], *, positional: bool = False, takes_co
     positional: whether the command takes arguments that are no flags.
     takes_config: whether it takes --config.
   """
-  # TensorFlow computes nothing here, and should not tell in the midst of a report how it would.
+  # TensorFlow computes nothing here: its messages about how it would do not belong into reports.
   for name, value in (("TF_ENABLE_ONEDNN_OPTS", "0"), ("TF_CPP_MIN_LOG_LEVEL", "1")):
     os.environ.setdefault(name, value)
   with readable_errors(flags.Error):
@@ -158,11 +185,11 @@ def keep_freed_memory() -> None:
   """Where the CPU trains, lets a step have the memory of the last one; before the first array is made.
 
   XLA:CPU takes the temporaries of a step from malloc in one block, which glibc asks the system for and gives back each
-  time, so that all its pages fault again: a quarter of a step (benchmarks/torch.md). So glibc shall neither map large
-  blocks nor give any back; and since that works for the main thread only, it is the main thread that runs the steps.
+  time, so that all its pages fault again: a quarter of a step (benchmarks/torch.md). So glibc is told neither to map large
+  blocks nor to return any; and since that works for the main thread only, the main thread runs the steps.
 
   Raises:
-    ConfigError: JAX finds no device of the platform that it was told to use.
+    ConfigError: JAX finds no device of the platform in JAX_PLATFORMS.
   """
   import jax
 
@@ -182,7 +209,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def readable_errors(*more: type[Exception]):
-  """Ends the program with the bare message of errors that tell the user what to do: DataError, ConfigError, `more`."""
+  """Ends the program with the message alone of errors that name a remedy: DataError, ConfigError, `more`."""
   try:
     yield
   except (images.DataError, ConfigError, *more) as error:
@@ -190,7 +217,7 @@ def readable_errors(*more: type[Exception]):
 
 
 def refuse(command: str) -> None:
-  """Ends `python -m` of a module that is none of the commands, which else would do nothing and seem to succeed."""
+  """Ends `python -m` of a module that is no command: it would do nothing, and seem to succeed."""
   stop(f"this module is no command. Run: python -m segjax.{command}")
 
 

@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import secrets
 import signal
-import socket
 import sys
 import threading
 import traceback
@@ -16,14 +14,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from segjax.config import ConfigError
-from segjax.run import liveness
 from segjax.run.cluster import Processes
 
 # What a run that saved on SIGTERM ends with, for schedulers to start it again: EX_TEMPFAIL of sysexits.h. 143 would be
 # a process that SIGTERM killed before it could save.
 PREEMPTED = 75
-# Seconds without a sign of life after which the runtime takes a process for dead and stops the others.
-HEARTBEAT_TIMEOUT = 60
+# Seconds without a sign of life after which JAX takes a process for dead, and ends the others with SIGABRT and a message
+# that names it. A thread of the runtime gives the signs, so no compilation delays them.
+HEARTBEAT_TIMEOUT = 30
 
 
 class Preempted(SystemExit):
@@ -37,8 +35,9 @@ class Preempted(SystemExit):
 def connected(processes: Processes | None, timeout: float, *, stops_at_a_step: bool = True):
   """Connects this process with the others, before any other use of JAX; nothing for one process.
 
-  In the `with` block, the end of any process ends all, with a message. A process that fails ends at once: leaving in
-  the ordinary way, it would first wait minutes for the others, and they for it.
+  In the `with` block, the end of any process ends all, with a message: by the failure of a collective at once, else by
+  JAX's heartbeat within `HEARTBEAT_TIMEOUT`. A process that fails ends at once: leaving in the ordinary way, it would
+  first wait minutes for the others, and they for it.
 
   Args:
     timeout: seconds to wait for all of them. When they have passed, the program ends with exit code 2 and a message.
@@ -52,102 +51,67 @@ def connected(processes: Processes | None, timeout: float, *, stops_at_a_step: b
     return
   jax.config.update("jax_enable_preemption_service", stops_at_a_step)
   _connect(processes, timeout)
-  name = f"process {jax.process_index()} of {jax.process_count()}"
   try:
-    with _watching_each_other(processes, name):
-      yield
+    yield
   except Preempted:
     raise
   except BaseException as error:
-    _fail(error, name)
+    _fail(error)
 
 
 def _connect(processes: Processes, timeout: float) -> None:
-  if processes.coordinator == "auto":
-    missing = f"the processes that JAX's own detection found did not all come together within {timeout:.0f} s"
+  address = processes.coordinator or "the address that JAX detected"
+  others = f" of {processes.num_processes}"
+  if processes.process_id is None:
+    missing = f"the processes did not all come together at {address} within {timeout:.0f} s"
   elif processes.process_id == 0:
-    missing = (
-      f"process 0 of {processes.num_processes} listened at {processes.coordinator} for {timeout:.0f} s, and not all"
-      " others came"
-    )
+    missing = f"process 0{others} listened at {address} for {timeout:.0f} s, and not all others came"
   else:
-    missing = (
-      f"process {processes.process_id} of {processes.num_processes} could not reach the coordinator, process 0, at"
-      f" {processes.coordinator} within {timeout:.0f} s"
-    )
+    name = f"process {processes.process_id}{others}"
+    missing = f"{name} could not reach the coordinator, process 0, at {address} within {timeout:.0f} s"
 
   def give_up():
-    print(
-      f"segjax: {missing} (from {processes.origin}). Did every process start, with the same number of processes? Can"
-      " the hosts resolve and reach that address? Is its port free, and open in the firewall?",
-      file=sys.stderr, flush=True,
-    )  # fmt: skip
+    advice = (
+      "Did every process start, with the same number of processes? Can the hosts resolve and reach that address? Is its"
+      " port free, and open in the firewall?"
+    )
+    print(f"segjax: {missing} (from {processes.origin}). {advice}", file=sys.stderr, flush=True)
     os._exit(2)  # The main thread waits inside the runtime.
 
   # The runtime would end the process by abort() with a C++ trace; a little before that, we do with a message.
   watchdog = threading.Timer(timeout, give_up)
   watchdog.daemon = True
   watchdog.start()
-  known = {}
-  if processes.coordinator != "auto":
-    known = dict(
-      coordinator_address=processes.coordinator,
-      num_processes=processes.num_processes,
-      process_id=processes.process_id,
-      local_device_ids=processes.local_device_ids,
-      cluster_detection_method="deactivate",
-    )
   try:
     jax.distributed.initialize(
-      **known, initialization_timeout=int(timeout) + 30, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
+      processes.coordinator,
+      processes.num_processes,
+      processes.process_id,
+      processes.local_device_ids,
+      cluster_detection_method="deactivate" if processes.num_processes else None,
+      initialization_timeout=int(timeout) + 30,
+      heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
     )
   except (RuntimeError, ValueError) as error:
     raise ConfigError(
-      f"The processes cannot be connected at {processes.coordinator} (from {processes.origin}): {error}. Is the port"
-      " free, and is the address one of process 0's host?"
+      f"The processes cannot be connected at {address} (from {processes.origin}): {error}. Is the port free, and is the"
+      " address one of process 0's host? --coordinator, --num_processes and --process_id go before what is detected."
     ) from error
   finally:
     watchdog.cancel()
 
 
-@contextlib.contextmanager
-def _watching_each_other(processes: Processes, name: str):
-  """Has every process notice at once when another ends, where the hosts can connect to each other's free ports."""
-  token = secrets.token_hex(16)
-  listener = liveness.Listener(jax.process_count() - 1, token) if jax.process_index() == 0 else None
-  host, port, token = on_first(lambda: (socket.gethostname(), listener.port, token))
-  if processes.coordinator != "auto":
-    host = processes.coordinator.rpartition(":")[0].strip("[]")  # Known to be reachable.
-  link = None
-  try:
-    if listener is None:
-      link = liveness.Watcher(host, port, token, f"{name} ({socket.gethostname()})")
-    else:
-      listener.accept()
-      link = listener
-  except OSError as error:
-    print(f"note: {name} may hear of the end of others only after {HEARTBEAT_TIMEOUT} s: {host}:{port}: {error}")
-  try:
-    yield
-  except Preempted:
-    if link:
-      link.close()
-    raise
-  if link:
-    link.close()
-
-
-def _fail(error: BaseException, name: str):
+def _fail(error: BaseException):
   """Ends a process that failed among several, which then stop as well."""
   try:
+    advice = ""
     if not isinstance(error, SystemExit):  # Whose message has been printed.
       traceback.print_exception(error)
-    advice = ""
-    if isinstance(error, jax.errors.JaxRuntimeError):
       advice = (
         " Where the lines above speak of a connection, a peer or a timeout, another process stopped first, and its own"
         " output has the reason."
       )
+    name = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"segjax: {name} stopped for the reason above.{advice}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -156,7 +120,7 @@ def _fail(error: BaseException, name: str):
 
 
 def on_first(function: Callable):
-  """Calls `function` on process 0 alone and gives its result, which JSON must be able to hold, to all.
+  """Calls `function` on process 0 alone and broadcasts its result, which must fit into JSON, to all processes.
 
   Raises:
     What `function` raises on process 0; ConfigError with the same message on the others.
@@ -223,7 +187,7 @@ class StopSignal:
 
 
 def _end_at_second_interrupt(reader: int) -> None:
-  """Hears of signals through a pipe: the main thread, where handlers run, may be minutes in a compilation."""
+  """Reads signals from a pipe: the main thread, where Python runs handlers, may compile for minutes."""
   interrupts = 0
   while number := os.read(reader, 1):
     if number[0] == signal.SIGINT:

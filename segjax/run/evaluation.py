@@ -14,7 +14,7 @@ from segjax.state import with_sharding
 
 @dataclasses.dataclass
 class Evaluation:
-  """What an evaluation found.
+  """The result of an evaluation.
 
   Attributes:
     confusion: [K, K] int64 of the whole split.
@@ -47,7 +47,7 @@ class Evaluator:
   programs: dict = dataclasses.field(default_factory=dict)
 
   def compile(self, variables: dict) -> None:
-    """Compiles the step that all calls use, for abstract variables, so that what does not fit says so at once."""
+    """Compiles the step that all calls use, for abstract variables, so that a lack of memory shows at once."""
     abstract = with_sharding(variables, sharding.replicated(self.mesh))
     for canvas, batch_size in batch_shapes(self.config, self.source, self.mesh):
       batch = steps.abstract_batch(self.mesh, batch_size, canvas)
@@ -64,7 +64,7 @@ class Evaluator:
       if len(pictures) < self.config.eval.num_overlays:
         self._draw(batch, out["prediction"], pictures)
       counts = {name: out[name] for name in ("confusion", "sweep") if name in out}
-      if pending is not None:  # One batch late, so that the device already has its next one.
+      if pending is not None:  # Read one batch late, so that the device is never idle.
         totals = {name: metrics.add(totals[name] if totals else None, pending[name]) for name in pending}
       pending = counts
     totals = {name: metrics.add(totals[name] if totals else None, pending[name]) for name in pending}
@@ -115,7 +115,7 @@ def predictions(step, variables: dict, batches: Iterator[dict], mesh) -> Iterato
 
   Args:
     step: of `steps.make_eval_step`. variables: to predict with.
-    batches: host batches as of `input_pipeline`; their `order.PADDING` is left out.
+    batches: host batches, see `input_pipeline`; examples of the id `order.PADDING` are left out.
   """
   for batch in sharding.to_device(batches, mesh):
     out = step(variables, batch)

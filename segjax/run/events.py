@@ -1,7 +1,7 @@
 """Scalars and pictures for TensorBoard, in its own records, without TensorFlow.
 
-`tensorboard.summary.Writer` imports TensorFlow where that is installed, and has no pictures; tensorboardX's writer puts
-records on disk in a thread, whose end on a full disk nobody would see.
+`tensorboard.summary.Writer` imports TensorFlow where that is installed, and has no pictures; tensorboardX's writer writes
+records in a thread, whose failure on a full disk would go unseen.
 """
 
 import io

@@ -1,10 +1,9 @@
-"""The examples that a run began with. One that goes on must have the same: ids, scores and classes would mean others.
+"""The examples that a run began with. A resumed run must have the same, or its ids, scores and classes would mean others.
 
 WORKDIR/examples_SPLIT.json holds their names in the order of their ids, and size, time of change and checksum of each
-file. A resumed run looks at sizes and times alone; where only a time differs, as in a copy of the data set, the checksum
-decides. It is of the first and the last 64 KiB, all of a smaller file, so that to compute it for every file when a run
-begins takes about as long as to read their headers, which each start does. Not noticed is a change that leaves size and
-time as they were, or the size and both ends.
+file. A resumed run compares sizes and times; where only a time differs, as in a copy of the data set, the checksum decides.
+It covers the first and the last 64 KiB, so that all files take about as long as reading their headers, which each start
+does. A change that leaves size and time, or size and both ends, goes unnoticed.
 """
 
 import concurrent.futures
@@ -25,7 +24,7 @@ _CHUNK, _THREADS = 500, 16  # Files that a thread looks at in a row; threads, wh
 
 
 def check_examples(config, sources: Mapping[str, object], workdir: pathlib.Path, bad: BadExamples) -> None:
-  """Writes down the examples of {split: source} that a run sees for the first time; later they must be the same.
+  """Records the examples of {split: source} when a run begins; later they must be the same.
 
   Args:
     bad: of the run. Its training examples may change, and so may any that is unreadable now, where some may be bad.
@@ -76,9 +75,9 @@ def _differences(names: list[str], before: list[str]) -> list[str]:
 
 
 def _changed(files: dict[str, list[pathlib.Path]], saved: dict[str, list]) -> list[tuple[int, pathlib.Path]]:
-  """(place in its list, path) of the files that differ from what was saved of them.
+  """(index in its list, path) of the files that differ from what was saved of them.
 
-  What is read from other files than before, because data.format changed, is told by its names alone.
+  Where other files are read than before, because data.format changed, names alone are compared.
   """
 
   def differs(item):

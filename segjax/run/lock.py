@@ -1,4 +1,4 @@
-"""One run to a workdir: a lock file that tells a run that lives from one that died."""
+"""One run per workdir: a lock file that distinguishes a living run from a dead one."""
 
 import json
 import os
@@ -18,8 +18,8 @@ class Lock:
   """The lock file of a workdir: host, process and start time of the run that writes there.
 
   Processes of this host are looked up. One of another host (or container) cannot be, so the holder touches the file
-  every `beat` seconds, and a file that nobody touches for `quiet` seconds is of a dead run. This compares the file with
-  itself, so clocks need not agree, and needs of a network file system no more than exclusive creation.
+  every `beat` seconds, and a file that nobody touches for `quiet` seconds is of a dead run. The file is compared with
+  itself, so clocks need not agree; a network file system needs nothing but exclusive creation.
 
   Args:
     workdir: must exist when the lock is acquired.

@@ -1,5 +1,5 @@
-"""Files that are named after examples. Their names are from others (ids in TFDS's records, lines of lists, archives), so
-each is checked here: none leads out of its folder, and one that cannot be written is told before any work is done.
+"""Files that are named after examples. These names come from outside (ids in TFDS's records, lines of lists, archives), so
+each is checked before any work is done: that it stays below its folder, and that it can be written.
 """
 
 import collections

@@ -4,9 +4,9 @@ import numpy as np
 from PIL import Image
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets
+from segjax.input_pipeline.sources import datasets
 
-FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes, whatever their palette: the ground's is often black.
+FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes instead of their palette, which is often black.
 
 
 def color_table(palette: np.ndarray) -> np.ndarray:
@@ -20,7 +20,7 @@ def heat_table() -> np.ndarray:
   """[256, 3] uint8, colours of rising brightness from black over blue, green and red to white, for probabilities.
 
   Cubehelix with its default numbers (Green 2011, "A colour scheme for the display of astronomical intensity images",
-  section 3): grey prints of it, and eyes that tell no red from green, still see the order.
+  section 3): the order is visible in grey prints too, and without telling red from green.
   """
   share = np.linspace(0, 1, 256)[:, None]
   angle = 2 * np.pi * (0.5 / 3 - 1.5 * share)
@@ -30,7 +30,7 @@ def heat_table() -> np.ndarray:
 
 
 def indexed_image(values: np.ndarray, table: np.ndarray) -> Image.Image:
-  """[H, W] uint8 as a palette image: it stores the very numbers, and shows them in the colours of `table` [256, 3]."""
+  """[H, W] uint8 as a palette image: it stores these numbers, and shows them in the colours of `table` [256, 3]."""
   image = Image.fromarray(values)
   image.putpalette(table.reshape(-1).tolist())  # Turns grey into indexed, with the same numbers.
   return image

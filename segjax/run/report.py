@@ -1,8 +1,9 @@
-"""What a person sees of a run: lines and tables, and the files of curves and pictures."""
+"""What a run reports: printed lines and tables, and the files of curves and pictures."""
 
 import json
 import pathlib
 import time
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from segjax import input_pipeline, metrics
 from segjax.files import atomic
 from segjax.input_pipeline import inventory
 from segjax.run import distributed, outputs
+from segjax.state import without
 
 
 def say(text: str, flush: bool = True) -> None:
@@ -21,7 +23,7 @@ def say(text: str, flush: bool = True) -> None:
 
 
 def devices(mesh: jax.sharding.Mesh) -> str:
-  """What a program runs on, as text."""
+  """Devices, mesh and processes, as text."""
   return (
     f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh data={mesh.shape['data']} space={mesh.shape['space']},"
     f" {jax.process_count()} process(es)"
@@ -29,28 +31,31 @@ def devices(mesh: jax.sharding.Mesh) -> str:
 
 
 def data_lines(data, splits: dict) -> str:
-  """What `config.data` holds, of {split: source}, and what is to be noted of it."""
-  train, evaluated, loader = splits[data.train_split], splits[data.eval_split], input_pipeline.loader_of(data)
+  """What each of {split: source} holds, and the notes on it: at the start of whatever reads a split of `config.data`.
+
+  Where not both splits of the config are given, entries of the folders that the other one may use are not noted.
+  """
+  loader = input_pipeline.loader_of(data)
   reason = ", because TensorFlow is not installed" if loader != data.loader else ""
-  notes = dict.fromkeys((*train.notes, *evaluated.notes, *inventory.notes(splits)))
-  return "\n".join([
-    f"data: {len(train)} images in {data.train_split!r}, {len(evaluated)} in {data.eval_split!r},"
-    f" {len(train.classes)} classes, loader {loader}{reason}",
-    *(f"note: {note}" for note in notes),
-  ])  # fmt: skip
+  counts = ", ".join(f"{len(source)} images in {split!r}" for split, source in splits.items())
+  classes = len(next(iter(splits.values())).classes)
+  notes = [note for source in splits.values() for note in source.notes]
+  notes += inventory.notes(splits, splits.keys() >= {data.train_split, data.eval_split})
+  lines = [f"data: {counts}, {classes} classes, loader {loader}{reason}"]
+  return "\n".join(lines + [f"note: {note}" for note in dict.fromkeys(notes)])
 
 
 def complete_lines(config, workdir, start: int, best: float | None) -> str:
-  """A run that has nothing left to do, and what may be done with it."""
+  """That a run is complete, and what can be done with it."""
   return (
     f"{workdir}: this run is complete ({start} of {config.num_steps} steps, best {config.policy.metric}"
-    f" {_percent(best)}).\n  to continue:   raise --config.num_steps\n  to start anew: give another --workdir\n"
+    f" {_percent(best)}).\n  to continue:   raise --config.num_steps\n  to start over: give another --workdir\n"
     f"  to score it:   python -m segjax.main --mode=eval --workdir={workdir}"
   )
 
 
 def progress_line(step: int, num_steps: int, scalars: dict[str, float], left: str) -> str:
-  """What a log step tells, of its scalars and the time left."""
+  """The line of a log step, from its scalars and the time left."""
   bad = scalars["train/bad_examples"] if "train/bad_examples" in scalars else 0
   return (
     f"step {step:>6}/{num_steps}  loss {scalars['train/loss']:.4f}  lr {scalars['train/learning_rate']:.2e}"
@@ -66,7 +71,7 @@ def stopped_early_line(config) -> str:
 
 
 def preempted_line(signal: str, step: int, num_steps: int) -> str:
-  """What a signal did to a run, and how it goes on."""
+  """That a signal stopped a run, and how to continue it."""
   return (
     f"{signal}: stopped after step {step} of {num_steps}, checkpoint saved. The same command goes on from there (exit code"
     f" {distributed.PREEMPTED})"
@@ -74,7 +79,7 @@ def preempted_line(signal: str, step: int, num_steps: int) -> str:
 
 
 def closing_lines(config, workdir: pathlib.Path, mean_iou: float, checkpoints) -> str:
-  """How a run ended, and where everything is."""
+  """The final scores of a run, and where its files are."""
   return (
     f"done: {config.data.eval_split} mean IoU {_percent(mean_iou)}, best {config.policy.metric}"
     f" {_percent(checkpoints.best_score())} at step {checkpoints.best_step()}\n"
@@ -133,7 +138,7 @@ class Writer:
   def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
     """Writes {name: [H, W, 3] uint8} as overlays/step_N/NAME.png (`outputs.flat_names`); returns the folder.
 
-    One that cannot be written is told of and left out: a score is worth more than its pictures.
+    One that cannot be written is left out, with a note: it must not cost the run.
     """
     folder = self._workdir / "overlays" / f"step_{step:06d}"
     if not self._writes:
@@ -300,11 +305,20 @@ def threshold_line(sweep: np.ndarray, thresholds: tuple[float, ...]) -> str:
   return f"  best threshold here: eval.threshold={thresholds[best]:g}, foreground IoU {100 * ious[best]:.2f}"
 
 
-def parameter_table(params: dict, batch_stats: dict) -> str:
-  """Parameters per top-level module, and in all; clu.parameter_overview has a row per array, so hundreds for a ResNet."""
+def parameter_table(params: dict, batch_stats: dict, frozen: Collection[str]) -> str:
+  """Parameters per top-level module, in all, and frozen; clu.parameter_overview has a row per array, so hundreds for a ResNet.
+
+  Args:
+    frozen: of `Experiment.frozen`.
+  """
   rows = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()}
-  width = max(len(name) for name in rows)
+  width = max(len(name) for name in (*rows, "frozen"))
   lines = [f"  {name:<{width}} {count:>12,}" for name, count in sorted(rows.items())]
   statistics = sum(x.size for x in jax.tree.leaves(batch_stats))
   lines.append(f"  {'all':<{width}} {sum(rows.values()):>12,}  (and {statistics:,} batch statistics)")
+  if frozen:
+    trained, updated = (sum(x.size for x in jax.tree.leaves(without(tree, frozen))) for tree in (params, batch_stats))
+    lines.append(
+      f"  {'frozen':<{width}} {sum(rows.values()) - trained:>12,}  (and {statistics - updated:,} batch statistics)"
+    )
   return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Output that outlasts its readers: a closed pipe, a full log, a terminal without the character."""
+"""Output that survives a closed pipe, a full log, and a terminal without the character."""
 
 import contextlib
 import os
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 
 class _LastingStream:
-  """A text stream that goes on where what it writes to is closed, full or cannot show a character.
+  """A text stream whose writes do not fail where its file is closed or full, or cannot encode a character.
 
   Attributes:
-    lost: what was the matter at last; None where all was written.
+    lost: the last error; None where all was written.
   """
 
   def __init__(self, stream):
@@ -48,7 +48,7 @@ class _LastingStream:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-  """In its block nobody fails for want of somebody to read: a closed pipe (`| head`) or a full log loses lines only."""
+  """In its block a closed pipe (`| head`) or a full log loses lines, and fails nothing."""
   streams = {name: _LastingStream(getattr(sys, name)) for name in ("stdout", "stderr") if getattr(sys, name)}
   before = {name: getattr(sys, name) for name in streams}
   for name, stream in streams.items():

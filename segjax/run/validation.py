@@ -1,7 +1,7 @@
-"""The evaluations of a run in progress: when they are due, what is kept of them, and what policies make of the scores.
+"""The evaluations of a run in progress: when they are due, their checkpoints, and the policies that act on the scores.
 
 A checkpoint is saved before its evaluation, and its score recorded after it. So a checkpoint holds the policies' memory of
-the evaluations before it; the one at its own step is counted when it is restored, or made up for where it was cut short.
+the evaluations before it; the one at its own step is counted when it is restored, or repeated where it was cut short.
 """
 
 import contextlib
@@ -50,9 +50,11 @@ class Validation:
     # Patience counts evaluations, so how often they are belongs to it. An int32, as arrays hold it.
     self._regime = zlib.crc32(json.dumps([self._measure, config.eval_every]).encode()) >> 1
     remember = functools.partial(
-      optimizer_lib.update_policy, min_gain=p.min_gain, plateau_factor=p.plateau_factor,
+      optimizer_lib.update_policy,
+      min_gain=p.min_gain,
+      plateau_factor=p.plateau_factor,
       plateau_patience=p.plateau_patience,
-    )  # fmt: skip
+    )
     self._remember = jax.jit(remember, out_shardings=sharding.replicated(self._mesh))
 
   def pending(self, step: int, checkpoints: Checkpoints) -> bool:
@@ -70,7 +72,7 @@ class Validation:
   def begin(self, state: TrainState, checkpoints: Checkpoints) -> None:
     """Brings the policies' memory up to a state that was just made or restored.
 
-    It begins anew where its scores cannot be compared with those to come; the learning rate stays scaled as it is.
+    It is reset where its scores cannot be compared with those to come; the learning rate stays scaled as it is.
     """
     step, policy = int(state.step), self._config.policy
     score, regime = checkpoints.score(step), int(state.policy["regime"])
@@ -81,10 +83,10 @@ class Validation:
       if step and (policy.plateau_factor < 1 or policy.early_stop):
         self._say(
           "note: eval_every, data.eval_split or eval.* are not those of the evaluations so far: plateau and early stopping"
-          f" count anew from step {step}, the learning rate stays at {scale:g} times the schedule's"
+          f" count again from step {step}, the learning rate stays at {scale:g} times the schedule's"
         )
       state.policy = sharding.gather(optimizer_lib.init_policy(self._regime, scale), self._mesh)
-      if score is not None and score.regime == self._regime:  # Made up for by a run that then died.
+      if score is not None and score.regime == self._regime:  # Repeated by a run that then died.
         state.policy = self._remember(state.policy, score.value)
     if self.pending(step, checkpoints):
       self._say(
@@ -98,7 +100,7 @@ class Validation:
       )
 
   def compile(self, abstract: TrainState) -> None:
-    """Compiles what evaluates, before there is anything to lose."""
+    """Compiles the evaluation before training begins, so that its failure costs nothing."""
     self._evaluator.compile(abstract.eval_variables())
 
   def __call__(self, state: TrainState, checkpoints: Checkpoints, writer: report.Writer) -> dict[str, float]:
@@ -108,7 +110,7 @@ class Validation:
       The scores, e.g. {"val/mean_iou": ...}.
     """
     step = int(state.step)
-    checkpoints.wait()  # Whatever happens here, training is kept.
+    checkpoints.wait()  # So that a failure here loses no training.
     with self._advice(step):
       evaluation = self._evaluator(sharding.gather(state.eval_variables(), self._mesh))
     writer.scalars(step, evaluation.scalars)

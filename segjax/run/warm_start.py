@@ -26,7 +26,7 @@ def load(init) -> tuple[dict, str]:
         f"init.path = {init.path} is a folder, so it must be the workdir of a run, which needs no init.scheme"
         f" ({init.scheme!r}). Leave the scheme empty, or name a file: {files.FORMATS}."
       )
-    config_lib.load(path)  # Says so where this is no workdir, before Orbax makes folders in it.
+    config_lib.load(path)  # Raises where this is no workdir, before Orbax makes folders in it.
     with Checkpoints(path, read_only=True) as origin:
       step = origin.best_step() or origin.latest_step()
       if step is None:
@@ -51,7 +51,7 @@ def load_unless_run(config, workdir: pathlib.Path | None) -> tuple[dict, str] | 
   """
   if config.init.path and (workdir is None or not (workdir / config_lib.CONFIG_FILE).exists()):
     return load(config.init)
-  config_lib.load(workdir)  # Says so where this is no workdir, before Orbax makes folders in it.
+  config_lib.load(workdir)  # Raises where this is no workdir, before Orbax makes folders in it.
   checkpoint.check_any(workdir)
   return None
 

@@ -17,7 +17,7 @@ from segjax.run.lock import LOCK_FILE, Lock
 
 
 class WorkdirError(RuntimeError):
-  """The workdir was removed in mid-run or could not be written, e.g. on a full disk; the message names what is left."""
+  """The workdir was removed during a run or could not be written, e.g. on a full disk; the message names what is left."""
 
 
 @contextlib.contextmanager
@@ -28,8 +28,8 @@ def named_failures(workdir: pathlib.Path):
   except OSError as error:
     if isinstance(error, FileNotFoundError) or _missing(workdir / config_lib.CONFIG_FILE):
       raise WorkdirError(
-        f"{workdir} was removed, moved or emptied in mid-run ({error}). Put back what is missing, and the same command goes"
-        " on from the newest checkpoint there; without it, start anew."
+        f"{workdir} was removed, moved or emptied during the run ({error}). Put back what is missing, and the same command goes"
+        " on from the newest checkpoint there; without it, start again."
       ) from error
     newest = checkpoint.newest_step(workdir)
     kept = "There is no complete checkpoint yet" if newest is None else f"The checkpoint of step {newest} is complete"

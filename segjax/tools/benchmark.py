@@ -2,11 +2,10 @@
 
 `train` and `eval` time the compiled steps of a run: on its data, and how long they wait for it, where config.data.dir is at
 hand; else on noise of config.crop_size. --compare=torch has PyTorch run the same network in turn. `compile` compiles both
-steps, anew and from JAX's cache, and runs neither. `input` reads and decodes without any device. The JSON lines of --json
+steps, from scratch and from JAX's cache, and runs neither. `input` reads and decodes without any device. The JSON lines of --json
 hold all figures, the table the main ones.
 """
 
-import json
 import os
 import pathlib
 import platform
@@ -21,20 +20,22 @@ from segjax.run import commandline
 
 _WHAT = flags.DEFINE_list("what", ["train", "eval"], "What to measure, of train, eval, compile, input.")
 _COMPARE = flags.DEFINE_enum("compare", None, ("torch",), "What to measure beside it, in turn.")
-_TORCH_FORMS = flags.DEFINE_list("torch_forms", None, "Forms of PyTorch of which the best is taken. None: all four.")
+_TORCH_FORMS = flags.DEFINE_list(
+  "torch_forms", None, "Ways to run PyTorch, of which the fastest is taken. None: all four."
+)
 _TORCH_PYTHON = commandline.define_path("torch_python", sys.executable, "The Python whose PyTorch it is.")
 _DTYPES = flags.DEFINE_list("dtypes", None, "Measure under each of these types. None: config.dtype.")
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "Least duration of a measurement.", lower_bound=0.0)
 _GENERATE = flags.DEFINE_integer("generate", 0, "input: measure this many generated examples, not config.data.dir.")
-_JSON = commandline.define_path("json", None, "File that the figures are appended to, a JSON object a line.")
+_JSON = commandline.define_json()
 WHAT = ("train", "eval", "compile", "input")
 
 
 def processor() -> str:
   """The name of the CPU."""
   info = pathlib.Path("/proc/cpuinfo")
-  names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-    if info.exists() else []  # fmt: skip
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
   return names[0] if names else platform.processor() or platform.machine()
 
 
@@ -44,11 +45,7 @@ def main(argv: list[str]) -> None:
   with commandline.readable_errors():
     if not _WHAT.value or not set(_WHAT.value) <= set(WHAT):
       raise ConfigError(f"--what={','.join(_WHAT.value)}: choose from {', '.join(WHAT)}.")
-    if _JSON.value:
-      try:
-        pathlib.Path(_JSON.value).open("a").close()
-      except OSError as error:  # Before anything is measured.
-        raise ConfigError(f"--json={_JSON.value} cannot be written ({error}). Give another file.") from error
+    commandline.check_json(_JSON.value)
     config = commandline.config(data_dir="absent")  # Only `input` without --generate needs one.
     dtypes = _DTYPES.value or [config.dtype]
     for config.dtype in dtypes:
@@ -69,11 +66,11 @@ def main(argv: list[str]) -> None:
 def _steps(config, kinds: list[str], dtypes: list[str]) -> str:
   import jax
 
-  from segjax.tools import step_speed
+  from segjax.tools import step_speed, torch_process
 
   commandline.keep_freed_memory()
   jax.config.update("jax_enable_compilation_cache", False)  # Compilation is measured too.
-  forms = tuple(_TORCH_FORMS.value or step_speed.TORCH_FORMS) if _COMPARE.value else ()
+  forms = tuple(_TORCH_FORMS.value or torch_process.FORMS) if _COMPARE.value else ()
   rows, compilations = [], []
   for config.dtype in dtypes:
     for kind in kinds:
@@ -86,11 +83,7 @@ def _steps(config, kinds: list[str], dtypes: list[str]) -> str:
         ]
         rows += found
       for row in found:
-        line = json.dumps(dict(date=time.strftime("%Y-%m-%d"), jax=jax.__version__, **row))
-        print(line, flush=True)
-        if _JSON.value:
-          with pathlib.Path(_JSON.value).open("a") as file:
-            file.write(line + "\n")
+        print(commandline.append_json(_JSON.value, row), flush=True)
   first = (rows or compilations)[0]
   tables = [step_speed.table(rows)] * bool(rows) + [step_speed.compilation_table(compilations)] * bool(compilations)
   return f"\njax {jax.__version__}, {first['devices']} x {first['device']}\n\n" + "\n\n".join(tables)

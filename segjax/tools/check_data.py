@@ -1,4 +1,4 @@
-"""Looking at a data set before training on it: python -m segjax.check_data --config=configs/x.py
+"""Checks a data set before training on it: python -m segjax.check_data --config=configs/x.py
 
 Reads every image and mask of the training and evaluation splits, prints class names with their share of the pixels,
 and every problem with its file and remedy. Images that are twice in a split, or in both, are problems too, and so is
@@ -16,21 +16,21 @@ from segjax.run import commandline
 
 def check(config) -> int:
   """Scans both splits and prints what it finds; returns the number of problems."""
-  total, sources, places = 0, {}, collections.defaultdict(list)
+  total, sources, occurrences = 0, {}, collections.defaultdict(list)
   for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
     try:
       source = input_pipeline.make_source(config.data, split)
       border = config.loss.border_weight > 0 and split == config.data.train_split
-      counts, checksums, found = scan.scan_with_checksums(source, range(len(source)), f"checking {split}", border)
+      counts, checksums, found = scan.scan(source, range(len(source)), f"checking {split}", border)
       sources[split] = source
       for index, checksum in enumerate(checksums):
         if checksum:
-          places[checksum].append((split, source.describe(index)))
+          occurrences[checksum].append((split, source.describe(index)))
       found += scan.warnings(source, counts)
       print(f"{split}: {len(source)} examples\n{scan.share_table(source, counts)}")
       for note in source.notes:
         print(f"  note: {note}")
-      if not found:  # Otherwise it would tell the same again.
+      if not found:  # Otherwise the canvas would raise the same errors again.
         print("  canvas {} x {} (height x width)".format(*input_pipeline.canvas_of(source, config.data)))
     except DataError as error:
       found = [str(error)]
@@ -40,7 +40,7 @@ def check(config) -> int:
   beside = inventory.unused(sources)
   for path, why in beside.items():
     print(f"{'PROBLEM: ' if why.remedy else 'note: '}{images.printable(str(path))} is not used: {why}")
-  twice = scan.repeated(places)
+  twice = scan.repeated(occurrences)
   for problem in twice:
     print(f"PROBLEM: {problem}")
   total += len(twice) + sum(bool(why.remedy) for why in beside.values())

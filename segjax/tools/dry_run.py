@@ -7,10 +7,10 @@ import jax
 
 from segjax import input_pipeline, sharding, steps
 from segjax.experiment import Experiment
-from segjax.run import report
+from segjax.run import commandline, report
 from segjax.run.evaluation import batch_shapes
 from segjax.run.report import say
-from segjax.tools import programs
+from segjax.tools import programs, roofline, targets
 from segjax.tools.programs import Program
 
 
@@ -21,6 +21,11 @@ def bytes_per_device(tree) -> int:
 
 def device_memory(device) -> tuple[int, str]:
   """Bytes that a device has, and what they are."""
+  if device not in jax.devices():
+    memory = targets.facts(device).memory
+    if device.platform == "tpu":
+      return memory, f"memory of {device.device_kind}"
+    return memory * 3 // 4, f"what JAX takes of {device.device_kind}; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 takes more"
   stats = device.memory_stats()
   if stats is not None:
     return stats["bytes_limit"], f"memory of {device.device_kind} that JAX may use"
@@ -30,26 +35,29 @@ def device_memory(device) -> tuple[int, str]:
   )
 
 
-def dry_run(config, workdir=None) -> dict[str, Program]:
+def dry_run(config, workdir=None, target: str | None = None, figures: str | None = None) -> dict[str, Program]:
   """--mode=dry_run: prints size, work, memory and communication of the train and evaluation steps, and stops.
 
   Works without the data set where the config says, or the data set is known to have, the number of classes and the canvas.
 
   Args:
     workdir: is not touched.
+    target: devices to compile for, see `targets.devices`, and to set bytes and flops against; None: those at hand, without.
+    figures: file that gets these numbers, a JSON object for each step on a line.
 
   Returns:
     {"train": ..., "evaluation": ...}.
 
   Raises:
-    ConfigError: mesh or model do not fit, or the data set is absent and its classes or canvas unknown.
+    ConfigError: mesh, model or target do not fit, or the data set is absent and its classes or canvas unknown.
   """
-  data, (batch_size, eval_size) = config.data, (config.batch_size, config.eval.batch_size)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
+  data = config.data
+  devices = None if target is None else targets.devices(target)
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.space, devices=devices)
   num_classes, canvas, note = input_pipeline.classes_and_canvas(data, data.train_split)
   _, eval_canvas, _ = input_pipeline.classes_and_canvas(data, data.eval_split)
-  sharding.check_batch(mesh, "batch_size", batch_size, config.accumulate_steps)
-  sharding.check_batch(mesh, "eval.batch_size", eval_size)
+  sharding.check_batch(mesh, "batch_size", config.batch_size, config.accumulate_steps)
+  sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
   say(
     f"dry run: {report.devices(mesh)}; nothing is trained or written\n"
     f"data: {note}\n  {num_classes} classes, canvas {canvas[0]}x{canvas[1]} in training, {eval_canvas[0]}x{eval_canvas[1]}"
@@ -65,52 +73,78 @@ def dry_run(config, workdir=None) -> dict[str, Program]:
     say(
       f"larger images are cut to a canvas of {canvas[0]}x{canvas[1]} in training, which {whole[0]}x{whole[1]} would mostly pad"
     )
-  state = experiment.abstract_state
-  of_params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
-  at_rest = bytes_per_device(state)
-  say(
-    f"parameters of {config.model.name}:\n{report.parameter_table(state.params, state.batch_stats)}\n"
-    f"  {mib(of_params)}; with averages and optimiser state {mib(at_rest)} on each device"
-  )
-
+  say(_parameters(experiment))
   compiled = {"train": programs.compile_train(experiment, canvas, canvas != whole)}
-  try:
-    shapes = batch_shapes(config, experiment.eval_source, mesh)
-  except input_pipeline.DataError:  # The data set is not at hand.
-    shapes = [(eval_canvas, eval_size)]
-  evaluations = [(programs.compile_eval(experiment, *shape), *shape) for shape in shapes]
-  compiled["evaluation"], eval_canvas, eval_size = max(evaluations, key=lambda found: found[0].peak)
-  if len(evaluations) > 1:
-    say(f"evaluation has {len(evaluations)} canvases, of which {eval_canvas[0]}x{eval_canvas[1]} needs most memory")
+  compiled["evaluation"], eval_canvas, eval_size = _compile_evaluation(experiment, eval_canvas)
   for name, program in compiled.items():
-    found = {kind: sizes for kind, sizes in program.collectives.items() if sizes}
-    communication = ", ".join(f"{len(sizes)} {kind} ({mib(sum(sizes))})" for kind, sizes in found.items())
-    say(
-      f"{name} step, {batch_size if name == 'train' else eval_size} images (compiled in {program.seconds:.0f} s)\n"
-      f"  multiply-adds          {program.multiply_adds / 1e9:12,.1f} billion{', backward included' * (name == 'train')}\n"
-      f"  arguments              {mib(program.arguments):>16}   per device\n"
-      f"  results                {mib(program.outputs):>16}\n"
-      f"  temporary              {mib(program.temporary):>16}\n"
-      f"  in all, at most        {mib(program.peak):>16}\n"
-      f"  collectives            {communication or 'none'}"
-    )
-
-  # Beside what a step itself holds: batches that were transferred ahead, and those of steps that wait for it.
-  step, evaluation, waiting = compiled["train"], compiled["evaluation"], sharding.AHEAD + steps.IN_FLIGHT - 1
+    images = config.batch_size if name == "train" else eval_size
+    say(_program(name, program, images))
+    if target is not None:
+      say(roofline.table(program, mesh.devices.flat[0]))
+    if figures and not jax.process_index():
+      of_step = dict(target=target or targets.HERE, step=name, images=images, dtype=config.dtype, mesh=dict(mesh.shape))
+      commandline.append_json(figures, of_step | roofline.row(program, mesh.devices.flat[0]))
   batch = bytes_per_device(experiment.abstract_train_arguments(canvas, canvas != whole)[1])
   variables, eval_batch = map(bytes_per_device, experiment.abstract_eval_arguments(eval_canvas, eval_size))
+  say(_fit(experiment, compiled, batch, variables, eval_batch))
+  return compiled
+
+
+def _parameters(experiment: Experiment) -> str:
+  state = experiment.abstract_state
+  of_params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+  return (
+    f"parameters of {experiment.config.model.name}:\n{report.parameter_table(state.params, state.batch_stats, experiment.frozen)}\n"
+    f"  {mib(of_params)}; with averages and optimiser state {mib(bytes_per_device(state))} on each device"
+  )
+
+
+def _compile_evaluation(experiment: Experiment, canvas: tuple[int, int]) -> tuple[Program, tuple[int, int], int]:
+  """The program that needs most memory, its canvas and its batch; on `canvas` where the data set is not at hand."""
+  try:
+    shapes = batch_shapes(experiment.config, experiment.eval_source, experiment.mesh)
+  except input_pipeline.DataError:
+    shapes = [(canvas, experiment.config.eval.batch_size)]
+  found = [(programs.compile_eval(experiment, *shape), *shape) for shape in shapes]
+  program, canvas, size = max(found, key=lambda of_shape: of_shape[0].peak)
+  if len(found) > 1:
+    say(f"evaluation has {len(found)} canvases, of which {canvas[0]}x{canvas[1]} needs most memory")
+  return program, canvas, size
+
+
+def _program(name: str, program: Program, images: int) -> str:
+  found = {kind: sizes for kind, sizes in program.collectives.items() if sizes}
+  communication = ", ".join(f"{len(sizes)} {kind} ({mib(sum(sizes))})" for kind, sizes in found.items())
+  return (
+    f"{name} step, {images} images (compiled in {program.seconds:.0f} s)\n"
+    f"  multiply-adds          {program.multiply_adds / 1e9:12,.1f} billion{', backward included' * (name == 'train')}\n"
+    f"  arguments              {mib(program.arguments):>16}   per device\n"
+    f"  results                {mib(program.outputs):>16}\n"
+    f"  temporary              {mib(program.temporary):>16}\n"
+    f"  in all, at most        {mib(program.peak):>16}\n"
+    f"  collectives            {communication or 'none'}"
+  )
+
+
+def _fit(experiment: Experiment, compiled: dict[str, Program], batch: int, variables: int, eval_batch: int) -> str:
+  """Whether training with evaluation fits a device; sizes in bytes on each.
+
+  Beside what a step itself holds: batches that were transferred ahead, and those of steps that wait for it.
+  """
+  mesh, waiting = experiment.mesh, sharding.AHEAD + steps.IN_FLIGHT - 1
+  step, evaluation = compiled["train"], compiled["evaluation"]
   # During an evaluation the rest of the state stays where it is (with shard_state, all of it), with the last batch of
   # training and those to come; and the results of a step are read while the next is computed.
-  beside = at_rest - (0 if config.shard_state else variables) + (1 + sharding.AHEAD) * batch
+  at_rest = bytes_per_device(experiment.abstract_state)
+  beside = at_rest - (0 if experiment.config.shard_state else variables) + (1 + sharding.AHEAD) * batch
   evaluating = evaluation.peak + evaluation.outputs + waiting * eval_batch + beside
   needed = max(step.peak + waiting * batch, evaluating)
-  available, meaning = device_memory(mesh.local_devices[0])
+  available, meaning = device_memory(mesh.local_devices[0] if targets.is_here(mesh) else mesh.devices.flat[0])
   verdict = "fits" if needed <= available else (
     "DOES NOT FIT. Set remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"
     " shard_state=True, or mesh.space above 1"
   )  # fmt: skip
-  say(f"training with evaluation needs at most {mib(needed)} of {mib(available)} ({meaning}): {verdict}")
-  return compiled
+  return f"training with evaluation needs at most {mib(needed)} of {mib(available)} ({meaning}): {verdict}"
 
 
 def mib(size: int) -> str:
@@ -119,6 +153,4 @@ def mib(size: int) -> str:
 
 
 if __name__ == "__main__":
-  from segjax.run import commandline
-
   commandline.refuse("main --mode=dry_run --config=FILE")

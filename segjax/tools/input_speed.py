@@ -16,7 +16,7 @@ from PIL import Image
 
 from segjax import input_pipeline
 from segjax.config import IGNORE_LABEL, ConfigError
-from segjax.input_pipeline import cityscapes, datasets, voc
+from segjax.input_pipeline.sources import cityscapes, datasets, voc
 from segjax.tools import prepare
 
 LOADERS = ("tf_data", "grain")
@@ -63,9 +63,14 @@ def input_table(config, formats: dict[str, str], seconds: float) -> str:
       if input_pipeline.loader_of(data) != data.loader:
         continue
       batches = input_pipeline.train_batches(
-        source, data, seed=config.seed, batch_size=config.batch_size, rows=np.arange(config.batch_size), start_step=0,
+        source,
+        data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        rows=np.arange(config.batch_size),
+        start_step=0,
         num_steps=1 << 30,
-      )  # fmt: skip
+      )
       first = 2 + (len(source) // config.batch_size + 1) * (data.cache != "none")
       row(data.loader, data.workers or os.cpu_count(), speed(batches, config.batch_size, seconds, first))
       batches.close()
@@ -122,10 +127,10 @@ def generate_cityscapes(folder: pathlib.Path, count: int) -> dict[str, str]:
     zipfile.ZipFile(folder / prepare.CITYSCAPES_ZIPS[1], "w") as fine,
   ):
     for i, split in enumerate(["train"] * count + ["val", "test"]):
-      place = f"{split}/aachen/aachen_{i:06d}_000019"
+      stem = f"{split}/aachen/aachen_{i:06d}_000019"
       for archive, name, pixels in (
-        (left, f"{cityscapes.IMAGES}/{place}{cityscapes.IMAGE_SUFFIX}", _picture(rng, (1024, 2048), 1)),
-        (fine, f"gtFine/{place}_gtFine_labelIds.png", _mask(rng, (1024, 2048), np.arange(34))),
+        (left, f"{cityscapes.IMAGES}/{stem}{cityscapes.IMAGE_SUFFIX}", _picture(rng, (1024, 2048), 1)),
+        (fine, f"gtFine/{stem}_gtFine_labelIds.png", _mask(rng, (1024, 2048), np.arange(34))),
       ):
         with archive.open(name, "w") as file:
           Image.fromarray(pixels).save(file, "PNG")

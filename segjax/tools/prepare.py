@@ -25,8 +25,9 @@ from PIL import Image
 
 from segjax.config import ConfigError
 from segjax.files import atomic
-from segjax.input_pipeline import DataError, cityscapes, datasets, images, voc
-from segjax.input_pipeline.source import held_out
+from segjax.input_pipeline import DataError, images, masks
+from segjax.input_pipeline.sources import cityscapes, datasets, voc
+from segjax.input_pipeline.sources.holdout import HoldOut
 from segjax.run import commandline
 from segjax.tools import unpacking
 
@@ -182,7 +183,7 @@ def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool 
 
   Writes `out`/images, `out`/masks (0, 255), `out`/instances (16 bits: 1, 2, ... in the order of the nuclei's files;
   where two overlap, the later one), and train.txt and val.txt. A seventh is held out, by a hash of the names: as
-  `source.held_out` chooses fold 0 of 7.
+  `HoldOut` chooses fold 0 of 7.
 
   Args:
     stage1: stage1_train, with ID/images/ID.png and ID/masks/*.png.
@@ -214,7 +215,7 @@ def prepare_nuclei(stage1: pathlib.Path, out: pathlib.Path, allow_partial: bool 
       for path, values in ((mask, (numbers > 0).astype(np.uint8) * 255), (instances, numbers)):
         with atomic.whole_file(path) as file:
           Image.fromarray(values).save(file, "PNG")
-    val = held_out(names, holdout=0.1, folds=7, fold=0, seed=0)
+    val = HoldOut(folds=7).choose(names)
     for split in ("train", "val"):
       _write_list(out / f"{split}.txt", [name for name in names if (name in val) == (split == "val")])
   print(f"{out}: {len(names)} images, {len(val)} of them in val.txt")
@@ -224,9 +225,9 @@ def _nuclei(paths: list[pathlib.Path], image: pathlib.Path) -> np.ndarray:
   """[H, W] uint16, 0 or the number of the nucleus, from one mask file each."""
   numbers = np.zeros(images.read_size(image), np.uint16)
   for number, path in enumerate(paths, start=1):
-    nucleus = images.read_mask(path)
+    nucleus = masks.read_mask(path)
     if nucleus.shape[:2] != numbers.shape:
-      raise DataError(images.size_problem(image, numbers.shape, path, nucleus.shape))
+      raise DataError(masks.size_problem(image, numbers.shape, path, nucleus.shape))
     numbers[(nucleus if nucleus.ndim == 2 else nucleus.any(-1)) > 0] = number
   return numbers
 
@@ -253,7 +254,7 @@ def _write_list(path: pathlib.Path, names: list[str]) -> None:
 
 def store_voc(root: pathlib.Path, data_dir: str) -> None:
   """Stores a prepared VOC2012 folder as the TFDS data set `voc_segmentation` under `data_dir`."""
-  builder = _tfds_module("segjax.input_pipeline.voc_segmentation").VocSegmentation(
+  builder = _tfds_module("segjax.input_pipeline.sources.voc_segmentation").VocSegmentation(
     data_dir=data_dir, file_format="array_record"
   )
   _download_and_prepare(builder, root)

@@ -1,13 +1,15 @@
 """The steps of an experiment, compiled and not run: their memory, work and communication as the compiler tells them."""
 
 import dataclasses
+import functools
 import time
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from segjax.experiment import Experiment
-from segjax.tools import flops, hlo
+from segjax.tools import costs, flops, hlo, targets
 
 
 @dataclasses.dataclass
@@ -16,6 +18,7 @@ class Program:
 
   Attributes:
     compiled: to be called with arrays in the shardings of the abstract arguments.
+    platform: that it is for: "cpu", "gpu", "tpu".
     arguments, outputs, temporary: bytes, outputs without what is written over arguments.
     multiply_adds: of the whole batch, on all devices; of a train step, backward pass included.
     collectives: {kind: [bytes, ...]}, see `hlo.collectives`.
@@ -23,6 +26,7 @@ class Program:
   """
 
   compiled: jax.stages.Compiled
+  platform: str
   arguments: int
   outputs: int
   temporary: int
@@ -35,19 +39,27 @@ class Program:
     """All that it holds at once, at most."""
     return self.arguments + self.outputs + self.temporary
 
+  @functools.cached_property
+  def costs(self) -> list[costs.Cost]:
+    """Of each operation, on one device."""
+    return costs.costs(self.compiled.as_text(), on_chip=self.platform == "tpu")
 
-def compile_step(step, *arguments, plain=None) -> Program:
+
+def compile_step(step, *arguments, plain=None, mesh: Mesh | None = None) -> Program:
   """Compiles a jitted step for abstract arguments that have shardings.
 
   Args:
     plain: the same step with plain kernels, whose multiply-adds are those of the papers; None: `step` has these.
+    mesh: of the step, whose devices need not be there; None: those of this machine.
   """
   begin = time.perf_counter()
-  compiled = step.lower(*arguments).compile()
+  options = targets.compiler_options(mesh) if mesh else {}
+  compiled = step.lower(*arguments).compile(compiler_options=options or None)
   seconds = time.perf_counter() - begin
   memory = compiled.memory_analysis()
   return Program(
     compiled=compiled,
+    platform=mesh.devices.flat[0].platform if mesh else jax.default_backend(),
     arguments=memory.argument_size_in_bytes,
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     temporary=memory.temp_size_in_bytes,
@@ -70,7 +82,7 @@ def compile_train(experiment: Experiment, canvas: tuple[int, int], cut: bool = F
   weighted = bool(experiment.config.loss.class_weights)
   weights = np.ones(experiment.num_classes, np.float32) if weighted else None  # Any will do.
   step, plain = (experiment.make_train_step(weights, kernels=k) for k in (experiment.config.kernels, "plain"))
-  return compile_step(step, *experiment.abstract_train_arguments(canvas, cut), plain=plain)
+  return compile_step(step, *experiment.abstract_train_arguments(canvas, cut), plain=plain, mesh=experiment.mesh)
 
 
 def compile_eval(experiment: Experiment, canvas: tuple[int, int], batch_size: int | None = None) -> Program:
@@ -79,8 +91,8 @@ def compile_eval(experiment: Experiment, canvas: tuple[int, int], batch_size: in
   Args:
     batch_size: in place of the config's.
   """
-  plain = experiment.make_eval_step(kernels="plain")
-  return compile_step(experiment.eval_step, *experiment.abstract_eval_arguments(canvas, batch_size), plain=plain)
+  arguments, plain = experiment.abstract_eval_arguments(canvas, batch_size), experiment.make_eval_step(kernels="plain")
+  return compile_step(experiment.eval_step, *arguments, plain=plain, mesh=experiment.mesh)
 
 
 COMPILE = {"train": compile_train, "eval": compile_eval}

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,22 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from segjax import config as config_lib
 from segjax import inference, input_pipeline, sharding, steps
-from segjax.config import ConfigError
 from segjax.experiment import Experiment
-from segjax.tools import flops, programs
+from segjax.tools import flops, programs, torch_process
 
 TRAINING = 3  # A backward pass costs about two forward passes, so a step of training counts as three.
 ROUNDS = 4  # Of measurements in turn.
-TORCH_PROGRAM = pathlib.Path(__file__).parents[2] / "benchmarks" / "torch_speed.py"
-# As FORMS of benchmarks/torch_speed.py, and the options of config.model that its networks follow.
-TORCH_FORMS = ("nchw", "channels_last", "compiled", "compiled_channels_last")
-TORCH_OPTIONS = {
-  "unet": ("width", "depth"),
-  "fcn": ("width", "stride"),
-  "deeplab_v3plus": ("backbone", "output_stride"),
-}
 
 
 @dataclasses.dataclass
@@ -40,7 +28,7 @@ class Measured:
 
   Attributes:
     size: (H, W) of the images that the network sees. batch_size: of all devices.
-    program: the compiler's account of it.
+    program: the compiled step, with its memory and work.
     forward: multiply-adds of its forward passes, all devices.
     run, wait_share: `wait_share(seconds)` runs on the config's data for that long, and gives the share of the time that
       was spent waiting for it; None without data.
@@ -121,8 +109,9 @@ def _noise(experiment: Experiment, batch_size: int, border: bool = False) -> dic
   batch = dict(
     image=rng.integers(0, 256, (batch_size, *size, 3), np.uint8),
     label=rng.integers(0, experiment.num_classes, (batch_size, *size), np.uint8),
-    size=np.full((batch_size, 2), size, np.int32), id=np.arange(batch_size, dtype=np.int32),
-  )  # fmt: skip
+    size=np.full((batch_size, 2), size, np.int32),
+    id=np.arange(batch_size, dtype=np.int32),
+  )
   if border:
     batch["border"] = np.zeros((batch_size, *size), np.float16)
   return next(sharding.to_device(iter([batch]), experiment.mesh))
@@ -158,92 +147,13 @@ def matrix_peak(dtype: str) -> float:
 
 
 def timed(run: Callable[[], None], count: int) -> list[float]:
-  """Seconds of each of so many runs."""
+  """Seconds of each of `count` runs."""
   seconds = []
   for _ in range(count):
     start = time.perf_counter()
     run()
     seconds.append(time.perf_counter() - start)
   return seconds
-
-
-class Torch:
-  """PyTorch running the same network in a process of its own, a step at a time when told to.
-
-  Args:
-    kind: "train" or "eval".
-    ours: whose batch and size it takes.
-    python: that has PyTorch. It may be another than this one: the CUDA libraries that pip installs for JAX and for PyTorch
-      do not always agree.
-
-  Raises:
-    ConfigError: model options that its network has not, or no PyTorch there.
-  """
-
-  def __init__(self, config, kind: str, ours: Measured, num_classes: int, python: str):
-    _check_torch_options(config)
-    options = {name: config.model[name] for name in TORCH_OPTIONS[config.model.name]}
-    spec = dict(
-      network=config.model.name, options=options, num_classes=num_classes, batch_size=ours.batch_size,
-      size=ours.size, dtype=config.dtype,
-    )  # fmt: skip
-    self._kind = kind
-    command = [python, str(TORCH_PROGRAM), json.dumps(spec)]
-    try:
-      self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    except OSError as error:
-      raise ConfigError(f"--torch_python={python} cannot be run: {error.strerror}.") from error
-    line = self._process.stdout.readline()
-    if not line:
-      raise ConfigError(f"--compare=torch: {python} {_lacks(python)}, see above; or name another by --torch_python.")
-    self.version = json.loads(line)["torch"]
-
-  def steps(self, form: str, count: int) -> list[float]:
-    """Seconds of each of so many steps in one of `TORCH_FORMS`.
-
-    Raises:
-      ConfigError: PyTorch cannot run it.
-    """
-    self._process.stdin.write(f"{self._kind} {form} {count}\n")
-    self._process.stdin.flush()
-    answer = self._process.stdout.readline()
-    if not answer:
-      raise ConfigError(f"PyTorch failed in the form {form}; its error stands above. Leave it out with --torch_forms.")
-    return json.loads(answer)
-
-  def close(self) -> None:
-    self._process.stdin.close()
-    self._process.wait()
-
-
-def _lacks(python: str) -> str:
-  """What a Python that could not run `TORCH_PROGRAM` misses, and the remedy."""
-  for module, lack in (
-    ("torch", "has no PyTorch, or cannot load it: pip install torch there"),
-    ("segjax.models", "has PyTorch but cannot import segjax, whose layer tables the comparison takes: pip install -e ."
-     " there, in the checkout"),
-  ):  # fmt: skip
-    # From the program's folder: what it finds must not depend on the working directory.
-    probe = subprocess.run(
-      [python, "-c", f"import {module}"], cwd=TORCH_PROGRAM.parent, capture_output=True, check=False
-    )
-    if probe.returncode:
-      return lack
-  return "has PyTorch and segjax, but cannot run the comparison"
-
-
-def _check_torch_options(config) -> None:
-  if config.model.name not in TORCH_OPTIONS:
-    raise ConfigError(f"--compare=torch knows {', '.join(TORCH_OPTIONS)}, not {config.model.name}.")
-  defaults = config_lib.fields(config_lib.default_config(model=config.model.name).model)
-  own = config_lib.fields(config.model)
-  ignored = ("name", "dropout", "bn_momentum", *TORCH_OPTIONS[config.model.name])  # Those cost next to nothing.
-  other = [name for name in own if name not in ignored and own[name] != defaults[name]]
-  if other:
-    raise ConfigError(
-      f"--compare=torch: PyTorch's network has segjax's defaults in {', '.join(f'model.{n}' for n in other)}. Set them"
-      " back, or leave the comparison out."
-    )
 
 
 def measure(
@@ -254,7 +164,7 @@ def measure(
   Args:
     kind: "train" or "eval".
     seconds: of measurement, at least, after warm-up.
-    torch_forms: PyTorch's best of these is measured in turn with segjax.
+    torch_forms: PyTorch's fastest of these is measured in turn with segjax.
     torch_python: see `Torch`.
 
   Returns:
@@ -267,25 +177,11 @@ def measure(
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.space)
   ours = STEPS[kind](config, mesh)
   first = timed(ours.run, 2)[-1]
-  count = max(int(seconds / ROUNDS / first), 2)
-  times, rival = [], {}
+  count, rival = max(int(seconds / ROUNDS / first), 2), {}
   if torch_forms:
-    torch = Torch(config, kind, ours, Experiment(config, mesh=mesh).num_classes, torch_python)
-    try:
-      trials = {form: float(np.median(torch.steps(form, 3))) for form in torch_forms}
-      best = min(trials, key=trials.get)
-      theirs = []
-      for _ in range(ROUNDS):
-        # The first step of a turn finds the other's data in the caches and its memory taken back; it counts for neither.
-        times += timed(ours.run, 1 + count)[1:]
-        theirs += torch.steps(best, 1 + max(int(seconds / ROUNDS / trials[best]), 2))[1:]
-    finally:
-      torch.close()
-    rival = dict(
-      torch=torch.version, torch_form=best, torch_ms=1e3 * float(np.median(theirs)),
-      torch_trials_ms={form: 1e3 * trial for form, trial in trials.items()},
-      ratio=float(np.median(theirs) / np.median(times)),
-    )  # fmt: skip
+    num_classes = Experiment(config, mesh=mesh).num_classes
+    torch = torch_process.Torch(config, kind, ours.batch_size, ours.size, num_classes, torch_python)
+    times, rival = _in_turn(ours.run, count, torch, torch_forms, seconds / ROUNDS)
   else:
     times = timed(ours.run, ROUNDS * count)
   step = float(np.median(times))
@@ -294,18 +190,48 @@ def measure(
   device = mesh.devices.flat[0]
   allocated = (device.memory_stats() or {}).get("peak_bytes_in_use")  # CPUs keep no such count.
   return dict(
-    what=kind, model=config.model.name, dtype=config.dtype, batch_size=ours.batch_size, size=list(ours.size),
-    device=device.device_kind, devices=mesh.size, steps=len(times), median_ms=1e3 * step,
-    p10_ms=1e3 * float(np.percentile(times, 10)), p90_ms=1e3 * float(np.percentile(times, 90)),
-    images_per_s=ours.batch_size / step, compile_s=ours.program.seconds, memory_bytes=ours.program.peak,
-    peak_bytes_in_use=allocated, multiply_adds=ours.forward, tflops=work / step / 1e12,
+    what=kind,
+    model=config.model.name,
+    dtype=config.dtype,
+    batch_size=ours.batch_size,
+    size=list(ours.size),
+    device=device.device_kind,
+    devices=mesh.size,
+    steps=len(times),
+    median_ms=1e3 * step,
+    p10_ms=1e3 * float(np.percentile(times, 10)),
+    p90_ms=1e3 * float(np.percentile(times, 90)),
+    images_per_s=ours.batch_size / step,
+    compile_s=ours.program.seconds,
+    memory_bytes=ours.program.peak,
+    peak_bytes_in_use=allocated,
+    multiply_adds=ours.forward,
+    tflops=work / step / 1e12,
     share_of_peak=work / step / peak,
-    data_wait_share=ours.wait_share(seconds / 2) if ours.wait_share else None, **rival,
-  )  # fmt: skip
+    data_wait_share=ours.wait_share(seconds / 2) if ours.wait_share else None,
+    **rival,
+  )
+
+
+def _in_turn(run, count: int, torch: torch_process.Torch, forms: tuple[str, ...], seconds: float) -> tuple[list, dict]:
+  """Seconds of our steps, and the row's entries on PyTorch's fastest form, in `ROUNDS` turns of `seconds` each."""
+  ours, theirs = [], []
+  try:
+    trials = {form: float(np.median(torch.steps(form, 3))) for form in forms}
+    best = min(trials, key=trials.get)
+    for _ in range(ROUNDS):
+      # The first step of a turn finds the other's data in the caches and its memory taken back; it counts for neither.
+      ours += timed(run, 1 + count)[1:]
+      theirs += torch.steps(best, 1 + max(int(seconds / trials[best]), 2))[1:]
+  finally:
+    torch.close()
+  step, milliseconds = float(np.median(theirs)), {form: 1e3 * trial for form, trial in trials.items()}
+  names = dict(torch=torch.version, torch_form=best, torch_ms=1e3 * step, torch_trials_ms=milliseconds)
+  return ours, names | dict(ratio=step / float(np.median(ours)))
 
 
 def measure_compilation(config, kind: str) -> dict:
-  """One row of --what=compile: the step compiled anew, and once more from JAX's cache on disk.
+  """One row of --what=compile: the step compiled from scratch, and again from JAX's cache on disk.
 
   Returns:
     Names and numbers: compile_s, from_cache_s, memory of one device, multiply-adds (backward pass included), bytes of the
@@ -327,16 +253,24 @@ def measure_compilation(config, kind: str) -> dict:
     jax.clear_caches()
     again = programs.COMPILE[kind](Experiment(config), *shape)
   return dict(
-    what="compile", step=kind, model=config.model.name, dtype=config.dtype, device=experiment.mesh.devices.flat[0].device_kind,
-    devices=experiment.mesh.size, compile_s=program.seconds, from_cache_s=again.seconds, arguments_bytes=program.arguments,
-    temporary_bytes=program.temporary, multiply_adds=program.multiply_adds,
+    what="compile",
+    step=kind,
+    model=config.model.name,
+    dtype=config.dtype,
+    device=experiment.mesh.devices.flat[0].device_kind,
+    devices=experiment.mesh.size,
+    compile_s=program.seconds,
+    from_cache_s=again.seconds,
+    arguments_bytes=program.arguments,
+    temporary_bytes=program.temporary,
+    multiply_adds=program.multiply_adds,
     collective_bytes=sum(map(sum, program.collectives.values())),
-  )  # fmt: skip
+  )
 
 
 @contextlib.contextmanager
 def _cache_in(folder: str):
-  """JAX's cache of compiled programs in a folder, for any program however small; off again afterwards."""
+  """JAX's cache of compiled programs in a folder, for programs of any size; off again afterwards."""
   names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: getattr(jax.config, name) for name in names}
   for name, value in zip(names, (True, folder, 0)):

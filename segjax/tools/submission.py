@@ -1,4 +1,4 @@
-"""Predictions of a split as files, in the form that a benchmark's server takes; of other images: predict.py."""
+"""Predictions of a split as files, in the format of a benchmark's server. Other images: predict.py."""
 
 import pathlib
 import shutil
@@ -14,7 +14,7 @@ from PIL import Image
 from segjax import input_pipeline
 from segjax.config import ConfigError
 from segjax.experiment import Experiment
-from segjax.run import distributed, evaluation, outputs, pictures, warm_start
+from segjax.run import distributed, evaluation, outputs, pictures, report, warm_start
 
 
 def submit(config, workdir) -> pathlib.Path:
@@ -38,6 +38,7 @@ def submit(config, workdir) -> pathlib.Path:
   final, archive = outputs.output_path(workdir, f"predict_{split}"), f"results.{source.submission.archive}"
   paths = [result_path(source, index).as_posix() for index in range(len(source))]
   outputs.check_outputs(final, paths)
+  report.say(report.data_lines(config.data, {split: source}))
   input_pipeline.cache.check_room(config.data.cache, (source,))
   results = {archive, *paths}
   distributed.on_first(lambda: _check_replaceable(final, results))
@@ -75,7 +76,7 @@ def _check_replaceable(final: pathlib.Path, results: set[str]) -> None:
   for path in other:
     if path.is_symlink() or not (path.is_dir() or path.relative_to(final).as_posix() in results):
       raise ConfigError(
-        f"{final} is where predictions go, and {path} is none of them. Move it elsewhere; nothing was deleted."
+        f"{final} is the folder of predictions, and {path} is not one of them. Move it elsewhere; nothing was deleted."
       )
 
 
@@ -97,16 +98,16 @@ def _wait_for_all(name: str) -> None:
 
 def result_path(source, index: int) -> pathlib.PurePosixPath:
   """Of a prediction, inside the archive."""
-  form = source.submission
-  return outputs.output_path(pathlib.PurePosixPath(form.folder), f"{source.describe(index)}{form.suffix}")
+  target = source.submission
+  return outputs.output_path(pathlib.PurePosixPath(target.folder), f"{source.describe(index)}{target.suffix}")
 
 
 def write_png(path: pathlib.Path, prediction: np.ndarray, source) -> None:
   """[h, w] class ids as the PNG that the source's `submission` describes."""
-  form = source.submission
-  ids = np.array(form.ids, np.uint8)[prediction] if form.ids else prediction
+  target = source.submission
+  ids = np.array(target.ids, np.uint8)[prediction] if target.ids else prediction
   path.parent.mkdir(parents=True, exist_ok=True)
-  image = pictures.indexed_image(ids, pictures.color_table(source.palette)) if form.indexed else Image.fromarray(ids)
+  image = pictures.indexed_image(ids, pictures.color_table(source.palette)) if target.indexed else Image.fromarray(ids)
   image.save(path)
 
 

@@ -1,4 +1,4 @@
-"""Archives, unpacked without trusting what they claim: names, sizes, and that they are whole."""
+"""Unpacks archives without trusting them: their names and sizes are checked, and that they are complete."""
 
 import contextlib
 import functools
@@ -18,8 +18,15 @@ from segjax.files import atomic
 from segjax.input_pipeline.images import DataError
 
 # What damaged archives raise, and those packed as Python cannot unpack.
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError,
-           NotImplementedError)  # fmt: skip
+DAMAGE = (
+  tarfile.TarError,
+  zipfile.BadZipFile,
+  zlib.error,
+  lzma.LZMAError,
+  gzip.BadGzipFile,
+  EOFError,
+  NotImplementedError,
+)
 
 
 @contextlib.contextmanager

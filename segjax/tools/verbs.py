@@ -22,7 +22,7 @@ VERBS = {
 
 
 def main() -> None:
-  """The command line. Each command then sees the very arguments that it has after `python -m`."""
+  """The command line. Each command then gets the arguments that it has after `python -m`."""
   verb, *arguments = sys.argv[1:] or ["--help"]
   if verb in ("-h", "--help", "-help", "help"):
     print("segjax VERB [--config=NAME or FILE.py] [--config.field=value ...]; segjax VERB --help says more.\n")

@@ -14,7 +14,8 @@ from segjax.models.backbones.vgg import vgg_classifier
 from segjax.models.backbones.xception import Xception
 from segjax.models.deeplab_details import Details
 
-# Constructors, of keywords alone: output_stride, multi_grid, detail, bn_momentum, frozen_bn, dtype, rngs.
+# Constructors, of keywords alone: output_stride, multi_grid, detail, bn_momentum, frozen_bn, dtype, rngs; a MobileNetV2's
+# also depth_multiplier.
 BACKBONES = {
   "xception_41": functools.partial(Xception, 41),
   "xception_65": functools.partial(Xception, 65),
@@ -31,7 +32,7 @@ MEANS = {"symmetric": (127.5, 127.5, 127.5), "imagenet": layers.IMAGENET_MEAN}
 
 
 def build(name: str, *, output_stride: int, bn_momentum: float, frozen_bn: bool, dtype, rngs: nnx.Rngs,
-          multi_grid: Sequence[int] = (1, 1, 1), detail: Details = OFFICIAL,
+          multi_grid: Sequence[int] = (1, 1, 1), detail: Details = OFFICIAL, depth_multiplier: float = 1.0,
           auxiliary: bool = False) -> base.Backbone:  # fmt: skip
   """A backbone, which may have to have a place for an auxiliary head.
 
@@ -46,10 +47,15 @@ def build(name: str, *, output_stride: int, bn_momentum: float, frozen_bn: bool,
     raise ValueError(f"model.multi_grid = {tuple(multi_grid)!r}: give three whole numbers from 1, one per convolution.")
   if auxiliary and BACKBONES[name].func.auxiliary is None:
     raise ValueError(f"model.auxiliary = {auxiliary}: only a ResNet has one, {name} has not.")
+  if not depth_multiplier > 0:
+    raise ValueError(f"model.depth_multiplier = {depth_multiplier} must be above 0.")
+  if depth_multiplier != 1 and name != "mobilenet_v2":
+    raise ValueError(f"model.depth_multiplier = {depth_multiplier}: only mobilenet_v2 has one, leave it at 1.0.")
   base.check_share(bn_momentum=bn_momentum)
   backbone = BACKBONES[name](
     output_stride=output_stride, multi_grid=tuple(multi_grid), detail=detail, bn_momentum=bn_momentum,
     frozen_bn=frozen_bn, dtype=dtype, rngs=rngs,
+    **(dict(depth_multiplier=depth_multiplier) if name == "mobilenet_v2" else {}),
   )  # fmt: skip
   choices = backbone.low_levels
   backbone.low_level = next(iter(choices)) if detail.low_level == "auto" else detail.low_level

@@ -17,15 +17,25 @@ RESIDUALS = (
   (16, 1), (24, 2), (24, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (64, 1), (64, 1), (96, 1), (96, 1), (96, 1),
   (160, 2), (160, 1), (160, 1), (320, 1),
 )  # fmt: skip
+LAST = 1280  # Channels of the classifier's last convolution.
+
+
+def divisible(channels: float, divisor: int) -> int:
+  """The multiple of `divisor` next to a number of channels, but at least `divisor` and 90 % of them (official slim)."""
+  rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+  return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
 class InvertedResidual(layers.Block):
-  """1x1 expansion, 3x3 depthwise, linear 1x1 projection; plus the input where the shape stays."""
+  """1x1 expansion to `wide` channels, 3x3 depthwise, linear 1x1 projection; plus the input where the shape stays.
 
-  def __init__(self, in_features, features, *, expansion, stride, rate, padding, options):
+  Where `wide` is `in_features`, there is no expansion.
+  """
+
+  def __init__(self, in_features, wide, features, *, stride, rate, padding, options):
     norm, kernel_init = options["norm"], options["kernel_init"]
-    wide = in_features * expansion
-    if expansion > 1:
+    self.expands = wide > in_features
+    if self.expands:
       self.expand = layers.ConvNorm(in_features, wide, activation=jax.nn.relu6, **options)
     self.depthwise = layers.DepthwiseConv(
       wide, stride=stride, rate=rate, padding="valid" if padding == "early" else padding, kernel_init=kernel_init,
@@ -33,7 +43,7 @@ class InvertedResidual(layers.Block):
     )  # fmt: skip
     self.depthwise_norm = layers.BatchNorm(wide, dtype=options["dtype"], **norm)
     self.project = layers.ConvNorm(wide, features, activation=layers.linear, **options)
-    self.expands, self.adds = expansion > 1, stride == 1 and in_features == features
+    self.adds = stride == 1 and in_features == features
     self.pad = rate if padding == "early" else 0  # Pixels around the block's input.
 
   @layers.rematerialized
@@ -48,10 +58,11 @@ class InvertedResidual(layers.Block):
 
 
 class MobileNetV2(base.Backbone):
-  """MobileNetV2 of width 1 without the classifier.
+  """MobileNetV2 without the classifier.
 
   Args:
     output_stride: 8, 16 or 32.
+    depth_multiplier: of all numbers of channels, which are then rounded, see `Details.mobilenet_divisor`.
     multi_grid: it has none: (1, 1, 1).
     detail: dilate_first, and those of a MobileNetV2.
     bn_momentum, frozen_bn: of batch norm; official: momentum 0.997.
@@ -60,8 +71,8 @@ class MobileNetV2(base.Backbone):
     ValueError: another multi-grid.
   """
 
-  def __init__(self, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn, dtype=jnp.float32,
-               rngs: nnx.Rngs):  # fmt: skip
+  def __init__(self, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn, depth_multiplier=1.0,
+               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
     if multi_grid != (1, 1, 1):
       raise ValueError(f"model.multi_grid = {multi_grid!r}: mobilenet_v2 has none, leave it at (1, 1, 1).")
     padding = detail.mobilenet_padding
@@ -69,28 +80,31 @@ class MobileNetV2(base.Backbone):
       norm=dict(momentum=bn_momentum, epsilon=detail.mobilenet_epsilon, frozen=frozen_bn),
       kernel_init=nnx.initializers.truncated_normal(0.09), dtype=dtype, rngs=rngs,
     )  # fmt: skip
-    self.low_levels = {"layer_4/depthwise": 144, "layer_4": 24}
-    self.layer_1 = layers.ConvNorm(
-      3, 32, 3, stride=2, padding="valid" if padding == "early" else padding, activation=jax.nn.relu6, **options
-    )
-    in_features = 32
+    divisor = detail.mobilenet_divisor or (8 if depth_multiplier == 1 else 1)
+    in_features, *widths = (divisible(n * depth_multiplier, divisor) for n in (32, *(n for n, _ in RESIDUALS)))
+    first = "valid" if padding == "early" else padding
+    self.layer_1 = layers.ConvNorm(3, in_features, 3, stride=2, padding=first, activation=jax.nn.relu6, **options)
+    self.low_levels, ends = {}, {}
     placed = strides.strides_to_rates([stride for _, stride in RESIDUALS], output_stride // 2, detail.dilate_first)
-    for n, ((features, _), (stride, rate)) in enumerate(zip(RESIDUALS, placed), start=2):
-      expansion = 1 if n == 2 else 6
+    for n, (features, (stride, rate)) in enumerate(zip(widths, placed), start=2):
+      wide = in_features if n == 2 else divisible(6 * in_features, 8)
       layer = InvertedResidual(
-        in_features, features, expansion=expansion, stride=stride, rate=rate, padding=padding, options=options
+        in_features, wide, features, stride=stride, rate=rate, padding=padding, options=options
       )  # fmt: skip
       setattr(self, f"layer_{n}", layer)
+      self.low_levels |= {"layer_4/depthwise": wide, "layer_4": features} if n == 4 else {}
+      ends[n] = f"layer_{n}", features
       in_features = features
-    last = detail.mobilenet_last_conv
-    self.layer_19 = layers.ConvNorm(in_features, 1280, activation=jax.nn.relu6, **options) if last else None
-    self.pyramid = {4: ("layer_4", 24), 8: ("layer_7", 32), 16: ("layer_14", 96)}
-    self.pyramid[32] = ("layer_19", 1280) if last else ("layer_18", in_features)
+    last = divisible(LAST * max(depth_multiplier, 1), 8)  # No multiplier narrows it (slim).
+    self.layer_19 = (
+      layers.ConvNorm(in_features, last, activation=jax.nn.relu6, **options) if detail.mobilenet_last_conv else None
+    )
+    self.pyramid = {4: ends[4], 8: ends[7], 16: ends[14], 32: ends[18] if self.layer_19 is None else ("layer_19", last)}
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
-    """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, 320], rounded up.
+    """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, `features`], rounded up.
 
-    1280 channels with the last convolution.
+    320 at depth multiplier 1; 1280 with the last convolution.
     """
     x = endpoints["layer_1"] = self.layer_1(image, train)
     for n in range(2, len(RESIDUALS) + 2):

@@ -7,15 +7,14 @@ adds what the numbers in the masks mean.
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import cache, datasets, images, inventory
+from segjax.input_pipeline import cache, images, inventory, masks
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.order import mix
+from segjax.input_pipeline.sources import datasets
 
 
 class Files:
@@ -28,20 +27,25 @@ class Files:
     others: () -> what else lies in their folders; see `inventory.search`.
   """
 
-  def __init__(self, names: Sequence[str], pairs: Sequence[tuple[pathlib.Path, pathlib.Path | None]],
-               reading: images.Reading, others: Callable[[], dict[pathlib.Path, inventory.Unused]]):  # fmt: skip
+  def __init__(
+    self,
+    names: Sequence[str],
+    pairs: Sequence[tuple[pathlib.Path, pathlib.Path | None]],
+    reading: images.Reading,
+    others: Callable[[], dict[pathlib.Path, inventory.Unused]],
+  ):
     self.names = list(names)
     self._pairs = list(pairs)
     self._reading, self._others = reading, others
 
   @functools.cached_property
   def others(self) -> dict[pathlib.Path, inventory.Unused]:
-    """As of `Source.others`."""
+    """See `Source.others`."""
     return self._others()
 
   @property
   def files(self) -> dict[str, list[pathlib.Path]]:
-    """As of `Source.files`."""
+    """See `Source.files`."""
     return dict(image=[image for image, _ in self._pairs], mask=[mask for _, mask in self._pairs if mask])
 
   @functools.cached_property
@@ -55,42 +59,26 @@ class Files:
 
   @property
   def exif(self) -> str:
-    """What becomes of images without a mask that EXIF wants turned, as of `images.Reading.exif`.
-
-    What the masks of this split tell, where they agree, or else what was configured.
+    """The EXIF rule for images without a mask, see `images.Reading.exif`: that of this split's masks where they agree,
+    else the configured one.
     """
-    told = self._headers[1]
-    return next(iter(told)) if len(told) == 1 else self._reading.exif
+    rules = self._headers[1]
+    return next(iter(rules)) if len(rules) == 1 else self._reading.exif
 
   @functools.cached_property
-  def _headers(self) -> tuple[tuple[int, int], set[str]]:
-    """The canvas, and all that masks' sizes tell about EXIF."""
-    masks, sizes, told, problems = images.MaskHeaders(self._reading.same_colors), [], set(), []
-    for image_path, mask_path in self._pairs:
-      try:
-        header = images.read_header(image_path)
-        mask_size = masks.size(mask_path) if mask_path else None
-        size = header.size_by(self._reading.exif, mask_size)
-        if mask_size and size != mask_size:
-          raise DataError(images.size_problem(image_path, size, mask_path, mask_size))
-        told.add(header.told_by(mask_size))
-        sizes.append(size)
-      except DataError as error:
-        problems.append(str(error))
-    if problems:
-      shown = "\n  ".join(problems[:20])
-      raise DataError(f"{len(problems)} of {len(self._pairs)} examples cannot be used:\n  {shown}")
-    return sizes, told - {None}
+  def _headers(self) -> tuple[list[tuple[int, int]], set[str]]:
+    """See `masks.read_sizes`."""
+    return masks.read_sizes(((image, None, mask, None) for image, mask in self._pairs), self._reading)
 
   def identity(self, index: int) -> tuple[str, str]:
-    """See `Source.identity`: the paths of its files, and their sizes times of change, and how they are read."""
+    """See `Source.identity`: the paths of its files, their sizes and times of change, and how they are read."""
     paths = [os.path.abspath(path) for path in self._pairs[index] if path is not None]
     return "|".join([*paths, repr(self._reading)]), " ".join(map(cache.file_state, paths))
 
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray | None]:
     """Image's path and pixels [H, W, 3] uint8, mask's path and stored numbers [H, W] (RGB: [H, W, 3]) or None."""
     image_path, mask_path = self._pairs[index]
-    mask = images.read_mask(mask_path, by_color=self._reading.by_color) if mask_path else None
+    mask = masks.read_mask(mask_path, by_color=self._reading.by_color) if mask_path else None
     mask_size = None if mask is None else mask.shape[:2]
     image = images.read_image(image_path, exif=self._reading.exif, mask_size=mask_size)
     return str(image_path), image, str(mask_path), mask
@@ -110,9 +98,18 @@ class Source:
     submission: how predictions are written.
   """
 
-  def __init__(self, store, classes: Sequence[str], palette: np.ndarray, to_label: Callable, *, meaning: str = "",
-               labelled: bool = True, notes: Sequence[str] = (),
-               submission: datasets.Submission = datasets.PLAIN_SUBMISSION):  # fmt: skip
+  def __init__(
+    self,
+    store,
+    classes: Sequence[str],
+    palette: np.ndarray,
+    to_label: Callable,
+    *,
+    meaning: str = "",
+    labelled: bool = True,
+    notes: Sequence[str] = (),
+    submission: datasets.Submission = datasets.PLAIN_SUBMISSION,
+  ):
     self._store, self._to_label, self._meaning = store, to_label, meaning
     self.kept = {}  # {index: (state, example)} of `cache.Cached`.
     self.classes, self.palette = tuple(classes), palette
@@ -146,12 +143,12 @@ class Source:
 
   @property
   def exif(self) -> str:
-    """What becomes of images without a mask that EXIF wants turned: "refuse", "apply" or "ignore"; see `Files.exif`."""
+    """The EXIF rule for images without a mask: "refuse", "apply" or "ignore"; see `Files.exif`."""
     return self._store.exif
 
   @property
   def others(self) -> dict[pathlib.Path, inventory.Unused]:
-    """What lies in the split's folders beside its own files, and why; may be another split's (`inventory.unused`).
+    """What lies in the split's folders beside its own files, and why it is not used; may be another split's (`inventory.unused`).
 
     Raises:
       DataError: a folder that may not be read.
@@ -181,54 +178,29 @@ class Source:
       return image, np.full(image.shape[:2], IGNORE_LABEL, np.uint8)
     label = self._to_label(mask_path, mask)
     if image.shape[:2] != label.shape:
-      raise DataError(images.size_problem(image_path, image.shape[:2], mask_path, label.shape))
+      raise DataError(masks.size_problem(image_path, image.shape[:2], mask_path, label.shape))
     return image, label
-
-
-def held_out(names: Sequence[str], *, holdout: float, folds: int, fold: int, seed: int, group: str = "") -> set[str]:
-  """The names that are "val" where all images share a folder; the others are "train".
-
-  Args:
-    holdout: share of all, below 1. By a hash of each name, so that adding images moves no other image to the other side.
-      From 1 on: so many of them.
-    folds, fold: with folds > 0, instead: part `fold` of as many parts, whose sizes differ by one at most and which
-      together are all names.
-    seed: another one makes another choice.
-    group: regular expression. Names in which it finds the same text are one, and stay together: all of the above is then
-      said of groups.
-
-  Raises:
-    DataError: a group that is no regular expression or is not in every name, or nothing left to train on.
-  """
-  try:
-    found = {name: re.search(group, name) if group else None for name in names}
-  except re.error as error:
-    raise DataError(f"data.group = {group!r}: no regular expression ({error}).") from error
-  if group and (without := [name for name in names if not found[name]]):
-    raise DataError(
-      f"data.group = {group!r} finds nothing in {len(without)} of {len(names)} names: {images.listed(without)}. Correct"
-      " it, or rename them."
-    )
-  unit_of = {name: found[name].group() if group else name for name in names}
-  hashes = {
-    unit: int(mix(*((seed,) if seed else ()), *unit.encode(errors="surrogateescape"))) for unit in unit_of.values()
-  }
-  ranked = sorted(hashes, key=hashes.__getitem__)
-  if folds:
-    held = set(ranked[fold::folds])
-  elif holdout < 1:
-    held = {unit for unit in ranked if hashes[unit] / 2**64 < holdout}
-  else:
-    held = set(ranked[: int(holdout)])
-  if names and len(held) == len(hashes):
-    what = f"data.folds = {folds}" if folds else f"data.holdout = {holdout:g}"
-    raise DataError(
-      f"{what} holds out all of the {len(hashes)} {'groups' if group else 'images'}, so there is none left to train on."
-      " Hold out fewer, or add images."
-    )
-  return {name for name in names if unit_of[name] in held}
 
 
 def count_note(split: str, count: int, official: int) -> list[str]:
   """A note where a benchmark's split is not the official one, whose scores would not compare."""
   return [] if count == official else [f"split {split!r} has {count} images, the official one {official}"]
+
+
+def find_folder(dir: str, names: Sequence[str], *, holds: str, archive: str) -> pathlib.Path:
+  """A benchmark's folder: `dir`, or one of `names` below it, whichever holds the folder `holds`.
+
+  Args:
+    archive: that unpacks to it, for the message.
+
+  Raises:
+    DataError: there is none.
+  """
+  given = pathlib.Path(dir).expanduser()
+  for root in (given, *(given / name for name in names)):
+    if (root / holds).is_dir():
+      return root
+  raise DataError(
+    f"data.dir = {dir}: no folder {holds} there, nor in {' or '.join(names)} below it. Name the folder {names[0]} that"
+    f" {archive} unpacks to."
+  )

@@ -5,9 +5,11 @@ import re
 
 import numpy as np
 
-from segjax.input_pipeline import datasets, images, inventory, mask_values
+from segjax.input_pipeline import images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Files, Source, count_note, held_out
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Files, Source, count_note, find_folder
+from segjax.input_pipeline.sources.holdout import HoldOut
 
 SPLITS = ("train", "val", "trainval", "test")
 _COLOR_TABLE = {int(color, 16): label for color, label in datasets.KITTI_ROAD_MASK_COLORS.items()}
@@ -27,22 +29,6 @@ def to_label(path: str, mask: np.ndarray) -> np.ndarray:
   if mask.ndim == 2:
     raise DataError(f"{path}: not an RGB file. {_REMEDY}")
   return mask_values.map_colors(path, mask, _COLOR_TABLE, _REMEDY).astype(np.uint8)
-
-
-def find_root(dir: str) -> pathlib.Path:
-  """The folder data_road at, or below, `dir`.
-
-  Raises:
-    DataError: there is none.
-  """
-  given = pathlib.Path(dir).expanduser()
-  for root in (given, given / "data_road"):
-    if (root / "training" / "image_2").is_dir():
-      return root
-  raise DataError(
-    f"data.dir = {dir}: no folder training/image_2 there, nor in data_road below it. Name the folder data_road that"
-    " data_road.zip unpacks to."
-  )
 
 
 def find_images(root: pathlib.Path, part: str) -> dict[str, pathlib.Path]:
@@ -85,30 +71,31 @@ class KittiRoadSource(Source):
 
   Args:
     dir: data_road, or the folder above it.
-    split: "train" and "val" share the training images, which have no official split: what `held_out` chooses is "val".
+    split: "train" and "val" share the training images, which have no official split: what `hold_out` chooses is "val".
       "trainval" is all of them, "test" the testing images (no public labels).
     labels: "road", or "lane", which the car is on: then only the images um_* count, as the others have no such masks.
-    holdout, folds, fold, split_seed: as of the folder source.
+    hold_out: how "val" is chosen.
     exif: see `images.Reading`.
 
   Raises:
     DataError: another split, a wrong root, or files that are missing, named.
   """
 
-  def __init__(self, *, dir: str, split: str, labels: str = "road", holdout: float = 0.2, folds: int = 0, fold: int = 0,
-               split_seed: int = 0, exif: str = "refuse"):  # fmt: skip
+  def __init__(
+    self, *, dir: str, split: str, labels: str = "road", hold_out: HoldOut = HoldOut(holdout=0.2), exif: str = "refuse"
+  ):
     if split not in SPLITS:
       raise DataError(f"KITTI road has no split {split!r}: choose one of {', '.join(SPLITS)}.")
-    root, part = find_root(dir), "testing" if split == "test" else "training"
+    part = "testing" if split == "test" else "training"
+    root = find_folder(dir, ("data_road",), holds="training/image_2", archive="data_road.zip")
     found = {name: path for name, path in find_images(root, part).items() if labels == "road" or name.startswith("um_")}
     masks = root / "training" / "gt_image_2"
     if split != "test":
       missing = [mask_name(name, labels) for name in found if not (masks / mask_name(name, labels)).is_file()]
       if missing:
         other = "lane" if labels == "road" else "road"
-        hint = f" The masks of the {other} are there: data.labels={other}" if all(
-          (masks / mask_name(name, other)).is_file() for name in found
-        ) else ""  # fmt: skip
+        others_there = all((masks / mask_name(name, other)).is_file() for name in found)
+        hint = f" The masks of the {other} are there: data.labels={other}" if others_there else ""
         raise DataError(
           f"{masks}: {len(missing)} of {len(found)} masks are missing: {images.listed(missing)}. Unzip data_road.zip"
           f" again.{hint}"
@@ -117,7 +104,7 @@ class KittiRoadSource(Source):
     official = sum(datasets.KITTI_ROAD_COUNTS[category][split == "test"] for category in categories)
     notes = count_note(part, len(found), official)
     if split in ("train", "val"):
-      held = held_out(list(found), holdout=holdout, folds=folds, fold=fold, seed=split_seed)
+      held = hold_out.choose(list(found))
       found = {name: path for name, path in found.items() if (name in held) == (split == "val")}
     if not found:
       raise DataError(f"split {split!r} of {root} is empty. Hold out more images: data.holdout or data.folds.")

@@ -4,16 +4,21 @@ import pathlib
 
 import numpy as np
 
-from segjax.input_pipeline import datasets, images, inventory, mask_values
+from segjax.input_pipeline import images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Files, Source, count_note
-from segjax.input_pipeline.tfds_store import Records
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Files, Source, count_note, find_folder
+from segjax.input_pipeline.sources.tfds_store import Records
 
 AUG_FOLDER = "SegmentationClassAug"  # Masks that segjax.prepare made from SBD.
 # Splits of the TFDS data set `voc_segmentation`, which stores every image once.
 TFDS_SPLITS = {
-  "train": ("train",), "val": ("val",), "trainval": ("train", "val"), "trainaug": ("train", "sbd"), "test": ("test",),
-}  # fmt: skip
+  "train": ("train",),
+  "val": ("val",),
+  "trainval": ("train", "val"),
+  "trainaug": ("train", "sbd"),
+  "test": ("test",),
+}
 _REMEDY = (
   "VOC's masks are palette PNGs that hold 0 to 20 and 255: restore the file from VOC's archive or segjax.prepare."
 )
@@ -25,14 +30,8 @@ def find_root(dir: str) -> pathlib.Path:
   Raises:
     DataError: there is none.
   """
-  given = pathlib.Path(dir).expanduser()
-  for root in (given, given / "VOC2012", given / "VOCdevkit" / "VOC2012"):
-    if (root / "JPEGImages").is_dir():
-      return root
-  raise DataError(
-    f"data.dir = {dir}: no folder JPEGImages there, in VOC2012 or in VOCdevkit/VOC2012 below it. Name the folder VOC2012"
-    " that VOCtrainval_11-May-2012.tar unpacks to."
-  )
+  folders, archive = ("VOC2012", "VOCdevkit/VOC2012"), "VOCtrainval_11-May-2012.tar"
+  return find_folder(dir, folders, holds="JPEGImages", archive=archive)
 
 
 def list_file(root: pathlib.Path, split: str) -> pathlib.Path:
@@ -49,9 +48,9 @@ def read_list(root: pathlib.Path, split: str) -> list[str]:
   path = list_file(root, split)
   if not path.is_file():
     archive = "VOC2012test.tar" if split == "test" else "VOCtrainval_11-May-2012.tar"
-    remedy = f"Unpack {archive} there." if split != "trainaug" else (
-      "Make it from VOC and SBD: python -m segjax.prepare voc --devkit=VOCdevkit/VOC2012 --sbd=benchmark_RELEASE/dataset"
-    )  # fmt: skip
+    remedy = f"Unpack {archive} there."
+    if split == "trainaug":
+      remedy = "Make it from VOC and SBD: python -m segjax.prepare voc --devkit=VOCdevkit/VOC2012 --sbd=benchmark_RELEASE/dataset"
     raise DataError(f"{path}: no such list. {remedy}")
   names = images.read_lines(path)
   if not names:

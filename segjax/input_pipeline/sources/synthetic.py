@@ -7,8 +7,9 @@ are random, so that colour alone never gives a class away.
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets
 from segjax.input_pipeline.order import mix
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Source
 
 CLASSES = ("ground", "disk", "square", "triangle", "ring", "cross")
 
@@ -44,46 +45,18 @@ def _texture(rng, kind: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
   return rng.uniform(50, 205, 3) + pattern[..., None] * rng.uniform(20, 50, 3)
 
 
-class SyntheticSource:
-  """Random access to generated examples; example i of a split is a pure function of (split, i).
+class _Generator:
+  """A store of generated examples; see `base.Files`."""
 
-  Args:
-    split: "train", or any other, which is drawn from other seeds.
-    num_train: examples in the split "train".
-    num_val: examples in any other split.
-    image_size: (H, W), pixels.
-    dir, exif: unused, there are no files.
-  """
-
-  def __init__(self, *, split: str, dir: str = "", exif: str = "refuse", num_train: int = 512,
-               num_val: int = 64, image_size: tuple[int, int] = (64, 64)):  # fmt: skip
-    self.classes, self.palette = self.named_classes()
-    self.canvas_size = tuple(image_size)
-    self.sizes = [self.canvas_size] * (num_train if split == "train" else num_val)
-    self.labelled, self.notes, self.submission = True, (), datasets.PLAIN_SUBMISSION
-    self.others, self.exif = {}, exif
+  def __init__(self, split: str, count: int, size: tuple[int, int], exif: str):
+    self.names, self.sizes = [f"synthetic_{index:05d}" for index in range(count)], [size] * count
+    self.files, self.others, self.exif = dict(image=[]), {}, exif
     self._seed = int.from_bytes(split.encode()[:7], "little")
 
-  @staticmethod
-  def named_classes(**_) -> tuple[tuple[str, ...], np.ndarray]:
-    """See `input_pipeline.named_classes`."""
-    return CLASSES, datasets.palette(len(CLASSES))
-
-  def __len__(self) -> int:
-    return len(self.sizes)
-
-  def files(self, border: bool = False) -> dict[str, list]:
-    """As of `source.Source.files`."""
-    return dict(image=[])
-
-  def describe(self, index: int) -> str:
-    """A name for messages and pictures."""
-    return f"synthetic_{index:05d}"
-
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """image [H, W, 3] uint8, label [H, W] uint8 (void along every outline, 2 pixels wide)."""
+  def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray]:
+    """See `base.Files`; labels are void along every outline, 2 pixels wide."""
     rng = np.random.Generator(np.random.PCG64(int(mix(self._seed, index))))
-    h, w = self.canvas_size
+    h, w = self.sizes[index]
     y, x = np.mgrid[:h, :w].astype(np.float32)
     image = _texture(rng, 0, y, x)
     label = np.zeros((h, w), np.uint8)
@@ -101,4 +74,37 @@ class SyntheticSource:
       image[box] = np.where((distance < 0)[..., None], texture, image[box])
       label[box] = np.where(np.abs(distance) < 1, IGNORE_LABEL, np.where(distance < 0, kind, label[box]))
     image += rng.normal(0, 6, image.shape)
-    return np.clip(image, 0, 255).astype(np.uint8), label
+    name = self.names[index]
+    return name, np.clip(image, 0, 255).astype(np.uint8), name, label
+
+
+class SyntheticSource(Source):
+  """Random access to generated examples; example i of a split is a pure function of (split, i).
+
+  Args:
+    split: "train", or any other, which is drawn from other seeds.
+    num_train: examples in the split "train".
+    num_val: examples in any other split.
+    image_size: (H, W), pixels.
+    dir, exif: unused, there are no files.
+  """
+
+  def __init__(
+    self,
+    *,
+    split: str,
+    dir: str = "",
+    exif: str = "refuse",
+    num_train: int = 512,
+    num_val: int = 64,
+    image_size: tuple[int, int] = (64, 64),
+  ):
+    count = num_train if split == "train" else num_val
+    super().__init__(
+      _Generator(split, count, tuple(image_size), exif), *self.named_classes(), lambda path, label: label
+    )
+
+  @staticmethod
+  def named_classes(**_) -> tuple[tuple[str, ...], np.ndarray]:
+    """See `input_pipeline.named_classes`."""
+    return CLASSES, datasets.palette(len(CLASSES))

@@ -6,24 +6,27 @@ import re
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import datasets, images, inventory, mask_values
+from segjax.input_pipeline import images, inventory, mask_values
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Files, Source, count_note
-from segjax.input_pipeline.tfds_store import Records
+from segjax.input_pipeline.sources import datasets
+from segjax.input_pipeline.sources.base import Files, Source, count_note
+from segjax.input_pipeline.sources.tfds_store import Records
 
 CLASSES = tuple(name for name, _, _ in datasets.CITYSCAPES)
-# Of id 0 .. 255: its class, void for the ids that the benchmark ignores, -1 for what is no id.
+# The class of each id in 0 .. 255: void for the ids that the benchmark ignores, -1 for numbers that are not ids.
 LABEL_MAP = dict.fromkeys(range(256), -1)
 LABEL_MAP |= dict.fromkeys(range(datasets.CITYSCAPES_NUM_IDS), IGNORE_LABEL)
 LABEL_MAP |= {label_id: train_id for train_id, (_, label_id, _) in enumerate(datasets.CITYSCAPES)}
 
 IMAGES = "leftImg8bit"
 IMAGE_SUFFIX = "_leftImg8bit.png"
-_LABEL_FORMS = r"(?:labelIds|labelTrainIds|instanceIds|instanceTrainIds|color)\.png|polygons\.json"
+_LABEL_FILES = r"(?:labelIds|labelTrainIds|instanceIds|instanceTrainIds|color)\.png|polygons\.json"
 _ZIPS = {
-  (IMAGES, "train_extra"): "leftImg8bit_trainextra.zip", (IMAGES, None): "leftImg8bit_trainvaltest.zip",
-  ("gtFine", None): "gtFine_trainvaltest.zip", ("gtCoarse", None): "gtCoarse.zip",
-}  # fmt: skip
+  (IMAGES, "train_extra"): "leftImg8bit_trainextra.zip",
+  (IMAGES, None): "leftImg8bit_trainvaltest.zip",
+  ("gtFine", None): "gtFine_trainvaltest.zip",
+  ("gtCoarse", None): "gtCoarse.zip",
+}
 _TFDS_SPLITS = {"train": "train", "val": "validation", "test": "test", "train_extra": "train_extra"}
 
 
@@ -86,7 +89,7 @@ def _is_image(path: pathlib.Path, folder: pathlib.Path) -> bool:
 
 
 def others(root: pathlib.Path, split: str, labels: str) -> dict[pathlib.Path, inventory.Unused]:
-  """What lies beside the split's files; other forms of its labels are the zips' own, and nothing is wrong with them."""
+  """What lies beside the split's files; its other label files belong to the zips, and nothing is wrong with them."""
   folder, mask_folder = root / IMAGES / split, root / labels / split
   photos, found = inventory.search(folder, levels=1)
   found |= dict.fromkeys(photos, inventory.MISNAMED)
@@ -96,10 +99,10 @@ def others(root: pathlib.Path, split: str, labels: str) -> dict[pathlib.Path, in
   masks, unknown = inventory.search(mask_folder, levels=1)
   found |= unknown | dict.fromkeys(masks, inventory.MISNAMED)
   for path in (*masks, *unknown):
-    if form := re.fullmatch(rf"([^.].*)_{labels}_({_LABEL_FORMS})", path.name):
-      if form[1] not in names and split != "test":
+    if match := re.fullmatch(rf"([^.].*)_{labels}_({_LABEL_FILES})", path.name):
+      if match[1] not in names and split != "test":
         found[path] = inventory.NO_IMAGE
-      elif form[2] != "labelIds.png" or split == "test":  # A second one of the same name is not used.
+      elif match[2] != "labelIds.png" or split == "test":  # A second one of the same name is not used.
         del found[path]
   return found
 
@@ -122,7 +125,7 @@ def _existing(root: pathlib.Path, kind: str, split: str) -> pathlib.Path:
 
 def _notes(names: list[str], split: str) -> list[str]:
   notes = count_note(split, len(names), datasets.CITYSCAPES_COUNTS[split])
-  absent = set(datasets.CITYSCAPES_CITIES[split]) - {name.rsplit("_", 2)[0] for name in names}
+  absent = set(datasets.CITYSCAPES_CITIES[split].split()) - {name.rsplit("_", 2)[0] for name in names}
   return notes + ([f"split {split!r} lacks the cities {', '.join(sorted(absent))}"] if absent else [])
 
 

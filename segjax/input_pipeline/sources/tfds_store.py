@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from segjax.files import atomic
-from segjax.input_pipeline import cache, images
+from segjax.input_pipeline import cache, images, masks
 from segjax.input_pipeline.images import DataError
 
 
@@ -33,14 +33,15 @@ class Records:
     reading: how to read images and masks.
 
   Attributes:
-    exif: as of `source.Files`, though what masks tell is not kept in the index.
+    exif: the configured rule; the index keeps none that masks imply (see `base.Files`).
 
   Raises:
     DataError: no such data set, split or feature, another file format than ArrayRecord, or TFDS not installed.
   """
 
-  def __init__(self, dir: str, dataset: str, splits: tuple[str, ...], *, image: str, mask: str, id: str,
-               reading: images.Reading):  # fmt: skip
+  def __init__(
+    self, dir: str, dataset: str, splits: tuple[str, ...], *, image: str, mask: str, id: str, reading: images.Reading
+  ):
     self._dataset, self._features, self._reading, self.exif = dataset, (image, mask), reading, reading.exif
     folder = _find_version(pathlib.Path(dir).expanduser(), dataset)
     builder = _open_builder(folder)
@@ -51,7 +52,7 @@ class Records:
         )
     self._parts = [_open_split(builder, folder, split) for split in splits]
     shards = {pathlib.Path(path) for split in splits for path in builder.info.splits[split].filepaths}
-    self.files, self.others = dict(image=[], shard=sorted(shards)), {}  # As of `Source`.
+    self.files, self.others = dict(image=[], shard=sorted(shards)), {}  # See `Source`.
     indices = [_index(folder, split, part, image, mask, id, reading) for split, part in zip(splits, self._parts)]
     rows = [(name, part, i) for part, index in enumerate(indices) for i, name in enumerate(index["names"])]
     if id:
@@ -59,23 +60,23 @@ class Records:
     if not rows:
       raise DataError(f"{folder}: the split {'+'.join(splits)} is empty. Build the data set again.")
     self.names = [name for name, _, _ in rows]
-    self._places = [(part, i) for _, part, i in rows]
-    self.sizes = [tuple(indices[part]["sizes"][i]) for part, i in self._places]
+    self._records = [(part, i) for _, part, i in rows]
+    self.sizes = [tuple(indices[part]["sizes"][i]) for part, i in self._records]
     self._origins = [f"{os.path.abspath(folder)}|{split}|{image}|{mask}" for split in splits]
     self._state = " ".join(map(cache.file_state, sorted(folder.glob("*array_record*"))))
 
   def identity(self, index: int) -> tuple[str, str]:
-    """See `Source.identity`: the place of its record, and all shards' sizes and times of change at the start."""
-    part, place = self._places[index]
-    return f"{self._origins[part]}|{place}", self._state
+    """See `Source.identity`: the number of its record, and all shards' sizes and times of change at the start."""
+    part, number = self._records[index]
+    return f"{self._origins[part]}|{number}", self._state
 
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray]:
-    """As of `source.Files`."""
-    part, place = self._places[index]
-    record = _record(self._parts[part], place, self._dataset, self._features)
+    """See `base.Files`."""
+    part, number = self._records[index]
+    record = _record(self._parts[part], number, self._dataset, self._features)
     image, mask = (io.BytesIO(record[feature]) for feature in self._features)
     where = [f"{self._dataset}: {feature} of {self.names[index]}" for feature in self._features]
-    labels = images.read_mask(where[1], mask, by_color=self._reading.by_color)
+    labels = masks.read_mask(where[1], mask, by_color=self._reading.by_color)
     pixels = images.read_image(where[0], image, exif=self._reading.exif, mask_size=labels.shape[:2])
     return where[0], pixels, where[1], labels
 
@@ -93,7 +94,7 @@ def _find_version(root: pathlib.Path, dataset: str) -> pathlib.Path:
 
 def _open_builder(folder: pathlib.Path):
   try:
-    import tensorflow_datasets as tfds  # Takes a second, and nobody else needs it.
+    import tensorflow_datasets as tfds  # Takes a second; only this source needs it.
   except ImportError as error:
     raise DataError(f"Reading {folder} needs TFDS ({error}). Install it: pip install tensorflow-datasets.") from error
   try:
@@ -119,23 +120,23 @@ def _open_split(builder, folder: pathlib.Path, split: str):
     raise DataError(f"{folder}: no split {split!r}; it has {known}. Correct the split.") from error
 
 
-def _record(part, place: int, where: str, features) -> dict[str, bytes]:
-  """The record at a place, its images encoded.
+def _record(part, number: int, where: str, features) -> dict[str, bytes]:
+  """A record by its number, its images encoded.
 
   Raises:
     DataError: it cannot be read, or lacks a feature.
   """
   try:
-    record = part[place]
+    record = part[number]
   except Exception as error:  # ArrayRecord and TFDS name no classes of their own.
-    raise DataError(f"{where}: record {place} is damaged ({error}). Build the data set again.") from error
+    raise DataError(f"{where}: record {number} is damaged ({error}). Build the data set again.") from error
   if lost := [feature for feature in features if not record[feature]]:
-    raise DataError(f"{where}: record {place} is damaged, without {', '.join(lost)}. Build the data set again.")
+    raise DataError(f"{where}: record {number} is damaged, without {', '.join(lost)}. Build the data set again.")
   return record
 
 
 def _read_index(path: pathlib.Path, count: int) -> dict[str, list] | None:
-  """What `_index` wrote, of `count` records; None where there is no such file, or one damaged or of other shards."""
+  """What `_index` wrote, of `count` records; None where the file is missing, damaged or of other shards."""
   try:
     index = json.loads(path.read_text())
     names, sizes = index["names"], [(int(h), int(w)) for h, w in index["sizes"]]
@@ -157,24 +158,17 @@ def _index(
   path = folder / f"segjax_index_{urllib.parse.quote('-'.join(filter(None, parts)), safe='-')}.json"
   if index := _read_index(path, len(part)):
     return index
-  masks, names, sizes, problems = images.MaskHeaders(reading.same_colors), [], [], []
-  what, few = f"indexing {folder.parent.name} {split}", len(part) < 100
-  for i in tqdm.tqdm(range(len(part)), what, unit=" images", disable=few):
-    record = _record(part, i, f"{folder} {split}", [f for f in (image, mask, id) if f])
-    name = record[id].decode(errors="surrogateescape") if id else f"{split}_{i:06d}"
-    try:
-      mask_size = masks.size(f"{folder}: {mask} of {name}", io.BytesIO(record[mask]))
-      header = images.read_header(f"{folder}: {image} of {name}", io.BytesIO(record[image]))
-      size = header.size_by(reading.exif, mask_size)
-      if size != mask_size:
-        raise DataError(images.size_problem(f"{image} of {name}", size, f"{folder}: {mask} of {name}", mask_size))
-    except DataError as error:
-      problems.append(str(error))
-    else:
-      names.append(name)
-      sizes.append(size)
-  if problems:
-    raise DataError(f"{len(problems)} of {len(part)} examples cannot be used:\n  " + "\n  ".join(problems[:20]))
+  names, features = [], [feature for feature in (image, mask, id) if feature]
+
+  def examples():
+    what = f"indexing {folder.parent.name} {split}"
+    for i in tqdm.tqdm(range(len(part)), what, unit=" images", disable=len(part) < 100):
+      record = _record(part, i, f"{folder} {split}", features)
+      names.append(record[id].decode(errors="surrogateescape") if id else f"{split}_{i:06d}")
+      image_name, mask_name = (f"{folder}: {feature} of {names[-1]}" for feature in (image, mask))
+      yield image_name, io.BytesIO(record[image]), mask_name, io.BytesIO(record[mask])
+
+  sizes, _ = masks.read_sizes(examples(), reading)
   index = dict(names=names, sizes=sizes)
   try:
     atomic.write_text(path, json.dumps(index))

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from segjax.input_pipeline.folder import MaskMeaning
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Source
-from segjax.input_pipeline.tfds_store import Records
+from segjax.input_pipeline.sources.base import Source
+from segjax.input_pipeline.sources.mask_labels import MaskLabels, MaskMeaning
+from segjax.input_pipeline.sources.tfds_store import Records
 
 
 class TfdsSource(Source):
@@ -17,24 +17,34 @@ class TfdsSource(Source):
     dataset: any TFDS data set in ArrayRecord files under `dir`: "oxford_iiit_pet", or "name/config".
     image_feature, mask_feature: names of the features.
     id_feature: feature that names the examples, e.g. "file_name". Empty: they are numbered.
-    classes, colors, void_colors, label_map, exif: as of the folder source.
+    mask_labels: what the masks mean.
+    exif: see `images.Reading`.
 
   Raises:
     DataError: no such data set, split or feature, another file format, or options that contradict each other.
   """
 
-  def __init__(self, *, dir: str, split: str, dataset: str = "", image_feature: str = "image",
-               mask_feature: str = "segmentation_mask", id_feature: str = "", classes: tuple = (), colors: tuple = (),
-               void_colors: tuple = (), label_map: str = "", exif: str = "refuse"):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    dir: str,
+    split: str,
+    dataset: str = "",
+    image_feature: str = "image",
+    mask_feature: str = "segmentation_mask",
+    id_feature: str = "",
+    mask_labels: MaskLabels = MaskLabels(),
+    exif: str = "refuse",
+  ):
     if not dataset:
       raise DataError("data.dataset: name a TFDS data set, e.g. --config.data.dataset=oxford_iiit_pet.")
-    meaning = MaskMeaning(tuple(classes), colors, void_colors, label_map)
+    meaning = MaskMeaning(mask_labels)
     features = dict(image=image_feature, mask=mask_feature, id=id_feature)
     store = Records(dir, dataset, (split,), **features, reading=meaning.reading(exif))
     super().__init__(store, meaning.classes, meaning.palette, meaning.to_label, meaning=meaning.key)
 
   @staticmethod
-  def named_classes(*, classes, colors, void_colors, label_map, **_) -> tuple[tuple[str, ...], np.ndarray]:
+  def named_classes(*, mask_labels, **_) -> tuple[tuple[str, ...], np.ndarray]:
     """See `input_pipeline.named_classes`."""
-    meaning = MaskMeaning(tuple(classes), colors, void_colors, label_map)
+    meaning = MaskMeaning(mask_labels)
     return meaning.classes, meaning.palette

@@ -1,6 +1,6 @@
 """The TFDS data set `voc_segmentation`: PASCAL VOC 2012 with SBD's additional labels, every image once.
 
-  tfds build segjax/input_pipeline/voc_segmentation.py --manual_dir=VOCdevkit/VOC2012 --file_format=array_record
+  tfds build segjax/input_pipeline/sources/voc_segmentation.py --manual_dir=VOCdevkit/VOC2012 --file_format=array_record
 
 or, without Apache Beam, `python -m segjax.prepare voc ... --tfds=DIR`. Splits: train, val, sbd (trainaug without train)
 and test; trainaug is "train+sbd", trainval "train+val".
@@ -10,8 +10,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import images, voc
+from segjax.input_pipeline import images, masks
 from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.sources import voc
 
 
 class VocSegmentation(tfds.core.GeneratorBasedBuilder):
@@ -54,5 +55,5 @@ class VocSegmentation(tfds.core.GeneratorBasedBuilder):
       if mask_path is None:
         label = np.full(images.read_size(image_path), IGNORE_LABEL, np.uint8)
       else:  # As an array: a palette file would be stored as it is, and TensorFlow would read its colours.
-        label = voc.to_label(str(mask_path), images.read_mask(mask_path))
+        label = voc.to_label(str(mask_path), masks.read_mask(mask_path))
       yield name, dict(id=name, image=str(image_path), label=label[..., None])

@@ -1,5 +1,6 @@
 """Your own images and masks, paired by name, by folder or by list file."""
 
+import dataclasses
 import functools
 import glob
 import os
@@ -10,106 +11,48 @@ import numpy as np
 from scipy import ndimage
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import borders, datasets, inventory, mask_values
+from segjax.input_pipeline import borders, inventory
 from segjax.input_pipeline import images as images_lib
 from segjax.input_pipeline.images import DataError
-from segjax.input_pipeline.source import Files, Source, held_out
+from segjax.input_pipeline.masks import read_mask, size_problem
+from segjax.input_pipeline.sources.base import Files, Source
+from segjax.input_pipeline.sources.holdout import HoldOut
+from segjax.input_pipeline.sources.mask_labels import MaskLabels, MaskMeaning, with_class_names
 
 
-class MaskMeaning:
-  """What the numbers or colours in the masks of somebody's own data set mean.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where images and masks are, below the root folder.
 
-  Args:
-    classes, colors, void_colors, label_map: fields of config.data.
-
-  Raises:
-    DataError: fields that contradict each other.
-  """
-
-  def __init__(self, classes: tuple, colors: tuple, void_colors: tuple, label_map: str):
-    self.classes = classes
-    self.key = f"{classes} {colors} {void_colors} {label_map}"  # Other labels only under another key.
-    if len(classes) == 1:
-      raise DataError(
-        f"data.classes = {classes}: one class has nothing to be told from; a softmax over it is 1 everywhere. Name the"
-        f" background too, as the first: data.classes=background,{classes[0]}."
-      )
-    if not 2 <= len(classes) < IGNORE_LABEL or len(set(classes)) < len(classes):
-      raise DataError(f"data.classes = {classes}: needs 2 to 254 different names, background included.")
-    self._label_map = mask_values.parse_label_map(label_map)
-    for value, target in self._label_map.items():
-      if target >= len(classes) and target != IGNORE_LABEL:
-        raise DataError(f"data.label_map sends {value} to {target}, but there are only {len(classes)} classes.")
-    try:
-      self.palette = datasets.parse_colors(colors) if colors else datasets.palette(len(classes))
-      void = mask_values.encode_colors(datasets.parse_colors(void_colors)).tolist()
-    except ValueError as error:
-      raise DataError(f"data.colors or data.void_colors: {error}") from error
-    if len(self.palette) != len(classes):
-      raise DataError(f"data.colors names {len(self.palette)} colours for {len(classes)} classes; give one each.")
-    self._by_color = bool(colors)
-    codes = mask_values.encode_colors(self.palette).tolist() if colors else []
-    self._color_table = dict.fromkeys(void, IGNORE_LABEL) | {code: i for i, code in enumerate(codes)}
-
-  def reading(self, exif: str) -> images_lib.Reading:
-    """How to read files: palette masks by colour where colours are named, else by number, which all must mean the same."""
-    to_class = {number: number for number in range(256)} | self._label_map
-    named = [number for number in range(256) if to_class[number] < len(self.classes)]
-    return images_lib.Reading(exif, self._by_color, () if self._by_color else named)
-
-  def to_label(self, path: str, mask: np.ndarray) -> np.ndarray:
-    """A mask as stored to [H, W] uint8 class ids.
-
-    Raises:
-      DataError: other label values or colours.
-    """
-    if mask.ndim == 2:
-      return mask_values.map_labels(path, mask, self._label_map, len(self.classes))
-    ids = mask_values.map_colors(path, mask, self._color_table)
-    return mask_values.map_labels(path, ids, {}, len(self.classes))  # Colours name their class already.
-
-
-def read_classes(root: pathlib.Path) -> tuple[str, ...]:
-  """The lines of `root`/classes.txt, for config.data without classes.
-
-  Raises:
-    DataError: no such file.
-  """
-  path = root / "classes.txt"
-  if not path.is_file():
-    raise DataError(
-      "The classes have no names: set data.classes, e.g. --config.data.classes=background,cell, or write them to"
-      f" {path}, one a line, in the order of the mask values."
-    )
-  return tuple(images_lib.read_lines(path))
-
-
-class FolderSource(Source):
-  """Random access to image and mask files.
-
-  All files are paired at construction, and `canvas_size` compares their headers, so that what is missing or of another
-  size is told before training, all of it at once.
-
-  Args:
-    dir: root folder.
-    split: fills in "{split}" in the patterns below. Where none of them has it, "train" and "val" share all images:
-      what `held_out` chooses is "val".
+  Attributes:
     images: folder of images under `dir`, searched with its subfolders.
     masks: folder of masks under `dir`, searched likewise; a mask has its image's name, any extension.
     mask_suffix: what a mask's name has behind its image's name, e.g. "_mask".
     list: list file under `dir`, e.g. "{split}.txt"; a line is a name, or the paths of an image and its mask (SegNet's CamVid
       lists). Empty: all.
-    holdout: share of images held out for validation where neither folders nor lists name a split; from 1 on, their number.
-    folds: instead of `holdout`: so many equal parts, of which part `fold` is held out. 0: none.
-    fold: see folds.
-    split_seed: another number holds out other images.
+  """
+
+  images: str = "images/{split}"
+  masks: str = "masks/{split}"
+  mask_suffix: str = ""
+  list: str = ""
+
+
+class FolderSource(Source):
+  """Random access to image and mask files.
+
+  All files are paired at construction, and `canvas_size` compares their headers, so that all files that are missing or of
+  another size are named before training.
+
+  Args:
+    dir: root folder.
+    split: fills in "{split}" in the patterns below. Where none of them has it, "train" and "val" share all images:
+      what `hold_out` chooses is "val".
+    layout: where images and masks are.
+    hold_out: how "val" is chosen there.
     group: regular expression: images in whose names it finds the same text are held out together, e.g. "^[^_]+", what is
       before the first _. Empty: each by itself.
-    classes: names in the order of ids. Empty: the lines of `dir`/classes.txt.
-    colors: one RRGGBB per class: overlays, and the meaning of RGB and palette masks. Empty: those of VOC for pictures; palette
-      masks are read as numbers, refused if palettes contradict each other, and so are RGB masks.
-    void_colors: RRGGBB of RGB and palette masks that mean void.
-    label_map: mask values to ids, "255:1,11:255"; 255 is void. Values not named keep their number.
+    mask_labels: what the masks mean.
     instances: folder of masks of instances (0: none), by the image's name, for loss.border_weight. "components": the
       connected components of all classes but the first. Empty: none.
     border_sigma: pixels; how far apart instances may be for the ground between them to weigh more.
@@ -120,23 +63,31 @@ class FolderSource(Source):
       remedy.
   """
 
-  def __init__(self, *, dir: str, split: str, images: str = "images/{split}", masks: str = "masks/{split}",
-               mask_suffix: str = "", list: str = "", holdout: float = 0.1, folds: int = 0, fold: int = 0,
-               split_seed: int = 0, group: str = "", classes: tuple = (), colors: tuple = (), void_colors: tuple = (),
-               label_map: str = "", instances: str = "", border_sigma: float = 5.0, exif: str = "refuse"):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    dir: str,
+    split: str,
+    exif: str = "refuse",
+    layout: Layout = Layout(),
+    hold_out: HoldOut = HoldOut(),
+    group: str = "",
+    mask_labels: MaskLabels = MaskLabels(),
+    instances: str = "",
+    border_sigma: float = 5.0,
+  ):
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
       raise DataError(f"data.dir = {dir}: no such folder. Name the root of the data set.")
-    meaning = MaskMeaning(tuple(classes) or read_classes(self._root), colors, void_colors, label_map)
-    held = functools.partial(held_out, holdout=holdout, folds=folds, fold=fold, seed=split_seed, group=group)
-    pairs, others = self._find_pairs(split, images, masks, mask_suffix, list, held)
-    self._images, self._pairs = self._root / images.format(split=split), pairs
+    meaning = MaskMeaning(with_class_names(mask_labels, self._root))
+    pairs, others = self._find_pairs(split, layout, lambda names: hold_out.choose(names, group))
+    self._images, self._pairs = self._root / layout.images.format(split=split), pairs
     self._mask_key = meaning.key
     self._instances, self._border_sigma = instances.format(split=split), border_sigma
     names = [self._name(image) for image, _ in pairs]
 
     def all_others():
-      lists = glob.glob(list.format(split="*"), root_dir=self._root) if list else []
+      lists = glob.glob(layout.list.format(split="*"), root_dir=self._root) if layout.list else []
       own = (self._root / name for name in (*lists, "classes.txt"))
       return inventory.without(others() | self._other_instances(), own)
 
@@ -195,7 +146,7 @@ class FolderSource(Source):
       return ndimage.label((label != 0) & (label != IGNORE_LABEL))[0]
 
     def numbers():
-      mask = images_lib.read_mask(path)
+      mask = read_mask(path)
       if mask.ndim != 2 or mask.min() < 0:
         raise DataError(f"{path}: no mask of instances. Store one number per instance, and 0 where there is none.")
       if mask.max() == IGNORE_LABEL and not ((mask > 0) & (mask < IGNORE_LABEL)).any():
@@ -205,20 +156,21 @@ class FolderSource(Source):
         )
       image, mask_path = self._pairs[index]
       if mask.shape != (size := images_lib.read_size(mask_path)):  # The image's, as it is shown.
-        raise DataError(images_lib.size_problem(image, size, path, mask.shape))
+        raise DataError(size_problem(image, size, path, mask.shape))
       return np.unique(mask, return_inverse=True)[1].reshape(mask.shape) + (mask.min() > 0)
 
     read = components if self._instances == "components" else numbers
     return borders.cached_border_map(path, f"{self._instances} {self._mask_key}", read, self._border_sigma)
 
   @staticmethod
-  def named_classes(*, dir, classes, colors, void_colors, label_map, **_) -> tuple[tuple[str, ...], np.ndarray]:
-    """See `input_pipeline.named_classes`."""
-    classes = tuple(classes) or read_classes(pathlib.Path(dir).expanduser())
-    meaning = MaskMeaning(classes, colors, void_colors, label_map)
+  def named_classes(*, dir, mask_labels, **_) -> tuple[tuple[str, ...], np.ndarray]:
+    """See `sources.named_classes`."""
+    meaning = MaskMeaning(with_class_names(mask_labels, pathlib.Path(dir).expanduser()))
     return meaning.classes, meaning.palette
 
-  def _find_pairs(self, split, images, masks, mask_suffix, list_file, held_out):
+  def _find_pairs(self, split: str, layout: Layout, choose):
+    """(image, mask) paths, and () -> what else lies in their folders; `choose(names)` gives those that are held out."""
+    images, masks, suffix, list_file = dataclasses.astuple(layout)
     fixed = not any("{split}" in pattern for pattern in (images, masks, list_file))
     if fixed and split not in ("train", "val"):
       raise DataError(
@@ -235,28 +187,24 @@ class FolderSource(Source):
         return pairs, lambda: self._beside(pairs)
     found, others = self._files(images.format(split=split), "data.images")
     found_masks, more = self._files(masks.format(split=split), "data.masks")
-    others = (
-      others | more | _unlisted(found_masks, found, mask_suffix) | dict.fromkeys(found.values(), inventory.UNLISTED)
-    )
+    others = others | more | _unlisted(found_masks, found, suffix) | dict.fromkeys(found.values(), inventory.UNLISTED)
     if names is None:
       names = sorted(found)
-      held = held_out(names) if fixed else ()
+      held = choose(names) if fixed else ()
       names = [name for name in names if not fixed or (name in held) == (split == "val")]
     missing = [f"image {name}" for name in names if name not in found]
-    missing += [
-      f"mask {name}{mask_suffix}" for name in names if name in found and name + mask_suffix not in found_masks
-    ]
+    missing += [f"mask {name}{suffix}" for name in names if name in found and name + suffix not in found_masks]
     if missing:
       raise DataError(
         f"split {split!r} of {self._root}: {len(missing)} files are missing: {images_lib.listed(missing)}. Masks carry their"
-        f" image's name plus data.mask_suffix ({mask_suffix!r}). Add the files, or remove the names or images."
+        f" image's name plus data.mask_suffix ({suffix!r}). Add the files, or remove the names or images."
       )
     if not names:
       where = list_file or images
       raise DataError(
         f"split {split!r} of {self._root} is empty ({where.format(split=split)}). Check the split's name."
       )
-    return [(found[name], found_masks[name + mask_suffix]) for name in names], lambda: others
+    return [(found[name], found_masks[name + suffix]) for name in names], lambda: others
 
   def _read_list(self, path: pathlib.Path) -> tuple[list[tuple[pathlib.Path, pathlib.Path]], list[str]]:
     """The (image, mask) paths that the lines name, or else their names without endings; either may hold spaces.

@@ -1,4 +1,4 @@
-"""What a run's network was made for: class names, colours, and the canvas on which it is scored.
+"""What predicting needs to know of a run beside its weights: class names, colours, canvas and EXIF rule.
 
 Training keeps it in the workdir, so that a copy of the workdir predicts where the data set is not.
 """
@@ -13,20 +13,21 @@ from segjax import config as config_lib
 from segjax import input_pipeline
 from segjax.config import ConfigError
 from segjax.files import atomic
-from segjax.input_pipeline import datasets, images
+from segjax.input_pipeline import images
+from segjax.input_pipeline.sources import datasets
 
-TASK_FILE = "task.json"  # In the workdir, beside the config.
+INFO_FILE = "task.json"  # In the workdir, beside the config.
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-  """See above.
+class PredictionInfo:
+  """See the module.
 
   Attributes:
     classes: names in the order of ids.
     palette: [K, 3] uint8.
     canvas_size: (H, W) that evaluation pads images to, but for those that are larger; None where it is not known.
-    exif: what becomes of images without a mask that EXIF wants turned: "refuse", "apply" or "ignore".
+    exif: the rule for images that EXIF wants turned, see `images.Reading`: "refuse", "apply" or "ignore".
   """
 
   classes: tuple[str, ...]
@@ -38,22 +39,22 @@ class Task:
     """Writes `workdir`/task.json, whole or not at all."""
     colors = [bytes(color).hex().upper() for color in self.palette]
     content = dict(classes=self.classes, colors=colors, canvas_size=self.canvas_size, exif=self.exif)
-    atomic.write_text(workdir / TASK_FILE, json.dumps(content, indent=2) + "\n")
+    atomic.write_text(workdir / INFO_FILE, json.dumps(content, indent=2) + "\n")
 
 
-def of_split(source, data) -> Task:
-  """The task of a source of `config.data` that is the evaluation's split."""
+def of_split(source, data) -> PredictionInfo:
+  """From the source of the evaluation's split of `config.data`."""
   canvas = input_pipeline.eval_canvases(source, data)[0]
-  return Task(source.classes, source.palette, canvas, source.exif)
+  return PredictionInfo(source.classes, source.palette, canvas, source.exif)
 
 
-def load(workdir: pathlib.Path) -> Task:
-  """Reads what `Task.save` wrote.
+def load(workdir: pathlib.Path) -> PredictionInfo:
+  """Reads what `PredictionInfo.save` wrote.
 
   Raises:
     ConfigError: the file is damaged.
   """
-  path = workdir / TASK_FILE
+  path = workdir / INFO_FILE
   try:
     saved = json.loads(path.read_text())
     palette = datasets.parse_colors(saved["colors"])
@@ -62,7 +63,7 @@ def load(workdir: pathlib.Path) -> Task:
     if saved["exif"] not in images.EXIF_RULES:
       raise ValueError(f"exif {saved['exif']!r}")
     height, width = saved["canvas_size"]
-    return Task(tuple(saved["classes"]), palette, (int(height), int(width)), saved["exif"])
+    return PredictionInfo(tuple(saved["classes"]), palette, (int(height), int(width)), saved["exif"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ConfigError(
       f"{path} cannot be used ({error}). Restore it, or repeat the run's training command, which writes it again (a"
@@ -70,15 +71,15 @@ def load(workdir: pathlib.Path) -> Task:
     ) from error
 
 
-def _saved(config, workdir: pathlib.Path | None) -> Task | None:
-  """The task of the run in `workdir`; without one, of the run that `init.path` names; None where neither has one."""
+def _saved(config, workdir: pathlib.Path | None) -> PredictionInfo | None:
+  """What the run in `workdir` saved; without a run there, the one that `init.path` names. None where neither did."""
   has_run = workdir is not None and (workdir / config_lib.CONFIG_FILE).exists()
   origin = workdir if has_run else pathlib.Path(config.init.path).expanduser()
-  return load(origin) if (origin / TASK_FILE).exists() else None
+  return load(origin) if (origin / INFO_FILE).exists() else None
 
 
 def exif_rule(config, workdir: pathlib.Path | None) -> str:
-  """`Task.exif` of what `of_run` gives; needs no names of classes.
+  """The EXIF rule of `of_run`, which here needs no class names.
 
   Raises:
     ConfigError: a damaged file.
@@ -87,15 +88,15 @@ def exif_rule(config, workdir: pathlib.Path | None) -> str:
   return saved.exif if saved and config.data.exif == "refuse" else config.data.exif
 
 
-def of_run(config, workdir: pathlib.Path | None) -> Task:
-  """The task of the run in `workdir`; without one, of the run that `init.path` names; else what the config alone tells.
+def of_run(config, workdir: pathlib.Path | None) -> PredictionInfo:
+  """Of the run in `workdir`; without one, of the run that `init.path` names; else from the config alone.
 
   `data.canvas_size` and `data.exif` go before what was saved, as they do in evaluation.
 
   Raises:
     ConfigError: a damaged file.
-    DataError: nobody names the classes.
+    DataError: neither a run, the config nor the data set names the classes.
   """
-  task = _saved(config, workdir) or Task(*input_pipeline.named_classes(config.data), canvas_size=None, exif="refuse")
-  canvas_size = tuple(config.data.canvas_size) if any(config.data.canvas_size) else task.canvas_size
-  return dataclasses.replace(task, canvas_size=canvas_size, exif=exif_rule(config, workdir))
+  info = _saved(config, workdir) or PredictionInfo(*input_pipeline.named_classes(config.data), None, "refuse")
+  canvas_size = tuple(config.data.canvas_size) if any(config.data.canvas_size) else info.canvas_size
+  return dataclasses.replace(info, canvas_size=canvas_size, exif=exif_rule(config, workdir))

@@ -1,4 +1,4 @@
-"""Facts of data sets, once: class names, colours, label values. Plain values, so configs and sources can share them."""
+"""Class names, colours, label values and sizes of data sets, as plain values, so that configs and sources share them."""
 
 import dataclasses
 
@@ -32,17 +32,19 @@ PLAIN_SUBMISSION = Submission()  # For data sets without a server.
 CAMVID = dict(
   images="{split}",
   masks="{split}annot",
-  classes=("Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian",
-           "Bicyclist"),
-  colors=("808080", "800000", "C0C080", "804080", "3C28DE", "808000", "C08080", "404080", "400080", "404000", "0080C0"),
+  classes=tuple("Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()),
+  colors=tuple("808080 800000 C0C080 804080 3C28DE 808000 C08080 404080 400080 404000 0080C0".split()),
   label_map="11:255",
-)  # fmt: skip
+)
 
 # PASCAL VOC 2012 segmentation (Everingham et al. 2015; host.robots.ox.ac.uk/pascal/VOC/voc2012), with the extra labels of
 # SBD (Hariharan et al. 2011). The masks are palette PNGs of these numbers, 255 = void. Images are 500x500 at most.
-VOC_CLASSES = ("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-               "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-               "tvmonitor")  # fmt: skip
+VOC_CLASSES = tuple(
+  (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person"
+    " pottedplant sheep sofa train tvmonitor"
+  ).split()
+)
 VOC_COUNTS = {"train": 1464, "val": 1449, "trainval": 2913, "trainaug": 10582, "test": 1456}
 VOC_CANVAS = (513, 513)  # What official DeepLab pads to, in training and evaluation.
 
@@ -59,34 +61,47 @@ NUCLEI_COUNT = 670  # Images of stage1_train of the 2018 Data Science Bowl.
 # Cityscapes (Cordts et al. 2016): (name, id in _labelIds.png, RRGGBB) of the 19 classes, in the order of their train ids.
 # All other ids up to 33 are void.
 CITYSCAPES = (
-  ("road", 7, "804080"), ("sidewalk", 8, "F423E8"), ("building", 11, "464646"), ("wall", 12, "66669C"),
-  ("fence", 13, "BE9999"), ("pole", 17, "999999"), ("traffic light", 19, "FAAA1E"), ("traffic sign", 20, "DCDC00"),
-  ("vegetation", 21, "6B8E23"), ("terrain", 22, "98FB98"), ("sky", 23, "4682B4"), ("person", 24, "DC143C"),
-  ("rider", 25, "FF0000"), ("car", 26, "00008E"), ("truck", 27, "000046"), ("bus", 28, "003C64"),
-  ("train", 31, "005064"), ("motorcycle", 32, "0000E6"), ("bicycle", 33, "770B20"),
-)  # fmt: skip
+  ("road", 7, "804080"),
+  ("sidewalk", 8, "F423E8"),
+  ("building", 11, "464646"),
+  ("wall", 12, "66669C"),
+  ("fence", 13, "BE9999"),
+  ("pole", 17, "999999"),
+  ("traffic light", 19, "FAAA1E"),
+  ("traffic sign", 20, "DCDC00"),
+  ("vegetation", 21, "6B8E23"),
+  ("terrain", 22, "98FB98"),
+  ("sky", 23, "4682B4"),
+  ("person", 24, "DC143C"),
+  ("rider", 25, "FF0000"),
+  ("car", 26, "00008E"),
+  ("truck", 27, "000046"),
+  ("bus", 28, "003C64"),
+  ("train", 31, "005064"),
+  ("motorcycle", 32, "0000E6"),
+  ("bicycle", 33, "770B20"),
+)
 CITYSCAPES_NUM_IDS = 34
 # The server and cityscapesscripts find a prediction by its image's name, city_sequence_frame, and want label ids.
 CITYSCAPES_SUBMISSION = Submission(
   suffix="_labelIds.png", ids=tuple(label_id for _, label_id, _ in CITYSCAPES), indexed=False
 )
 CITYSCAPES_COUNTS = {"train": 2975, "val": 500, "test": 1525, "train_extra": 19998}
-CITYSCAPES_CITIES = {
-  "train": ("aachen", "bochum", "bremen", "cologne", "darmstadt", "dusseldorf", "erfurt", "hamburg", "hanover", "jena",
-            "krefeld", "monchengladbach", "strasbourg", "stuttgart", "tubingen", "ulm", "weimar", "zurich"),
-  "val": ("frankfurt", "lindau", "munster"),
-  "test": ("berlin", "bielefeld", "bonn", "leverkusen", "mainz", "munich"),
-  "train_extra": ("augsburg", "bad-honnef", "bamberg", "bayreuth", "dortmund", "dresden", "duisburg", "erlangen",
-                  "freiburg", "heidelberg", "heilbronn", "karlsruhe", "konigswinter", "konstanz", "mannheim",
-                  "muhlheim-ruhr", "nuremberg", "oberhausen", "saarbrucken", "schweinfurt", "troisdorf", "wuppertal",
-                  "wurzburg"),
-}  # fmt: skip
+CITYSCAPES_CITIES = {  # {split: names between spaces}
+  "train": "aachen bochum bremen cologne darmstadt dusseldorf erfurt hamburg hanover jena krefeld monchengladbach"
+  " strasbourg stuttgart tubingen ulm weimar zurich",
+  "val": "frankfurt lindau munster",
+  "test": "berlin bielefeld bonn leverkusen mainz munich",
+  "train_extra": "augsburg bad-honnef bamberg bayreuth dortmund dresden duisburg erlangen freiburg heidelberg heilbronn"
+  " karlsruhe konigswinter konstanz mannheim muhlheim-ruhr nuremberg oberhausen saarbrucken schweinfurt troisdorf"
+  " wuppertal wurzburg",
+}
 CITYSCAPES_CANVAS = (1025, 2049)  # What official DeepLab pads the 1024x2048 images to: k * output stride + 1.
 
 # KITTI road (Fritsch et al. 2013; cvlibs.net/datasets/kitti/eval_road.php): RGB masks. Images by category (urban marked,
 # urban multiple marked lanes, urban unmarked), in training and testing; 370 to 376 x 1224 to 1242 pixels.
 KITTI_ROAD_COUNTS = {"um": (95, 96), "umm": (96, 94), "uu": (98, 100)}
-# Black is other road or nobody's care: the devkit (helper.py, getGroundTruth) takes as valid what has red.
+# Black is other road or "don't care": the devkit (helper.py, getGroundTruth) takes only pixels with red as valid.
 KITTI_ROAD_MASK_COLORS = {"FF0000": 0, "FF00FF": 1, "000000": 255}
 KITTI_ROAD_COLORS = ("000000", "00FF00")  # Of pictures: road is painted green.
 
@@ -105,23 +120,14 @@ CARVANA = dict(
 
 # TGS Salt Identification Challenge (kaggle.com/c/tgs-salt-identification-challenge): 4000 seismic images of 101x101 in
 # train.zip; the PNGs of the masks have 16 bits, 65535 being salt, or 8 where they were saved again. 39 % hold no salt.
-SALT = dict(
-  images="images",
-  masks="masks",
-  classes=("sediment", "salt"),
-  label_map="65535:1,255:1",
-)
+SALT = dict(images="images", masks="masks", classes=("sediment", "salt"), label_map="65535:1,255:1")
 
 # 97 photographs of chairs, and masks of two colours (RGB, or grey 0 and 255).
 CHAIRS = dict(
-  images="images",
-  masks="masks",
-  classes=("background", "chair"),
-  colors=("000000", "FFFFFF"),
-  label_map="255:1",
+  images="images", masks="masks", classes=("background", "chair"), colors=("000000", "FFFFFF"), label_map="255:1"
 )
 
-# (H, W) that holds every image of a source, where nobody has to look.
+# (H, W) that holds every image of a source, known without reading it.
 LARGEST = {"voc": (500, 500), "cityscapes": (1024, 2048), "kitti_road": (376, 1242)}
 
 VOID_COLOR = (224, 224, 192)  # The cream that PASCAL VOC draws void in.
