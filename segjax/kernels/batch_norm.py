@@ -3,7 +3,7 @@
 | platform | form | gain | measured by |
 |---|---|---|---|
 | gpu, tpu | a gradient of its own, which keeps x alone | Xception-65 keeps 602 MiB for the backward pass, not 1285, in bfloat16 | below |
-| gpu, tpu, cpu | one reading of x and one collective for both moments | Xception-65 146.4 -> 140.5 GB a step on H100; U-Net 56 -> 38 collectives | benchmarks/accelerators.md, "What was tried" |
+| gpu, cpu | one reading of x and one collective for both moments | Xception-65 146.4 -> 140.5 GB a step on H100; U-Net-64 56 -> 38 collectives | benchmarks/accelerators.md, "What was tried" |
 | cpu | all that, and sums of several maps in one loop | 1.13 in the step of Xception-65, 1.04 in U-Net-16's | benchmarks/torch.md, "One loop for batch norm" |
 
 The loops can go when XLA:CPU fuses sums with what computes their maps. With ReLU, value and gradients, they take a third to a
@@ -102,29 +102,17 @@ def _sums(*maps):
   return tuple(x.sum((0, 1, 2), keepdims=True) for x in maps)
 
 
-def _moments_of_examples(x, dtype):
-  """Mean and variance of each example: [B, C] each."""
-  x = x.astype(dtype)
-  mean = x.mean((1, 2), keepdims=True)
-  return mean[:, 0, 0], jnp.square(x - mean).mean((1, 2))
-
-
-def _moments_of_examples_in_one_pass(sums_of_examples, x, dtype):
-  """The same, reading x once: about the mean of the example's middle row.
+def _moments_in_one_pass(sums_of_examples, x, dtype):
+  """The same as `moments`, reading x once, with one collective: of each example about the mean of its middle row, then of all
+  that a device has, then of all devices' (Chan et al. 1979).
 
   A row is 1/h of the pixels, so the square of its mean's distance from theirs, which is cancelled, is at most h variances.
   """
-  b, h, w, c = x.shape
+  (b, h, w, c), data = x.shape, sharding.batch_parts()
   middle = x[:, h // 2].astype(dtype).mean(1)
   offset = x.astype(dtype) - middle.reshape(b, 1, 1, c)
   first, second = (total / (h * w) for total in sums_of_examples(offset, jnp.square(offset)))
-  return middle + first, second - jnp.square(first)
-
-
-def _moments_by_one_collective(moments_of_examples, x, dtype):
-  """The same as `moments`: of each example, then of all that a device has, then of all devices' (Chan et al. 1979)."""
-  (b, _, _, c), data = x.shape, sharding.batch_parts()
-  examples = (part.reshape(data, b // data, c) for part in moments_of_examples(x, dtype))
+  examples = (part.reshape(data, b // data, c) for part in (middle + first, second - jnp.square(first)))
   devices = jnp.stack(_merged(*examples, 1))  # [2, data, 1, C]
   mean, var = _merged(*(sharding.on_all(devices) if data > 1 else devices), 0)
   return mean.reshape(1, 1, 1, c), var.reshape(1, 1, 1, c)
@@ -161,19 +149,15 @@ def _sums_of_examples_in_one_loop(*maps):
   return tuple(total.sum(1) + x[:, 16 * groups :].sum(1) for total, x in zip(sums, maps))
 
 
-def _form(moments_of_examples, sums, apart=lambda maps: maps) -> _Form:
-  return _Form(functools.partial(_moments_by_one_collective, moments_of_examples), sums, apart)
-
-
+# Not on TPU: there U-Net-64's step moved a quarter more memory by it (benchmarks/accelerators.md, "What was tried"). Nor where
+# the height is split, where the middle row would be a collective more.
+_IN_TWO_PASSES = _Form(moments, _sums, lambda maps: maps)
 _FORMS = {
-  "gpu": _form(functools.partial(_moments_of_examples_in_one_pass, _sums_of_examples), _sums),
-  # There a slice of x has it copied into another layout, which costs more than it saves.
-  "tpu": _form(_moments_of_examples, _sums),
-  "cpu": _form(
-    functools.partial(_moments_of_examples_in_one_pass, _sums_of_examples_in_one_loop),
+  "gpu": _Form(functools.partial(_moments_in_one_pass, _sums_of_examples), _sums, lambda maps: maps),
+  "cpu": _Form(
+    functools.partial(_moments_in_one_pass, _sums_of_examples_in_one_loop),
     _sums_in_one_loop,
     jax.lax.optimization_barrier,
   ),
-  # Where the height is split, an example's moments would be collectives of their own.
-  **dict.fromkeys(("split_gpu", "split_tpu", "split_cpu"), _Form(moments, _sums, lambda maps: maps)),
+  **dict.fromkeys(("tpu", "split_gpu", "split_tpu", "split_cpu"), _IN_TWO_PASSES),
 }
