@@ -208,7 +208,12 @@ class Experiment:
     if not variables["batch_stats"]:
       raise ConfigError(f"init.unfold = True: {config.model.name} has no batch norm here. Set it to False.")
     step = steps.make_moments_step(
-      self.graphdef, self.mesh, seed=config.seed, augment_batch=self.augment_batch, kernels=config.kernels
+      self.graphdef,
+      self.mesh,
+      seed=config.seed,
+      augment_batch=self.augment_batch,
+      kernels=config.kernels,
+      matmul_precision=config.matmul_precision,
     )
     given, count = sharding.gather(variables, self.mesh), -(-len(self.train_source) // config.batch_size)
     batches = sharding.to_device(self.train_batches(0, count), self.mesh)
@@ -250,6 +255,7 @@ class Experiment:
       frozen=self.frozen,
       accumulate_steps=config.accumulate_steps,
       kernels=config.kernels,
+      matmul_precision=config.matmul_precision,
     )
     return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **keywords | replaced)
 
@@ -263,7 +269,7 @@ class Experiment:
     """See `steps.make_eval_step`; `replaced` are keywords of it in place of the config's."""
     e, sigmoid = self.config.eval, self.config.head == "sigmoid"
     keywords = dict(num_classes=self.num_classes, protocol=self.protocol, outside=e.outside, threshold=e.threshold)
-    keywords |= dict(sigmoid=sigmoid, kernels=self.config.kernels)
+    keywords |= dict(sigmoid=sigmoid, kernels=self.config.kernels, matmul_precision=self.config.matmul_precision)
     return steps.make_eval_step(self.graphdef, self.mesh, **keywords | replaced)
 
   @functools.cached_property
