@@ -291,6 +291,14 @@ class Experiment:
     )
     return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **keywords | replaced)
 
+  def checked_train_step(self, class_weights: np.ndarray | None) -> Callable:
+    """The train step; compiled already, and refused where it does not fit beside the split, with data.cache = "device"."""
+    step = self.make_train_step(class_weights)
+    if self.config.data.cache != "device":
+      return step
+    cut = self.train_canvas != input_pipeline.canvas_of(self.train_source, self.config.data)
+    return device_cache.compile_step(step, *self.abstract_train_arguments(self.train_canvas, cut), self.mesh)
+
   @property
   def protocol(self) -> dict:
     """The keywords of `inference.class_scores` that `config.eval` gives."""

@@ -10,7 +10,7 @@ from segjax import optimizer as optimizer_lib
 from segjax.experiment import Experiment
 from segjax.input_pipeline import order, scan
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.run import device_cache, distributed, prediction_info, report, streams
+from segjax.run import distributed, prediction_info, report, streams
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.examples import check_examples
 from segjax.run.report import say
@@ -69,12 +69,7 @@ def train(config, workdir) -> dict[str, float]:
       return {}
 
     # The step, and its batches from `start` on.
-    train_step = experiment.make_train_step(class_weights)
-    if config.data.cache == "device":
-      canvas = experiment.train_canvas
-      cut = canvas != input_pipeline.canvas_of(experiment.train_source, config.data)
-      abstract = experiment.abstract_train_arguments(canvas, cut)
-      train_step = device_cache.compile_step(train_step, *abstract, experiment.mesh)
+    train_step = experiment.checked_train_step(class_weights)
     batches = experiment.device_batches(start, config.num_steps, bad)
     writer = report.Writer(workdir, start_step=start, tensorboard=True, unscored=unscored)
     if before := bad.count(start):
