@@ -1,6 +1,5 @@
-"""data.cache = device: the split lies in the devices' memory, and training is the same, bit for bit."""
+"""data.cache = device: the split lies in the devices' memory, and training is the same, bit for bit. On two processes: tests/test_sharding.py."""
 
-import functools
 import shutil
 
 import jax
@@ -16,7 +15,7 @@ from segjax.input_pipeline import DataError, canvas, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.run import device_cache
 from segjax.tools.dry_run import dry_run
-from tests.experiment import make_config, mesh_of
+from tests.experiment import assert_same_batches, fetched, make_config, mesh_of
 from tests.folder_of_images import folder_of_images
 from tests.marks import full
 from tests.test_train import assert_identical, checkpoint
@@ -28,25 +27,6 @@ def on_device(config):
   config = config.copy_and_resolve_references()
   config.data.cache = "device"
   return config
-
-
-def fetched(experiment, steps, bad=None):
-  """The batches that the train step sees, on the host."""
-  fetch = jax.jit(
-    sharding.on(experiment.mesh)(
-      functools.partial(device_cache.fetch, mesh=experiment.mesh, canvas_size=experiment.train_canvas)
-    )
-  )
-  return [jax.device_get(fetch(batch)) for batch in experiment.device_batches(0, steps, bad)]
-
-
-def assert_same(want, found):
-  assert len(want) == len(found) > 0
-  for a, b in zip(want, found):
-    assert a.keys() == b.keys()
-    for name in a:
-      assert a[name].dtype == b[name].dtype
-      np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.fixture
@@ -63,7 +43,7 @@ def test_the_step_sees_the_batches_of_the_loaders_bit_for_bit(folder, mesh, load
   folder.data.loader = loader
   want = list(Experiment(folder, mesh=mesh_of(*mesh)).train_batches(0, 3))
   assert "border" in want[0]
-  assert_same(want, fetched(Experiment(on_device(folder), mesh=mesh_of(*mesh)), 3))
+  assert_same_batches(want, fetched(Experiment(on_device(folder), mesh=mesh_of(*mesh)), 3))
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -74,7 +54,7 @@ def test_images_that_are_cut_are_cut_the_same_bit_for_bit(folder, mesh, monkeypa
   assert experiment.train_canvas != (24, 32)
   want = list(experiment.train_batches(0, 3))
   assert "origin" in want[0] and want[0]["origin"].any()
-  assert_same(want, fetched(Experiment(on_device(folder), mesh=mesh_of(*mesh)), 3))
+  assert_same_batches(want, fetched(Experiment(on_device(folder), mesh=mesh_of(*mesh)), 3))
 
 
 @pytest.mark.parametrize("data, space", [(4, 2), *full((1, 1), (8, 1))])
@@ -116,7 +96,7 @@ def test_an_example_that_cannot_be_read_is_void_and_recorded_when_its_step_comes
   for step, (a, b) in enumerate(zip(want, found)):
     void = order.train_ids(folder.seed, step, 8, 12) == 5
     assert ((b["label"] == IGNORE_LABEL).all((1, 2)) == void).all() and (b["id"][void] == order.PADDING).all()
-    assert_same([a | dict(id=b["id"])], [b])
+    assert_same_batches([a | dict(id=b["id"])], [b])
   with pytest.raises(DataError, match=r"1 training examples cannot be read: images/train/05(.|\n)*max_bad_examples"):
     fetched(Experiment(on_device(folder), mesh=mesh), 1, BadExamples(tmp_path, most=0))
 
