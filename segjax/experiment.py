@@ -23,7 +23,6 @@ from segjax.pretrained import unfold
 from segjax.run import device_cache, distributed, warm_start
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.evaluation import Evaluator
-from segjax.run.report import say
 from segjax.state import TrainState
 
 
@@ -121,12 +120,8 @@ class Experiment:
   @functools.cached_property
   def _device_split(self) -> tuple[dict, dict]:
     """See `device_cache.load`."""
-    source, data = self.train_source, self.config.data
-    size = sharding.bytes_per_device(self._abstract_split)
-    device_cache.check_room(size + sharding.bytes_per_device(self.abstract_state), size, self.mesh)
-    say(f"data.cache = device: reading {len(source)} training examples, {size / 2**20:,.1f} MiB on each device ...")
-    canvas = input_pipeline.canvas_of(source, data)
-    return device_cache.load(source, canvas, self.mesh, border=self.weighs_borders, workers=data.workers)
+    workers, beside = self.config.data.workers, sharding.bytes_per_device(self.abstract_state)
+    return device_cache.load(self.train_source, self._abstract_split, workers=workers, beside=beside)
 
   @property
   def _abstract_split(self) -> dict:
@@ -246,7 +241,12 @@ class Experiment:
     if not variables["batch_stats"]:
       raise ConfigError(f"init.unfold = True: {config.model.name} has no batch norm here. Set it to False.")
     step = steps.make_moments_step(
-      self.graphdef, self.mesh, seed=config.seed, augment_batch=self.augment_batch, kernels=config.kernels
+      self.graphdef,
+      self.mesh,
+      seed=config.seed,
+      augment_batch=self.augment_batch,
+      kernels=config.kernels,
+      matmul_precision=config.matmul_precision,
     )
     given, count = sharding.gather(variables, self.mesh), -(-len(self.train_source) // config.batch_size)
     batches = self.device_batches(0, count)
@@ -288,6 +288,7 @@ class Experiment:
       frozen=self.frozen,
       accumulate_steps=config.accumulate_steps,
       kernels=config.kernels,
+      matmul_precision=config.matmul_precision,
     )
     return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **keywords | replaced)
 
@@ -309,7 +310,7 @@ class Experiment:
     """See `steps.make_eval_step`; `replaced` are keywords of it in place of the config's."""
     e, sigmoid = self.config.eval, self.config.head == "sigmoid"
     keywords = dict(num_classes=self.num_classes, protocol=self.protocol, outside=e.outside, threshold=e.threshold)
-    keywords |= dict(sigmoid=sigmoid, kernels=self.config.kernels)
+    keywords |= dict(sigmoid=sigmoid, kernels=self.config.kernels, matmul_precision=self.config.matmul_precision)
     return steps.make_eval_step(self.graphdef, self.mesh, **keywords | replaced)
 
   @functools.cached_property

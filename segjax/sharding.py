@@ -103,6 +103,17 @@ def on(mesh: Mesh) -> Iterator[None]:
     yield
 
 
+def batch_parts() -> int:
+  """Into how many parts the mesh that is being traced for (see `on`) splits the batch; 1 where there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape["data"]
+
+
+def on_all(x: jax.Array) -> jax.Array:
+  """An array whose parts are on the devices of the mesh that is being traced for, whole on each of them."""
+  return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def split_height(x: jax.Array, *others: int) -> jax.Array:
   """Pins [B, H, ...] to batch over `data` and height over `space`; x itself where there is no mesh (see `on`).
 

@@ -25,26 +25,30 @@ NETWORKS = {
 }
 
 
-def lowered(network, kind, platform):
-  """StableHLO of a step made for `platform`."""
+def lowered(network, kind, platform, **fields):
+  """StableHLO of a step made for `platform`, under a config with these fields."""
   options = dict(NETWORKS[network])
   config = default_config(model=options.pop("name"), data="synthetic")
   config.model.update(options)
   config.batch_size, config.crop_size, config.kernels = 2, (32, 32), platform
   config.eval.batch_size = 2
+  config.update(fields)
   made = Experiment(config, mesh=experiment.mesh_of(1), num_classes=3)
   if kind == "train":
     traced = made.make_train_step().trace(*made.abstract_train_arguments((32, 32)))
   else:
     traced = made.eval_step.trace(*made.abstract_eval_arguments((32, 32)))
-  return traced.lower(lowering_platforms=(platform,)).as_text()
+  return traced.lower(lowering_platforms=("cuda" if platform == "gpu" else platform,)).as_text()
 
 
 def tuned_for_cpu(text: str) -> set[str]:
   """Which of the forms that are fast on XLA:CPU alone are in a program."""
   found = {"barrier"} if "optimization_barrier" in text else set()
-  shapes = [[shape.split("x")[:-1] for shape in re.findall(r"tensor<([\w]+)>", line)]
-            for line in text.splitlines() if "stablehlo.dot_general" in line]  # fmt: skip
+  shapes = [
+    [shape.split("x")[:-1] for shape in re.findall(r"tensor<([\w]+)>", line)]
+    for line in text.splitlines()
+    if "stablehlo.dot_general" in line
+  ]
   if any(len(left) == len(right) == 2 for left, right, *_ in shapes):
     found.add("flat product")
   one_row = re.search(r"stablehlo.convolution.*, tensor<1x3x\d+x\d+xf32>\) ->", text)  # Of a 3x3 kernel.
@@ -56,6 +60,15 @@ def test_nothing_tuned_for_cpu_is_in_a_step_for_gpu_or_tpu(network):
   for kind in ("train", "eval"):
     for platform in ("gpu", "tpu"):
       assert tuned_for_cpu(lowered(network, kind, platform)) == set(), (kind, platform)
+
+
+@pytest.mark.parametrize("network", ["unet", *full("fcn_of_features", "xception")])
+def test_one_option_has_every_product_of_a_step_in_float32_at_highest_precision(network):
+  for kind in ("train", "eval"):
+    for platform in ("gpu", "tpu"):
+      text = lowered(network, kind, platform, matmul_precision="highest")
+      products = [line for line in text.splitlines() if re.search(r"stablehlo\.(convolution|dot_general)\b", line)]
+      assert products and all(line.count("HIGHEST") == 2 for line in products), (kind, platform)
 
 
 def test_what_is_tuned_for_cpu_would_be_found():

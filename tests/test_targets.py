@@ -23,12 +23,24 @@ def test_another_name_is_refused_with_all_there_are(target):
   "target, error, message",
   [
     ("gpu:h100", NotImplementedError("topology"), rf"not installed: pip install 'jax\[cuda12\]=={jax.__version__}'"),
-    ("gpu:h100:3", jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no"), "plugin cannot describe it .*INVALID_ARGUMENT: no"),
-    ("tpu:v5e:2x4", RuntimeError("JAX TPU support not installed"), r"not installed: pip install --no-deps 'libtpu==0.0.\d+"),
-    ("tpu:v5e:2x4", RuntimeError("ABORTED: The TPU is already in use by process with pid 7."), "one process at a time.*pid 7"),
+    (
+      "gpu:h100:3",
+      jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no"),
+      "plugin cannot describe it .*INVALID_ARGUMENT: no",
+    ),
+    (
+      "tpu:v5e:2x4",
+      RuntimeError("JAX TPU support not installed"),
+      r"not installed: pip install --no-deps 'libtpu==0.0.\d+",
+    ),
+    (
+      "tpu:v5e:2x4",
+      RuntimeError("ABORTED: The TPU is already in use by process with pid 7."),
+      "one process at a time.*pid 7",
+    ),
     ("tpu:v5e:3x5", RuntimeError("INVALID_ARGUMENT: no such topology"), "INVALID_ARGUMENT: no such topology"),
   ],
-)  # fmt: skip
+)
 def test_a_missing_plugin_is_named_with_the_command_that_installs_it(target, error, message, monkeypatch):
   def fail(**description):
     raise error

@@ -11,6 +11,7 @@ from segjax.config import ConfigError, default_config, fields, options, patterns
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
+  "matmul_precision": ("default", "highest"),
   "kernels": ("auto", "plain"),
   "data.loader": ("tf_data", "grain"),
   "data.exif": ("refuse", "apply", "ignore"),
@@ -69,6 +70,7 @@ class Acts(NamedTuple):
 # init.* has none: a config file names the scheme of weights that the command line may add. Nor have properties of a data set
 # of which evaluation may show a part: a row must not depend on data.eval_split.
 ACTS = (
+  Acts("matmul_precision", ("dtype",), lambda c: c.dtype == "float32", "set dtype to float32"),
   Acts("shard_state", ("mesh.data",), lambda c: c.mesh.data != 1, "set mesh.data to -1 or above 1"),
   Acts("data.dir", ("data.name",), lambda c: c.data.name != "synthetic",
        "take a config of the source that reads it, e.g. configs/folder.py"),

@@ -23,9 +23,13 @@ SMP = TORCH | dict(atrous_rates=(12, 24, 36), dropout=0.5, details=SMP_DETAILS |
 SMP_MOBILENET = MOBILENET | dict(mobilenet_padding="fixed", mobilenet_last_conv=True)
 
 TORCHVISION_DEEPLAB = TORCH | dict(
-  output_stride=8, separable=False, decoder=False, dropout=0.5, auxiliary=True,
+  output_stride=8,
+  separable=False,
+  decoder=False,
+  dropout=0.5,
+  auxiliary=True,
   details=dict(align_corners=False, pooling_first=False, aspp_conv=True),
-)  # fmt: skip
+)
 TORCHVISION_FCN = TORCH | dict(output_stride=8, auxiliary=True, align_corners=False)
 
 

@@ -30,19 +30,25 @@ def abstract_split(mesh: Mesh, count: int, canvas_size: tuple[int, int], border:
   return with_sharding(arrays, NamedSharding(mesh, PartitionSpec(_AXES)))
 
 
-def load(source, canvas_size: tuple[int, int], mesh: Mesh, *, border: bool, workers: int) -> tuple[dict, dict]:
+def load(source, abstract: dict, *, workers: int, beside: int) -> tuple[dict, dict]:
   """Reads a split into the memory of the devices, each process what its own hold.
 
   Args:
     source: a `sources.base.Source`.
-    border: whether its maps of pixel weights are kept too.
+    abstract: of `abstract_split`.
     workers: threads; 0 for one per core.
+    beside: bytes that each device must have left for other things.
 
   Returns:
     {name: array [examples, ...]} of `image`, `label`, `size` and `border`, as in host batches, on canvases.
     {id: DataError} of the examples that this process could not read, which are without pixels.
+
+  Raises:
+    ConfigError: it does not fit.
   """
-  abstract = abstract_split(mesh, len(source), canvas_size, border)
+  canvas_size, size, border = abstract["label"].shape[1:], sharding.bytes_per_device(abstract), "border" in abstract
+  check_room(size + beside, size, abstract["size"].sharding.mesh)
+  say(f"data.cache = device: reading {len(source)} training examples, {size / 2**20:,.1f} MiB on each device ...")
   parts, unreadable = {name: [] for name in abstract}, {}
 
   def read(index: int) -> dict:

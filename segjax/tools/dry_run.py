@@ -131,10 +131,14 @@ def _fit(
   evaluating = evaluation.peak + evaluation.outputs + waiting * eval_batch + beside
   needed = max(step.peak + waiting * batch, evaluating)
   available, meaning = device_memory(mesh.local_devices[0] if targets.is_here(mesh) else mesh.devices.flat[0])
-  verdict = "fits" if needed <= available else (
-    "DOES NOT FIT. Set remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"
-    " shard_state=True, or mesh.space above 1"
-  )  # fmt: skip
+  verdict = (
+    "fits"
+    if needed <= available
+    else (
+      f"DOES NOT FIT. Set {'data.cache=memory or none, ' * bool(split)}remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"
+      " shard_state=True, or mesh.space above 1"
+    )
+  )
   return f"training with evaluation needs at most {mib(needed)} of {mib(available)} ({meaning}): {verdict}"
 
 

@@ -63,12 +63,15 @@ def places(program: Program, known: Accelerator | None) -> list[dict]:
   every = sum(weight for _, weight, _ in rows) or 1
   return [
     dict(
-      place=place, share=weight / every, operations=sum(cost.times for cost in group),
-      hbm_bytes=sum(cost.moved for cost in group), flops=sum(cost.flops for cost in group),
+      place=place,
+      share=weight / every,
+      operations=sum(cost.times for cost in group),
+      hbm_bytes=sum(cost.moved for cost in group),
+      flops=sum(cost.flops for cost in group),
       cycles=sum(cost.cycles for cost in group),
     )
     for place, weight, group in rows[:PLACES]
-  ]  # fmt: skip
+  ]
 
 
 def row(program: Program, device) -> dict:
