@@ -1,5 +1,7 @@
 """What a config needs of its devices, found by compiling its steps and running none."""
 
+import os
+
 import jax
 
 from segjax import input_pipeline, sharding, steps
@@ -21,7 +23,9 @@ def device_memory(device) -> tuple[int, str]:
   return sharding.device_memory(device)
 
 
-def dry_run(config, workdir=None, target: str | None = None, figures: str | None = None) -> dict[str, Program]:
+def dry_run(
+  config, workdir=None, target: str | None = None, figures: str | None = None, loader_speed: float | None = None
+) -> dict[str, Program]:
   """--mode=dry_run: prints size, work, memory and communication of the train and evaluation steps, and stops.
 
   Works without the data set where the config says, or the data set is known to have, the number of classes and the canvas.
@@ -29,6 +33,7 @@ def dry_run(config, workdir=None, target: str | None = None, figures: str | None
   Args:
     workdir: is not touched.
     target: devices to compile for, see `targets.devices`, and to set bytes and flops against; None: those at hand, without.
+    loader_speed: images/s that the loaders were measured to give per core, to set against what the devices take.
     figures: file that gets these numbers, a JSON object for each step on a line.
 
   Returns:
@@ -66,7 +71,7 @@ def dry_run(config, workdir=None, target: str | None = None, figures: str | None
     images = config.batch_size if name == "train" else eval_size
     say(_program(name, program, images))
     if target is not None:
-      say(roofline.table(program, mesh.devices.flat[0]))
+      say(f"{roofline.table(program, mesh.devices.flat[0])}\n{_input(name, program, images, mesh, data, loader_speed)}")
     if figures and not jax.process_index():
       of_step = dict(target=target or targets.HERE, step=name, images=images, dtype=config.dtype, mesh=dict(mesh.shape))
       commandline.append_json(figures, of_step | roofline.row(program, mesh.devices.flat[0]))
@@ -77,6 +82,17 @@ def dry_run(config, workdir=None, target: str | None = None, figures: str | None
   variables, eval_batch = map(sharding.bytes_per_device, experiment.abstract_eval_arguments(eval_canvas, eval_size))
   say(_fit(experiment, compiled, sharding.bytes_per_device(batch), split, variables, eval_batch))
   return compiled
+
+
+def _input(name: str, program: Program, images: int, mesh, data, loader_speed: float | None) -> str:
+  known = targets.facts(mesh.devices.flat[0])
+  if name == "train" and data.cache == "device":
+    return "  input                from the devices' memory (data.cache = device): the host sends ids"
+  if known is None:
+    return "  input                not compared: what this device can do is not known (segjax/tools/targets.py)"
+  of_host = min(os.cpu_count(), data.workers or os.cpu_count())
+  cores = jax.process_count() * of_host if targets.is_here(mesh) else None
+  return roofline.input_lines(roofline.rate(program, images, known), loader_speed, cores)
 
 
 def _parameters(experiment: Experiment) -> str:
