@@ -6,6 +6,7 @@ from flax import nnx
 from segjax.models.classifier import Classifier
 from segjax.models.deeplab_v3plus import DeepLabV3Plus
 from segjax.models.dilated_fcn import DilatedFCN
+from segjax.models.unet import UNet
 
 TORCH = dict(bn_momentum=0.9)  # Where all agree: PyTorch's momentum of 0.1.
 MOBILENET = dict(normalization="imagenet", low_level="layer_4", mobilenet_epsilon=1e-5)  # Details of torchvision's.
@@ -53,6 +54,14 @@ PEERS = {
   "smp/deeplabv3plus_tu-xception41": _smp_xception(41, "entry_block2/unit1/sep2/relu"),
   "smp/deeplabv3plus_tu-xception65": _smp_xception(65, "entry_block2/unit1/sep2/relu"),
   "smp/deeplabv3plus_tu-xception71": _smp_xception(71, "entry_block3/unit1/sep2/relu"),
+  "smp/unet_resnet18": (UNet, TORCH | dict(encoder="resnet_18")),
+  "smp/unet_resnet34": (UNet, TORCH | dict(encoder="resnet_34")),
+  "smp/unet_resnet50": (UNet, TORCH | dict(encoder="resnet_50")),
+  "smp/unet_resnet101": (UNet, TORCH | dict(encoder="resnet_101")),
+  "smp/unet_mobilenet_v2": (UNet, TORCH | dict(encoder="mobilenet_v2")),
+  "smp/unet_vgg16_bn": (UNet, TORCH | dict(encoder="vgg16_bn")),
+  "milesial/unet_transposed": (UNet, TORCH),
+  "milesial/unet_bilinear": (UNet, TORCH | dict(up="bilinear")),
   "torchvision/deeplabv3_resnet50": (DeepLabV3Plus, TORCHVISION_DEEPLAB | dict(backbone="resnet_50")),
   "torchvision/deeplabv3_resnet101": (DeepLabV3Plus, TORCHVISION_DEEPLAB | dict(backbone="resnet_101")),
   "torchvision/fcn_resnet50": (DilatedFCN, TORCHVISION_FCN | dict(backbone="resnet_50")),
