@@ -56,6 +56,8 @@ ENDPOINTS = (
 def end_point(name, model, endpoints):
   """Our end point of a fixture's name."""
   backbone, stages = model.backbone, {}
+  if hasattr(model, "down0"):  # A milesial U-Net, which counts from the coarsest level up.
+    return "down0" if name == "inc" else f"up{4 - int(name[2:])}" if name.startswith("up") else name
   if hasattr(backbone, "units") and isinstance(backbone.units[0][0], str):  # An Xception.
     blocks = [f"{block}/unit{n}" for block, n in backbone.units]
     strided = [b for b in blocks if hasattr(getattr(backbone, b.split("/")[0]).unit1, "shortcut")]
@@ -68,11 +70,13 @@ def end_point(name, model, endpoints):
   elif hasattr(backbone, "units"):  # A ResNet.
     stages = {"enc1": "conv1"} | {f"enc{n + 1}": f"block{n}" for n in range(1, 5)}
     stages |= dict(low_level="block1", out="block4")
+  elif hasattr(backbone, "conv5_3"):  # A VGG, in smp's numbers.
+    stages = {f"enc{n}": f"stage{n + 1}" for n in range(5)} | dict(enc5="pool5")
   elif hasattr(backbone, "layer_18"):
     last = "layer_19" if "layer_19" in endpoints else "layer_18"
     stages = dict(enc1="layer_2", enc2="layer_4", enc3="layer_7", enc4="layer_14", enc5=last)
     stages |= dict(low_level="layer_4", out=last)
-  stages |= dict(aspp="aspp/projection", decoder="decoder/conv1")
+  stages |= dict(aspp="aspp/projection", decoder="decoder/block5" if "decoder/block5" in endpoints else "decoder/conv1")
   if name in stages:
     return stages[name]
   for pattern, ours in ENDPOINTS:
@@ -91,7 +95,7 @@ def shapes(case):
 
 def abstract(case, **more):
   network, options = CASES[case]
-  num_classes = 1000 if "timm" in network or "vgg" in network else 21
+  num_classes = 1000 if "timm" in network or network == "torchvision/vgg16" else 21
   return nnx.eval_shape(
     lambda: pretrained.build(network, num_classes=num_classes, rngs=nnx.Rngs(0), **(options | more))
   )
@@ -130,6 +134,8 @@ def check(case, z, tolerance=20):
   assert sum(int(np.prod(shape)) for shape in weights) == int(z["params"])
   for size in sorted({key.partition("/")[0] for key in z.files if "/" in key}):
     h, w = (int(n) for n in size.split("x"))
+    if case.startswith("milesial") and (h % 16 or w % 16):
+      continue  # It drops odd pixels when pooling and pads what comes from below; we pad the image.
     image = np.random.default_rng(0).standard_normal([1, 3, h, w]).astype(np.float32).transpose(0, 2, 3, 1)
     output, endpoints = forward(model, jnp.asarray(image))
     final = "out" if case.startswith("torchvision") else "logits"
@@ -192,7 +198,7 @@ def test_logits_and_end_points_equal_the_peers(case):
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("case", [case for case in CASES if "vgg" not in case])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "torchvision_vgg16"])
 def test_all_logits_and_end_points_equal_the_peers(case, shared):
   path = shared / "reference/torch/fixtures" / f"{case}.npz"
   if not path.is_file():
