@@ -49,7 +49,7 @@ ENDPOINTS = (
   (r"stem", "conv1_2"),
   (r"pool(\d)|fc(\d)", r"\g<0>"),
   (r"backbone_layer(\d)", r"block\1"),
-  (r"logits_os4", "logits"),
+  (r"logits_(os4|low)", "logits"),
 )
 
 
@@ -188,6 +188,34 @@ def test_every_name_has_one_place_in_the_model(case):
   assert assign(case, model, arrays | counts) == len(arrays)
   learnt = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
   assert learnt == sum(a.size for key, a in arrays.items() if "running" not in key) + (2049000 if "only" in case else 0)
+
+
+# Rates of the last two stages' 3x3 convolutions: mmsegmentation's dilations, of which a stage's first unit has half of what
+# the others have in a ResNet (contract_dilation); mg124 is 1, 2, 4 itself.
+@pytest.mark.parametrize(
+  "case, network, rates",
+  [
+    ("r50-d8", "deeplabv3plus_r50-d8", [1] + [2] * 5 + [2, 4, 4]),
+    ("r50-d8", "deeplabv3plus_r50-d8_769", [1] + [2] * 5 + [2, 4, 4]),
+    ("r101-d16-mg124", "deeplabv3plus_r101-d16-mg124", [1] * 23 + [1, 2, 4]),
+    ("mobilenet-v2-d8", "deeplabv3plus_mobilenet-v2-d8", [2] * 7 + [4] * 4),
+  ],
+)
+def test_mmsegmentations_names_have_one_place_and_its_dilations_are_ours(case, network, rates):
+  keys = shapes(f"mmseg_deeplabv3plus_{case}_cityscapes")
+  model = nnx.eval_shape(lambda: pretrained.build(f"mmseg/{network}", num_classes=19, rngs=nnx.Rngs(0)))
+  exclude = ("auxiliary",) if "mobilenet" in case else ()  # Its head for that is none of ours.
+  arrays = {key: np.zeros(shape, np.float32) for key, shape in keys.items()}
+  used = [key for key in keys if not (exclude and key.startswith("auxiliary"))]
+  assert pretrained.assign(model, arrays, "mmseg", exclude) == len(used)
+  learnt = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+  assert learnt == sum(arrays[key].size for key in used if "running" not in key)
+  if "mobilenet" in case:
+    found = [getattr(model.backbone, f"layer_{n}").depthwise.rate for n in range(8, 19)]
+  else:
+    units = [getattr(getattr(model.backbone, f"block{b}"), f"unit{n}") for b, n in model.backbone.units if b > 2]
+    found = [unit.conv2.conv.rate for unit in units]
+  assert found == rates
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,10 @@ SMP_DETAILS = dict(separable_norm=False, pooling_first=False, aspp_conv=True, de
 SMP = TORCH | dict(atrous_rates=(12, 24, 36), dropout=0.5, details=SMP_DETAILS | dict(dilate_first=True))
 SMP_MOBILENET = MOBILENET | dict(mobilenet_padding="fixed", mobilenet_last_conv=True)
 
+MMSEG_DETAILS = dict(align_corners=False, head_features=512, projection_kernel=3)
+MMSEG_RESNET = MMSEG_DETAILS | dict(resnet_deep_stem=True)
+MMSEG = TORCH | dict(auxiliary=True, backbone="resnet_50", output_stride=8, details=MMSEG_RESNET)
+
 TORCHVISION_DEEPLAB = TORCH | dict(
   output_stride=8,
   separable=False,
@@ -60,6 +64,22 @@ PEERS = {
   "smp/unet_resnet101": (UNet, TORCH | dict(encoder="resnet_101")),
   "smp/unet_mobilenet_v2": (UNet, TORCH | dict(encoder="mobilenet_v2")),
   "smp/unet_vgg16_bn": (UNet, TORCH | dict(encoder="vgg16_bn")),
+  "mmseg/deeplabv3plus_r50-d8": (DeepLabV3Plus, MMSEG),
+  "mmseg/deeplabv3plus_r50-d8_769": (DeepLabV3Plus, MMSEG | dict(details=MMSEG_RESNET | dict(align_corners=True))),
+  # Its rates of the last block are 1, 2, 4; ours double from the second unit on.
+  "mmseg/deeplabv3plus_r101-d16-mg124": (
+    DeepLabV3Plus, MMSEG | dict(backbone="resnet_101", output_stride=16, multi_grid=(1, 1, 2))
+  ),
+  # Its auxiliary head, which only training needs, is none of ours: exclude "auxiliary".
+  "mmseg/deeplabv3plus_mobilenet-v2-d8": (
+    DeepLabV3Plus,
+    MMSEG
+    | dict(
+      backbone="mobilenet_v2",
+      auxiliary=False,
+      details=MMSEG_DETAILS | MOBILENET | dict(mobilenet_padding="fixed", dilate_first=True),
+    ),
+  ),
   "milesial/unet_transposed": (UNet, TORCH),
   "milesial/unet_bilinear": (UNet, TORCH | dict(up="bilinear")),
   "torchvision/deeplabv3_resnet50": (DeepLabV3Plus, TORCHVISION_DEEPLAB | dict(backbone="resnet_50")),

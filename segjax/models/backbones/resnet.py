@@ -84,7 +84,7 @@ class ResNet(base.Backbone):
     depth: 18, 34, 50 or 101.
     output_stride: 8, 16 or 32.
     multi_grid: factors of the rates in the last block's three units (arXiv 1706.05587, section 3.2.1).
-    detail: dilate_first. On, with an output stride of 16 and multi-grid 1, 2, 4, is that paper's 2, 4, 8.
+    detail: resnet_deep_stem, dilate_first. On, with an output stride of 16 and multi-grid 1, 2, 4, is that paper's 2, 4, 8.
     bn_momentum, frozen_bn: of batch norm.
   """
 
@@ -100,7 +100,14 @@ class ResNet(base.Backbone):
     self.low_levels = {"block1": width}
     self.pyramid = {2: ("conv1", 64)}
     self.pyramid |= {2 ** (block + 1): (f"block{block}", width * 2 ** (block - 1)) for block in range(1, 5)}
-    self.conv1 = layers.ConvNorm(3, 64, 7, stride=2, padding="fixed", **options)
+    if detail.resnet_deep_stem:
+      self.stem, widths = ("conv1_1", "conv1_2", "conv1"), (3, 32, 32, 64)
+    else:
+      self.stem, widths = ("conv1",), (3, 64)
+    for n, name in enumerate(self.stem):
+      kernel_size, stride = 3 if detail.resnet_deep_stem else 7, 1 if n else 2
+      conv = layers.ConvNorm(*widths[n : n + 2], kernel_size, stride=stride, padding="fixed", **options)
+      setattr(self, name, conv)
     units = [(block, n) for block, count in enumerate(UNITS[depth], start=1) for n in range(1, count + 1)]
     strides_and_rates = strides.strides_to_rates(
       [2 if block > 1 and n == 1 else 1 for block, n in units], output_stride // 4, detail.dilate_first
@@ -118,7 +125,9 @@ class ResNet(base.Backbone):
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] -> features [B, H / output_stride, W / output_stride, `features`], rounded up."""
-    x = endpoints["conv1"] = self.conv1(image, train)
+    x = image
+    for name in self.stem:
+      x = endpoints[name] = getattr(self, name)(x, train)
     x = endpoints["pool1"] = max_pool_3x3(x)
     for block, n in self.units:
       x = getattr(getattr(self, f"block{block}"), f"unit{n}")(x, train)
