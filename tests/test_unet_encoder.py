@@ -129,7 +129,7 @@ def test_weights_of_an_imagenet_classifier_fit_the_encoder(scheme, encoder, case
 @pytest.mark.parametrize(
   "options, message",
   [
-    (dict(encoder="resnet_19"), "model.backbone = 'resnet_19': choose one of"),
+    (dict(encoder="resnet_19"), "model.encoder = 'resnet_19': choose one of none, "),
     (dict(encoder="resnet_18", width=32), "model.width = 32: a U-Net on an encoder has none, leave it at 64"),
     (dict(encoder="resnet_18", padding="valid"), "model.padding = 'valid': a U-Net on an encoder"),
   ],

@@ -107,6 +107,8 @@ class UNet(base.Network):
       self._classic(num_classes, width, options)
 
   def _on_encoder(self, encoder, num_classes, bn_momentum, dtype, rngs):
+    if encoder not in backbones.BACKBONES:
+      raise ValueError(f"model.encoder = {encoder!r}: choose one of none, {', '.join(backbones.BACKBONES)}.")
     options = dict(dtype=dtype, rngs=rngs)
     detail = TORCH_MOBILENET if encoder == "mobilenet_v2" else backbones.OFFICIAL
     self.backbone = backbones.build(
