@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 
 import jax
@@ -167,3 +168,19 @@ def to_device(batches: Iterator[dict], mesh: Mesh) -> Iterator[dict]:
       yield batch
   finally:
     thread.shutdown(cancel_futures=True)
+
+
+def bytes_per_device(tree) -> int:
+  """Of abstract arrays that have shardings."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def device_memory(device: jax.Device) -> tuple[int, str]:
+  """Bytes that a device of this machine has for JAX, and what they are."""
+  stats = device.memory_stats()
+  if stats is not None:
+    return stats["bytes_limit"], f"memory of {device.device_kind} that JAX may use"
+  count = jax.local_device_count()
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count, (
+    "host memory" if count == 1 else f"host memory, which {count} devices share"
+  )

@@ -88,7 +88,9 @@ DATA = dict(
   cache=Option(
     "none",
     'keeps decoded examples, so that each is decoded once: "memory", for the run; "disk", in ~/.cache/segjax/examples (below'
-    " $XDG_CACHE_HOME where that is set), for all runs, 4 bytes a pixel. Batches stay the same, bit for bit.",
+    ' $XDG_CACHE_HOME where that is set), for all runs, 4 bytes a pixel; "device", the training split on its canvas, 4 bytes a'
+    " pixel, in the memory of all devices together, and the evaluation's examples in the host's (a file that changes during"
+    " the run is not read again). Batches stay the same, bit for bit.",
   ),
   max_bad_examples=Option(
     0,

@@ -15,7 +15,7 @@ CHOICES = {
   "kernels": ("auto", "plain"),
   "data.loader": ("tf_data", "grain"),
   "data.exif": ("refuse", "apply", "ignore"),
-  "data.cache": ("none", "memory", "disk"),
+  "data.cache": ("none", "memory", "disk", "device"),
   "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
   "data.labels": {"cityscapes": ("gtFine", "gtCoarse"), "kitti_road": ("road", "lane")},
   "head": ("softmax", "sigmoid"),
@@ -225,7 +225,8 @@ def _data(data) -> Rules:
     yield bool(data[field]), f"data.{field}", "name a split of the data set, e.g. val."
   yield _is_size(data.canvas_size, 0), "data.canvas_size", "must be (H, W) in pixels."
   if data.name == "synthetic":
-    yield data.cache == "none", "data.cache", "keeps decoded files, and this source has none: set it to none."
+    kept = data.cache in ("none", "device")
+    yield kept, "data.cache", "keeps decoded files, and this source has none: set it to none, or to device."
     yield _is_size(data.image_size, 1), "data.image_size", "must be (H, W) in pixels."
     for field in ("num_train", "num_val"):
       yield data[field] >= 1, f"data.{field}", "must be at least 1."

@@ -114,7 +114,13 @@ class MobileNetV2(base.Backbone):
     self.layer_19 = (
       layers.ConvNorm(in_features, last, activation=jax.nn.relu6, **options) if detail.mobilenet_last_conv else None
     )
-    self.pyramid = {4: ends[4], 8: ends[7], 16: ends[14], 32: ends[18] if self.layer_19 is None else ("layer_19", last)}
+    self.pyramid = {
+      2: ends[2],
+      4: ends[4],
+      8: ends[7],
+      16: ends[14],
+      32: ends[18] if self.layer_19 is None else ("layer_19", last),
+    }
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, `features`], rounded up.
