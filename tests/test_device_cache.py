@@ -110,6 +110,7 @@ def test_an_example_that_was_bad_before_is_void_again_though_it_can_be_read(fold
   assert not (found[0]["label"] == IGNORE_LABEL).all((1, 2)).any()
 
 
+@pytest.mark.full
 def test_a_run_resumes_and_changes_to_the_device_and_back_with_the_same_bits(tiny_config, tmp_path):
   """From the host to step 3, on the device to 6; and the other way round."""
   ends = []

@@ -55,7 +55,9 @@ def tuned_for_cpu(text: str) -> set[str]:
   return found | {"winograd"} if one_row else found
 
 
-@pytest.mark.parametrize("network", [full(name)[0] if name in ("xception", "mobilenet") else name for name in NETWORKS])
+@pytest.mark.parametrize(
+  "network", [full(name)[0] if name in ("xception", "mobilenet", "dilated_fcn") else name for name in NETWORKS]
+)
 def test_nothing_tuned_for_cpu_is_in_a_step_for_gpu_or_tpu(network):
   for kind in ("train", "eval"):
     for platform in ("gpu", "tpu"):
@@ -75,7 +77,7 @@ def test_what_is_tuned_for_cpu_would_be_found():
   assert tuned_for_cpu(lowered("unet", "train", "cpu")) == {"barrier", "flat product", "winograd"}
 
 
-@pytest.mark.parametrize("model", ["unet", "published_unet", *full("fcn", "deeplab", "dilated_fcn")])
+@pytest.mark.parametrize("model", ["unet", *full("published_unet", "fcn", "deeplab", "dilated_fcn")])
 def test_a_step_of_training_is_the_same_with_plain_kernels(model, monkeypatch):
   """Loss, gradient, parameters after it and statistics, in float64."""
   experiment.shorten_backbones(monkeypatch)

@@ -139,6 +139,7 @@ def test_options_that_would_not_act_are_refused(options, message):
     abstract(**options)
 
 
+@pytest.mark.full
 def test_dropout_acts_between_encoder_and_decoder_and_remat_changes_no_logit():
   def run(key, **options):
     @nnx.jit
