@@ -36,11 +36,11 @@ PAPERS = {
   "DeepLabV3+ Xception-65": ("deeplab_v3plus", {}, 65),
 }
 DEVICES = (1, 2, 4, 8)
-# The model of a data-parallel step's speed-up, of which nothing is measured: all-reduces in rings behind the computation,
+# The model of a data-parallel step's speed-up, of which nothing is measured: collectives in rings behind the computation,
 # none of it hidden.
 NODE = 8  # Devices joined by NVLink.
 NVLINK, NETWORK = 450e9, 50e9  # Bytes/s of a device and direction (H200; one 400 Gbit/s card each).
-LATENCY = 20e-6  # Seconds of one all-reduce within a node; a step further for each doubling of nodes.
+LATENCY = 20e-6  # Seconds of one collective within a node; a step further for each doubling of nodes.
 SPEED = 0.4 * 790e12  # FLOP/s of a device: a share of an H200's peak in bfloat16 that is our goal, not measured.
 IMAGES, CROP = 8, 513  # Of each device.
 MODELLED = (8, 64, 512)
@@ -87,7 +87,7 @@ def exponent(numbers, costs) -> float:
 def of_devices() -> None:
   """Prints the collectives of a step against the number of devices, and what the model makes of them."""
   print("| network | devices | collectives: number, MiB of each device |\n|---|---|---|")
-  alone, reduced = {}, {}
+  alone, exchanged = {}, {}
   for name, (model, options, crop) in PAPERS.items():
     for devices in DEVICES:
       config = make_config(model, options, batch_size=BATCH * devices, crop=crop, classes=CLASSES)
@@ -95,21 +95,28 @@ def of_devices() -> None:
       program = programs.compile_train(Experiment(config, mesh=mesh), config.crop_size)
       found = [f"{kind} {len(sizes)}, {sum(sizes) / 2**20:.1f}" for kind, sizes in program.collectives.items() if sizes]
       print(f"| {name} | {devices} | {'; '.join(found) or 'none'} |", flush=True)
-      reduced[name] = program.collectives["all-reduce"]
+      exchanged[name] = program.collectives["all-reduce"], program.collectives["all-gather"]
     work = 2 * program.multiply_adds / config.batch_size * IMAGES * (CROP / crop) ** 2
     alone[name] = work / SPEED
   print(f"\n| network | step alone, ms | {' | '.join(f'{n} devices' for n in MODELLED)} |")
   print(f"|---|---|{'---|' * len(MODELLED)}")
   for name, seconds in alone.items():
-    cells = [f"{n * seconds / (seconds + communication(reduced[name], n)):.1f}" for n in MODELLED]
+    cells = [f"{n * seconds / (seconds + communication(*exchanged[name], n)):.1f}" for n in MODELLED]
     print(f"| {name} | {1e3 * seconds:.0f} | {' | '.join(cells)} |")
 
 
-def communication(sizes: list[int], devices: int) -> float:
-  """Seconds that all-reduces of these bytes take: each a ring within the node, then among the nodes."""
+def communication(reduced: list[int], gathered: list[int], devices: int) -> float:
+  """Seconds that the collectives of a step take: each a ring within the node, then among the nodes.
+
+  Args:
+    reduced: bytes of each all-reduce.
+    gathered: of each all-gather's result on `DEVICES[-1]` devices. Each device adds as much, so more gather more.
+  """
   nodes = max(devices // NODE, 1)
-  within, among = 2 * (NODE - 1) / NODE / NVLINK, 2 * (nodes - 1) / nodes / NETWORK / NODE
-  return sum(sizes) * (within + among) + len(sizes) * LATENCY * (1 + math.log2(nodes))
+  all_gathered = sum(gathered) * devices / DEVICES[-1]
+  within, among = (NODE - 1) / NODE / NVLINK, (nodes - 1) / nodes / NETWORK / NODE
+  latency = (len(reduced) + len(gathered)) * LATENCY * (1 + math.log2(nodes))
+  return (2 * sum(reduced) + all_gathered) * (within + among) + latency
 
 
 def main():

@@ -20,7 +20,7 @@ from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.models import layers
 from segjax.models.base import Network
 from segjax.pretrained import unfold
-from segjax.run import distributed, warm_start
+from segjax.run import device_cache, distributed, warm_start
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.evaluation import Evaluator
 from segjax.state import TrainState
@@ -72,8 +72,8 @@ class Experiment:
 
   @property
   def augment_batch(self) -> Callable:
-    """augment_batch(key, batch) -> image, label, border, see `augment.augment_batch`."""
-    return functools.partial(
+    """augment_batch(key, batch) -> image, label, border, see `augment.augment_batch`; takes batches of ids too."""
+    augmented = functools.partial(
       augment.augment_batch,
       options=self.augmentation,
       crop_size=self.config.crop_size,
@@ -82,18 +82,51 @@ class Experiment:
       ignore_label=IGNORE_LABEL,
     )
 
+    def augment_batch(key, batch):
+      return augmented(key, device_cache.fetch(batch, self.mesh, self.train_canvas) if "split" in batch else batch)
+
+    return augment_batch
+
+  @functools.cached_property
+  def train_canvas(self) -> tuple[int, int]:
+    """See `input_pipeline.train_canvas`."""
+    return input_pipeline.train_canvas(self.train_source, self.config.data, self.crop_window)
+
   def train_batches(self, start: int, stop: int, *, rows=None, bad: BadExamples | None = None) -> Iterator[dict]:
     """Host batches of the steps [start, stop), see `input_pipeline.train_batches`.
 
     Args:
       rows: of the global batch; None: those of this process's devices.
     """
+    return input_pipeline.train_batches(
+      self.train_source, self.config.data, border=self.weighs_borders, **self._order(start, stop, rows, bad)
+    )
+
+  def _order(self, start: int, stop: int, rows, bad: BadExamples | None) -> dict:
     config = self.config
     rows = sharding.local_rows(self.mesh, config.batch_size) if rows is None else rows
-    options = dict(seed=config.seed, batch_size=config.batch_size, border=self.weighs_borders, window=self.crop_window)
-    return input_pipeline.train_batches(
-      self.train_source, config.data, rows=rows, start_step=start, num_steps=stop, bad=bad, **options
-    )
+    options = dict(seed=config.seed, batch_size=config.batch_size, rows=rows, start_step=start, num_steps=stop)
+    return options | dict(bad=bad, window=self.crop_window)
+
+  def device_batches(self, start: int, stop: int, bad: BadExamples | None = None) -> Iterator[dict]:
+    """What the train step takes in the steps [start, stop): global batches, or, with data.cache = "device", batches of ids."""
+    if self.config.data.cache != "device":
+      return sharding.to_device(self.train_batches(start, stop, bad=bad), self.mesh)
+    split, unreadable = self._device_split
+    order = self._order(start, stop, None, bad)
+    ids = input_pipeline.id_batches(self.train_source, self.config.data, unreadable=unreadable, **order)
+    return (batch | dict(split=split) for batch in sharding.to_device(ids, self.mesh))
+
+  @functools.cached_property
+  def _device_split(self) -> tuple[dict, dict]:
+    """See `device_cache.load`."""
+    workers, beside = self.config.data.workers, sharding.bytes_per_device(self.abstract_state)
+    return device_cache.load(self.train_source, self._abstract_split, workers=workers, beside=beside)
+
+  @property
+  def _abstract_split(self) -> dict:
+    canvas = input_pipeline.canvas_of(self.train_source, self.config.data)
+    return device_cache.abstract_split(self.mesh, len(self.train_source), canvas, self.weighs_borders)
 
   # Model, optimiser and state.
 
@@ -208,10 +241,15 @@ class Experiment:
     if not variables["batch_stats"]:
       raise ConfigError(f"init.unfold = True: {config.model.name} has no batch norm here. Set it to False.")
     step = steps.make_moments_step(
-      self.graphdef, self.mesh, seed=config.seed, augment_batch=self.augment_batch, kernels=config.kernels
+      self.graphdef,
+      self.mesh,
+      seed=config.seed,
+      augment_batch=self.augment_batch,
+      kernels=config.kernels,
+      matmul_precision=config.matmul_precision,
     )
     given, count = sharding.gather(variables, self.mesh), -(-len(self.train_source) // config.batch_size)
-    batches = sharding.to_device(self.train_batches(0, count), self.mesh)
+    batches = self.device_batches(0, count)
     measured = unfold.total(step(given, batch, number) for number, batch in enumerate(batches))
     return unfold.unfold(self.network, variables, measured)
 
@@ -250,8 +288,17 @@ class Experiment:
       frozen=self.frozen,
       accumulate_steps=config.accumulate_steps,
       kernels=config.kernels,
+      matmul_precision=config.matmul_precision,
     )
     return steps.make_train_step(self.graphdef, self.optimizer, self.mesh, **keywords | replaced)
+
+  def checked_train_step(self, class_weights: np.ndarray | None) -> Callable:
+    """The train step; compiled already, and refused where it does not fit beside the split, with data.cache = "device"."""
+    step = self.make_train_step(class_weights)
+    if self.config.data.cache != "device":
+      return step
+    cut = self.train_canvas != input_pipeline.canvas_of(self.train_source, self.config.data)
+    return device_cache.compile_step(step, *self.abstract_train_arguments(self.train_canvas, cut), self.mesh)
 
   @property
   def protocol(self) -> dict:
@@ -263,7 +310,7 @@ class Experiment:
     """See `steps.make_eval_step`; `replaced` are keywords of it in place of the config's."""
     e, sigmoid = self.config.eval, self.config.head == "sigmoid"
     keywords = dict(num_classes=self.num_classes, protocol=self.protocol, outside=e.outside, threshold=e.threshold)
-    keywords |= dict(sigmoid=sigmoid, kernels=self.config.kernels)
+    keywords |= dict(sigmoid=sigmoid, kernels=self.config.kernels, matmul_precision=self.config.matmul_precision)
     return steps.make_eval_step(self.graphdef, self.mesh, **keywords | replaced)
 
   @functools.cached_property
@@ -284,6 +331,10 @@ class Experiment:
       canvas: (H, W) of the images. cut: whether larger ones are cut to it.
     """
     batch = steps.abstract_batch(self.mesh, self.config.batch_size, canvas, self.weighs_borders, cut)
+    if self.config.data.cache == "device":
+      batch = {name: batch[name] for name in ("id", "origin", "share") if name in batch} | dict(
+        split=self._abstract_split
+      )
     return self.abstract_state, batch
 
   def abstract_eval_arguments(self, canvas: tuple[int, int], batch_size: int | None = None) -> tuple[dict, dict]:

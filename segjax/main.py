@@ -35,6 +35,16 @@ _TARGET = flags.DEFINE_string(
   "--mode=dry_run: devices to compile for, there or not: here, gpu:h100, gpu:a100, gpu:h200 (gpu:h100:8 for eight), or a"
   " slice of TPUs, as tpu:v5e:2x4, tpu:v5p:4x4x4, tpu:v6e:16x16. Tells what binds, and the costliest places of the source.",
 )
+_LOADER_SPEED = flags.DEFINE_float(
+  "loader_speed",
+  None,
+  "--target: images/s that the loaders give per core, as `segjax benchmark --what=input` measures it, to tell whether the"
+  " host could starve the devices.",
+  lower_bound=1e-3,
+)
+flags.register_multi_flags_validator(
+  ("target", "loader_speed"), lambda f: f["target"] or not f["loader_speed"], "Only --target has --loader_speed."
+)
 _JSON = commandline.define_json()
 flags.register_multi_flags_validator(
   ("mode", "target", "json"),
@@ -88,7 +98,7 @@ def main(argv: list[str]) -> None:
     commandline.readable_errors(NonFiniteLoss, WorkdirError),
   ):
     if _MODE.value == "dry_run":
-      dry_run(config, target=_TARGET.value, figures=_JSON.value)
+      dry_run(config, target=_TARGET.value, figures=_JSON.value, loader_speed=_LOADER_SPEED.value)
     else:
       {"train": train, "eval": evaluate, "submit": submit, "predict": submit}[_MODE.value](config, _WORKDIR.value)
 

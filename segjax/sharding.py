@@ -12,6 +12,7 @@ import collections
 import concurrent.futures
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 
 import jax
@@ -102,6 +103,17 @@ def on(mesh: Mesh) -> Iterator[None]:
     yield
 
 
+def batch_parts() -> int:
+  """Into how many parts the mesh that is being traced for (see `on`) splits the batch; 1 where there is none."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape["data"]
+
+
+def on_all(x: jax.Array) -> jax.Array:
+  """An array whose parts are on the devices of the mesh that is being traced for, whole on each of them."""
+  return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def split_height(x: jax.Array, *others: int) -> jax.Array:
   """Pins [B, H, ...] to batch over `data` and height over `space`; x itself where there is no mesh (see `on`).
 
@@ -156,3 +168,19 @@ def to_device(batches: Iterator[dict], mesh: Mesh) -> Iterator[dict]:
       yield batch
   finally:
     thread.shutdown(cancel_futures=True)
+
+
+def bytes_per_device(tree) -> int:
+  """Of abstract arrays that have shardings."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def device_memory(device: jax.Device) -> tuple[int, str]:
+  """Bytes that a device of this machine has for JAX, and what they are."""
+  stats = device.memory_stats()
+  if stats is not None:
+    return stats["bytes_limit"], f"memory of {device.device_kind} that JAX may use"
+  count = jax.local_device_count()
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count, (
+    "host memory" if count == 1 else f"host memory, which {count} devices share"
+  )

@@ -55,6 +55,7 @@ def make_train_step(
   frozen: Collection[str] = (),
   accumulate_steps: int = 1,
   kernels: str = "auto",
+  matmul_precision: str = "default",
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
   """One update: augment -> normalise -> forward -> loss -> gradient -> optimiser (-> EMA).
 
@@ -68,6 +69,7 @@ def make_train_step(
       respect to them, so none counts in `grad_norm`. The batch norms in `graphdef` must be frozen to match.
     accumulate_steps: number of parts, see `_make_gradient`.
     kernels: "auto" or "plain", see `kernels.target`.
+    matmul_precision: of `jax.default_matmul_precision`.
 
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
@@ -81,6 +83,7 @@ def make_train_step(
 
   @sharding.on(mesh)
   @kernels_lib.on(platform)
+  @jax.default_matmul_precision(matmul_precision)
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     crops = augment_batch(augment_key, batch)
@@ -168,13 +171,20 @@ def _failed(state: TrainState) -> TrainState:
 
 
 def make_moments_step(
-  graphdef: nnx.GraphDef, mesh: Mesh, *, seed: int, augment_batch: Callable, kernels: str = "auto"
+  graphdef: nnx.GraphDef,
+  mesh: Mesh,
+  *,
+  seed: int,
+  augment_batch: Callable,
+  kernels: str = "auto",
+  matmul_precision: str = "default",
 ) -> Callable[[dict, dict, int], dict]:
   """What each batch norm is given for a training batch, while all of them normalise by their running statistics.
 
   Args:
     augment_batch: as of `make_train_step`.
     kernels: "auto" or "plain", see `kernels.target`.
+    matmul_precision: of `jax.default_matmul_precision`.
 
   Returns:
     moments_step(variables, batch, number) -> the `batch_stats` whose mean and variance (not the unbiased one) are those of
@@ -185,6 +195,7 @@ def make_moments_step(
 
   @sharding.on(mesh)
   @kernels_lib.on(platform)
+  @jax.default_matmul_precision(matmul_precision)
   def moments_step(variables: dict, batch: dict, number: jax.Array) -> dict:
     network = merge(graphdef, variables)
     key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
@@ -207,6 +218,7 @@ def make_eval_step(
   sigmoid: bool = False,
   threshold: float = 0.5,
   kernels: str = "auto",
+  matmul_precision: str = "default",
 ) -> Callable[[dict, dict], dict]:
   """Scores whole images at their own size against their own labels; labels are never resized.
 
@@ -218,6 +230,7 @@ def make_eval_step(
     sigmoid: whether the model has one logit, that of the second of two classes,
     threshold: which is predicted where its probability lies above this.
     kernels: "auto" or "plain", see `kernels.target`.
+    matmul_precision: of `jax.default_matmul_precision`.
 
   Returns:
     eval_step(variables, batch) -> {"confusion": [K, K] int32, "prediction": [B, H, W] uint8}, jitted; `variables` are
@@ -228,6 +241,7 @@ def make_eval_step(
 
   @sharding.on(mesh)
   @kernels_lib.on(platform)
+  @jax.default_matmul_precision(matmul_precision)
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
     if outside == "mirror":

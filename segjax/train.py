@@ -69,8 +69,8 @@ def train(config, workdir) -> dict[str, float]:
       return {}
 
     # The step, and its batches from `start` on.
-    train_step = experiment.make_train_step(class_weights)
-    batches = sharding.to_device(experiment.train_batches(start, config.num_steps, bad=bad), experiment.mesh)
+    train_step = experiment.checked_train_step(class_weights)
+    batches = experiment.device_batches(start, config.num_steps, bad)
     writer = report.Writer(workdir, start_step=start, tensorboard=True, unscored=unscored)
     if before := bad.count(start):
       say(f"note: {before} bad examples before (bad_examples_*.jsonl); data.max_bad_examples = {bad.most}")
@@ -131,7 +131,8 @@ def open_data(experiment: Experiment) -> dict[str, object]:
   splits[data.eval_split] = experiment.eval_source
   sharding.check_batch(experiment.mesh, "batch_size", config.batch_size, config.accumulate_steps)
   say(report.data_lines(data, splits))
-  input_pipeline.cache.check_room(data.cache, (experiment.train_source, experiment.eval_source))
+  kept = [experiment.train_source] * (data.cache != "device") + [experiment.eval_source]
+  input_pipeline.cache.check_room(data.cache, kept)
   say(scan.probe(experiment.train_source, border=experiment.weighs_borders, most_bad=data.max_bad_examples))
   return splits
 

@@ -22,8 +22,7 @@ def _flags_of_a_new_process():
   def own():
     """Those of segjax, or of the program itself, whose module absl calls by its file."""
     modules = {name: flags.FLAGS.find_module_defining_flag(name) or "" for name in named}
-    return {name for name, module in modules.items()
-            if "segjax" in module or name.partition(".")[0] == "config"}  # fmt: skip
+    return {name for name, module in modules.items() if "segjax" in module or name.partition(".")[0] == "config"}
 
   hidden = {name: named.pop(name) for name in own()}
   switches = {name: value for name, value in registry.items() if isinstance(value, bool)}

@@ -3,6 +3,7 @@
 As a program, one of several processes: python -m tests.experiment COORDINATOR NUM_PROCESSES PROCESS_ID MODEL OUT
 """
 
+import functools
 import pickle
 import sys
 
@@ -14,7 +15,7 @@ from segjax import input_pipeline, sharding
 from segjax.config import default_config
 from segjax.experiment import Experiment
 from segjax.models.backbones import mobilenet_v2, resnet
-from segjax.run import cluster, distributed
+from segjax.run import cluster, device_cache, distributed
 
 BATCH_SIZE = 16
 
@@ -53,7 +54,7 @@ def shorten_backbones(monkeypatch) -> None:
   """Leaves a MobileNetV2 and a ResNet-50 one or two units of each kind, since what is alike is only compiled longer."""
   residuals = ((16, 1), (24, 2), (24, 1), (32, 2), (64, 2), (64, 1), (160, 2), (320, 1))
   monkeypatch.setattr(mobilenet_v2, "RESIDUALS", residuals)
-  monkeypatch.setitem(resnet.UNITS, 50, (1, 1, 2, 2))
+  monkeypatch.setitem(resnet.UNITS, 50, (1, 1, 1, 2))
 
 
 def make_step(config, mesh, loss=None):
@@ -134,9 +135,36 @@ def run(config, mesh, num_steps: int = 5) -> dict:
   return found
 
 
+def fetched(experiment: Experiment, num_steps: int, bad=None) -> list[dict]:
+  """The batches that the train step looks up with data.cache = "device": the rows of this process, on the host."""
+  mesh = experiment.mesh
+  fetch = functools.partial(device_cache.fetch, mesh=mesh, canvas_size=experiment.train_canvas)
+  fetch = jax.jit(sharding.on(mesh)(fetch))
+  batches = map(fetch, experiment.device_batches(0, num_steps, bad))
+  return [{name: rows_here(x) for name, x in batch.items()} for batch in batches]
+
+
+def rows_here(x: jax.Array) -> np.ndarray:
+  """The rows of a batch that this process holds."""
+  parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
+  return np.concatenate([parts[start] for start in sorted(parts)])
+
+
+def assert_same_batches(want: list[dict], found: list[dict]) -> None:
+  assert len(want) == len(found) > 0
+  for a, b in zip(want, found):
+    assert a.keys() == b.keys()
+    for name in a:
+      assert a[name].dtype == b[name].dtype
+      np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
 if __name__ == "__main__":
   coordinator, num_processes, process_id, model, out = sys.argv[1:]
   with distributed.connected(cluster.find_processes({}, coordinator, int(num_processes), int(process_id)), timeout=120):
     result = run(make_config(model), sharding.make_mesh())
+    on_device = Experiment(make_config(model))
+    on_device.config.data.cache = "device"
+    assert_same_batches(list(on_device.train_batches(0, 3)), fetched(on_device, 3))
     with open(out, "wb") as file:
       pickle.dump(result, file)

@@ -29,8 +29,10 @@ def fcn8s_shapes(width: int, num_classes: int) -> dict[str, tuple]:
   for name, features in (("score_fr", wide), ("score_pool3", 4 * width), ("score_pool4", 8 * width)):
     shapes[f"{name}.weight"] = (num_classes, features, 1, 1)
   shapes |= {key.replace("weight", "bias"): shape[:1] for key, shape in shapes.items()}
-  return shapes | {f"{name}.weight": (num_classes, num_classes, size, size)
-                   for name, size in (("upscore2", 4), ("upscore8", 16), ("upscore_pool4", 4))}  # fmt: skip
+  return shapes | {
+    f"{name}.weight": (num_classes, num_classes, size, size)
+    for name, size in (("upscore2", 4), ("upscore8", 16), ("upscore_pool4", 4))
+  }
 
 
 def fcn8s(weights, image):

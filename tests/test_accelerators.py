@@ -50,5 +50,8 @@ def test_growth_is_told_by_number_and_collectives_of_a_new_kind_are():
   assert grown(numbers(row), numbers(row)) == {}
   worse = row | dict(hbm_bytes=104, peak_bytes=103, collectives={"all-reduce": [5, 90], "all-gather": [1, 8]})
   assert grown(numbers(row), numbers(worse)) == {
-    "hbm_bytes": (100, 104), "all-reduce count": (4, 5), "all-gather count": (0, 1), "all-gather bytes": (0, 8),
-  }  # fmt: skip
+    "hbm_bytes": (100, 104),
+    "all-reduce count": (4, 5),
+    "all-gather count": (0, 1),
+    "all-gather bytes": (0, 8),
+  }

@@ -1,15 +1,17 @@
 """Compute in bfloat16: no reduction over many elements is computed in it, forward or backward."""
 
 import contextlib
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from segjax import models
 from segjax.experiment import Experiment
-from tests import experiment
+from tests import experiment, test_kernels
 from tests.marks import full
 
 NETWORKS = {
@@ -71,6 +73,34 @@ def test_no_train_step_reduces_in_bfloat16(model):
   made = Experiment(experiment.make_config(model, "bfloat16"), mesh=experiment.mesh_of(1))
   with reductions_in_16_bits_refused():
     jax.eval_shape(made.make_train_step(), *made.abstract_train_arguments((22, 32)))
+
+
+def sums_in_bfloat16(text: str) -> list[str]:
+  """The reductions of a lowered program that add up bfloat16; those of convolutions and matmuls are float32 in hardware."""
+  adding = (
+    r"applies stablehlo.add .*xbf16>|stablehlo.add %\S+, %\S+ : tensor<bf16>"  # The second in a reduction's body.
+  )
+  return [line.strip() for line in text.splitlines() if re.search(adding, line)]
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("network", ["unet", *full(*(name for name in test_kernels.NETWORKS if name != "unet"))])
+def test_no_step_for_gpu_or_tpu_sums_in_bfloat16(network, platform):
+  for kind in ("train", "eval"):
+    assert sums_in_bfloat16(test_kernels.lowered(network, kind, platform, dtype="bfloat16")) == []
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    lambda x: jax.lax.reduce_sum(x, axes=(0,)),
+    lambda x: jax.lax.reduce_window(x, jnp.zeros((), x.dtype), jax.lax.add, (2, 2), (2, 2), "VALID"),
+    lambda x: x.at[0].add(x[1]),
+    jax.lax.cumsum,
+  ],
+)
+def test_sums_in_bfloat16_would_be_found(function):
+  assert sums_in_bfloat16(jax.jit(function).lower(np.ones((4, 4), jnp.bfloat16)).as_text())
 
 
 @pytest.mark.parametrize("network, bound", [("published_unet", 0.05), *full(("bilinear_unet", 0.1), ("fcn", 0.3))])

@@ -60,6 +60,15 @@ def test_an_xla_that_does_not_know_the_option_gets_none(monkeypatch):
   assert compiler.options("train", "cpu") == {}
 
 
-@pytest.mark.parametrize("platform", ["gpu", "cuda", "tpu", "plain"])
+@pytest.mark.parametrize("platform", ["tpu", "split_tpu", "plain"])
 def test_other_platforms_get_none(platform):
   assert compiler.options("train", platform) == {}
+
+
+@pytest.mark.parametrize("platform", ["gpu", "split_gpu"])
+def test_a_gpu_is_told_which_all_reduces_become_one_by_an_option_that_this_xla_knows(platform):
+  options = compiler.options("train", platform)
+  assert options.keys() == {"xla_gpu_all_reduce_combine_threshold_bytes"}
+  jax.jit(lambda: 0, compiler_options=options).lower().compile()
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    jax.jit(lambda: 0, compiler_options=dict.fromkeys((name + "_unknown" for name in options), "1")).lower().compile()

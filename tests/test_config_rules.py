@@ -39,6 +39,7 @@ WEIGHTED = {"data.instances": "components", "loss.border_weight": 10.0}
 
 # Model and data, a config in which the field acts, and what keeps it from doing so.
 CASES = [
+  ("matmul_precision", UNET, {"matmul_precision": "highest"}, {"dtype": "bfloat16"}),
   ("shard_state", UNET, {"shard_state": True}, {"mesh.data": 1}),
   ("data.dir", UNET, {"data.dir": "/data"}, GENERATED),
   ("data.max_bad_examples", UNET, {"data.max_bad_examples": 2}, GENERATED),

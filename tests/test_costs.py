@@ -77,13 +77,15 @@ def test_a_fusion_that_takes_slices_reads_these_and_never_more_than_all():
     "  ROOT", "  %reduced = f32[8]{0} reduce(%a, %c), dimensions={0}, to_apply=%add\n  ROOT"
   )
   assert moved(*ARGUMENTS, "%f = f32[8]{0} fusion(%x, %i, %y), kind=kLoop, calls=%sliced", computations=whole) == (
-    3200 + 4 + 32, 32,
-  )  # fmt: skip
+    3200 + 4 + 32,
+    32,
+  )
   small = SLICING.replace("100,8", "1,8").replace("f32[800]", "f32[8]")
   arguments = ("%x = f32[1,8]{1,0} parameter(0)", *ARGUMENTS[1:])
   assert moved(*arguments, "%f = f32[8]{0} fusion(%x, %i, %y), kind=kLoop, calls=%sliced", computations=small) == (
-    32 + 4 + 32, 32,
-  )  # fmt: skip
+    32 + 4 + 32,
+    32,
+  )
 
 
 UPDATING = """
@@ -167,8 +169,10 @@ def test_a_loop_counts_once_a_turn_and_both_branches_of_a_conditional():
   )
   found = count(*lines, computations=bodies)
   assert [(cost.kind, cost.times, cost.moved) for cost in found] == [
-    ("negate", 5, 5 * 64), ("copy", 1, 64), ("copy", 1, 64),
-  ]  # fmt: skip
+    ("negate", 5, 5 * 64),
+    ("copy", 1, 64),
+    ("copy", 1, 64),
+  ]
 
 
 def test_asynchronous_pairs_count_once():
@@ -239,7 +243,9 @@ WINDOW = "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_01io->b01f"
 )
 def test_a_convolution_and_its_gradients_multiply_what_meets_the_image(call, operands, result):
   lines = [f"%{name} = {shape} parameter({n})" for n, (name, shape) in enumerate(zip("ab", operands))]
-  (found,) = count(*lines, f"%c = ({result}, u8[0]) {call}, {WINDOW}" if "cudnn" in call else f"%c = {result} {call}, {WINDOW}")  # fmt: skip
+  (found,) = count(
+    *lines, f"%c = ({result}, u8[0]) {call}, {WINDOW}" if "cudnn" in call else f"%c = {result} {call}, {WINDOW}"
+  )
   # Of five rows of results the first and the last meet two of three rows of the kernel, the others all.
   assert found.flops == 2 * 2 * 4 * 8 * (2 + 3 + 3 + 3 + 2) ** 2 and found.numbers == "f32"
 

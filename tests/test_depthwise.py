@@ -16,9 +16,14 @@ PLATFORMS = ("plain", "cpu")  # Each has a form.
 
 def grouped(x, kernel, stride, rate, padding):
   return jax.lax.conv_general_dilated(
-    x, kernel, (stride, stride), padding, rhs_dilation=(rate, rate), feature_group_count=x.shape[-1],
+    x,
+    kernel,
+    (stride, stride),
+    padding,
+    rhs_dilation=(rate, rate),
+    feature_group_count=x.shape[-1],
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )  # fmt: skip
+  )
 
 
 @pytest.mark.parametrize(

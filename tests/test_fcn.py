@@ -110,7 +110,7 @@ def test_every_score_equals_pytorch_fcn_with_the_caffe_geometry(shared):
 
 
 @pytest.mark.parametrize(
-  "options", [dict(), *full(dict(geometry="caffe", upsampling="fixed", at_once=True), dict(stride=16))]
+  "options", full(dict(), dict(geometry="caffe", upsampling="fixed", at_once=True), dict(stride=16))
 )
 def test_the_fused_score_is_the_sum_of_its_upsampled_parts_in_float64(options):
   with jax.enable_x64(True):

@@ -80,7 +80,11 @@ def test_statistics_are_frozen_exactly_where_scale_and_bias_are_in_every_model(p
 @pytest.mark.parametrize(
   "field, value, message",
   [
-    ("freeze", ("down0", "backbone"), r"optimizer.freeze: no parameter matches 'backbone'\. .*down0, .*down0/conv1/kernel"),
+    (
+      "freeze",
+      ("down0", "backbone"),
+      r"optimizer.freeze: no parameter matches 'backbone'\. .*down0, .*down0/conv1/kernel",
+    ),
     ("freeze", ("!encoder",), "optimizer.freeze: no parameter matches '!encoder'"),
     ("freeze", ("down0/conv",), "no parameter matches 'down0/conv'"),
     ("freeze", ("*",), r"optimizer.freeze = \('\*',\): freezes all 16 parameters"),
@@ -88,7 +92,7 @@ def test_statistics_are_frozen_exactly_where_scale_and_bias_are_in_every_model(p
     ("lr_multipliers", ("head:10",), "optimizer.lr_multipliers: no trained parameter matches 'head'"),
     ("lr_multipliers", ("logits:-1",), "'logits:-1' must be .* finite factor above 0"),
   ],
-)  # fmt: skip
+)
 def test_patterns_that_cannot_act_are_refused_before_anything_is_built(config, field, value, message):
   config.optimizer[field] = value
   with pytest.raises(ConfigError, match=message):

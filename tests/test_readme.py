@@ -1,4 +1,4 @@
-"""The README's commands name configs, modules and fields that exist."""
+"""The commands of README and the documentation name configs, modules and fields that exist."""
 
 import importlib.util
 import pathlib
@@ -14,12 +14,14 @@ from segjax.tools import verbs
 from tests import command as in_process
 
 ROOT = pathlib.Path(__file__).parents[1]
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = ("README.md", "docs/data.md", "docs/recipes.md", "docs/use.md", "docs/weights.md")
+TEXT = "\n".join((ROOT / page).read_text() for page in PAGES)
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&") if "-m segjax" in c]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_of_the_readme_is_understood(command, monkeypatch):
+def test_command_of_the_documentation_is_understood(command, monkeypatch):
   monkeypatch.chdir(ROOT)
   words = shlex.split(command)
   assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
@@ -40,15 +42,15 @@ def test_command_of_the_readme_is_understood(command, monkeypatch):
   commandline._ConfigFile(argv).parse(next(word for word in argv if word.startswith("--config=")).partition("=")[2])
 
 
-def test_verbs_and_shipped_configs_that_the_readme_names_exist():
-  text = (ROOT / "README.md").read_text()
+def test_verbs_and_shipped_configs_that_the_documentation_names_exist():
+  text = TEXT
   named = re.findall(r"`segjax ([\w-]+)", text)
   assert len(named) > 3 and set(named) <= set(verbs.VERBS)
   assert set(re.findall(r"--config=(\w+)(?![\w/.])", text)) <= set(config_file.SHIPPED)
 
 
-def test_options_that_the_readme_names_exist():
-  options = set(re.findall(r"`--config\.([\w.]+)=|(?<= )--config\.([\w.]+)=", (ROOT / "README.md").read_text()))
+def test_options_that_the_documentation_names_exist():
+  options = set(re.findall(r"`--config\.([\w.]+)=|(?<= )--config\.([\w.]+)=", TEXT))
   named = {name for pair in options for name in pair if name}
   known = {
     field

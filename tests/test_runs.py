@@ -227,10 +227,13 @@ def test_a_workdir_that_is_gone_is_named_as_that(config, fake, tmp_path, what):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
 def test_the_first_signal_saves_and_asks_to_be_started_again(config, fake, tmp_path, capsys, number):
   fake.scores, fake.at_step = [0.5], lambda n: signal.raise_signal(number) if n == 4 else None
-  before = signal.getsignal(number)
-  with pytest.raises(distributed.Preempted) as stopped:
-    train_lib.train(config, tmp_path / "run")
-  assert stopped.value.code == 75 and signal.getsignal(number) == before
+  found = signal.signal(number, signal.SIG_DFL)  # Whether or not nohup started the tests.
+  try:
+    with pytest.raises(distributed.Preempted) as stopped:
+      train_lib.train(config, tmp_path / "run")
+    assert stopped.value.code == 75 and signal.getsignal(number) == signal.SIG_DFL
+  finally:
+    signal.signal(number, found)
   assert f"{number.name}: stopped after step 4 of 6, checkpoint saved" in capsys.readouterr().out
   assert Checkpoints(tmp_path / "run", read_only=True).latest_step() == 4
 

@@ -23,12 +23,24 @@ def test_another_name_is_refused_with_all_there_are(target):
   "target, error, message",
   [
     ("gpu:h100", NotImplementedError("topology"), rf"not installed: pip install 'jax\[cuda12\]=={jax.__version__}'"),
-    ("gpu:h100:3", jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no"), "plugin cannot describe it .*INVALID_ARGUMENT: no"),
-    ("tpu:v5e:2x4", RuntimeError("JAX TPU support not installed"), r"not installed: pip install --no-deps 'libtpu==0.0.\d+"),
-    ("tpu:v5e:2x4", RuntimeError("ABORTED: The TPU is already in use by process with pid 7."), "one process at a time.*pid 7"),
+    (
+      "gpu:h100:3",
+      jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no"),
+      "plugin cannot describe it .*INVALID_ARGUMENT: no",
+    ),
+    (
+      "tpu:v5e:2x4",
+      RuntimeError("JAX TPU support not installed"),
+      r"not installed: pip install --no-deps 'libtpu==0.0.\d+",
+    ),
+    (
+      "tpu:v5e:2x4",
+      RuntimeError("ABORTED: The TPU is already in use by process with pid 7."),
+      "one process at a time.*pid 7",
+    ),
     ("tpu:v5e:3x5", RuntimeError("INVALID_ARGUMENT: no such topology"), "INVALID_ARGUMENT: no such topology"),
   ],
-)  # fmt: skip
+)
 def test_a_missing_plugin_is_named_with_the_command_that_installs_it(target, error, message, monkeypatch):
   def fail(**description):
     raise error
@@ -71,6 +83,17 @@ def test_a_step_is_set_against_the_data_sheet(monkeypatch):
   assert row["binds"] == ("memory" if row["hbm_seconds"] > row["matrix_seconds"] else "matrix units")
   assert sum(place["share"] for place in row["places"]) == pytest.approx(1)
   assert f"bound by {row['binds']}; NVIDIA H100 datasheet" in roofline.table(program, device)
+  assert roofline.rate(program, 7, known) == pytest.approx(7 / max(row["hbm_seconds"], row["matrix_seconds"]))
+
+
+def test_a_host_that_could_starve_the_devices_is_warned_of_only_where_both_speeds_are_known():
+  assert "core" not in roofline.input_lines(1000.0, None, 2)
+  assert "1,000.0 images/s on all devices (estimate); at 30.0 images/s per core, 34 cores" in roofline.input_lines(
+    1000.0, 30.0, None
+  )
+  assert "WARNING: 33 cores read at most 990.0 images/s" in roofline.input_lines(1000.0, 30.0, 33)
+  for cores in (34, None):
+    assert "WARNING" not in roofline.input_lines(1000.0, 30.0, cores)
 
 
 def test_a_dry_run_for_a_target_tells_costs_and_appends_them_as_json(tiny_config, tmp_path, capsys, monkeypatch):
@@ -80,8 +103,18 @@ def test_a_dry_run_for_a_target_tells_costs_and_appends_them_as_json(tiny_config
   dry_run(tiny_config)
   assert "costliest places" not in capsys.readouterr().out
   dry_run(tiny_config, target="here", figures=str(tmp_path / "rows.jsonl"))
-  assert "costliest places" in capsys.readouterr().out
+  output = capsys.readouterr().out
+  assert "costliest places" in output and output.count("not compared: what this device can do is not known") == 2
   train, evaluation = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
   assert (train["step"], evaluation["step"], train["target"]) == ("train", "evaluation", "here")
   assert train["flops"] == evaluation["flops"] and sum(train["flops"].values()) == 2 * 64**3
   assert "hbm_seconds" not in train and train["places"]  # Nothing is known of a CPU.
+  monkeypatch.setattr(targets, "facts", lambda device: targets.ACCELERATORS["gpu:h100"])
+  tiny_config.data.workers = 1
+  rate = roofline.rate(program, 8, targets.ACCELERATORS["gpu:h100"])
+  dry_run(tiny_config, target="here", loader_speed=0.9 * rate)
+  assert capsys.readouterr().out.count("WARNING: 1 cores read at most") == 2
+  tiny_config.data.cache = "device"
+  dry_run(tiny_config, target="here", loader_speed=0.9 * rate)
+  output = capsys.readouterr().out
+  assert output.count("WARNING: 1 cores read at most") == 1 and "data.cache = device): the host sends ids" in output

@@ -37,6 +37,12 @@ RUN = dict(
   ),
   crop_size=Option((256, 256), "(H, W) of a training crop, pixels."),
   dtype=Option("float32", "of the computation. Parameters, statistics and loss: float32 (or float64 with float64)."),
+  matmul_precision=Option(
+    "default",
+    'of matmuls and convolutions of float32: "default" is the platform\'s: TF32 (10 bits of mantissa) on NVIDIA GPUs, bfloat16'
+    ' (7 bits) on TPU, float32 on CPU, all with sums in float32; "highest": float32 (23 bits) on all of them, for comparisons'
+    " with another implementation. Products of bfloat16 are exact in float32.",
+  ),
   log_every=Option(20, "steps between progress lines."),
   eval_every=Option(500, "steps between evaluations; each also saves a checkpoint. The last step always does."),
   checkpoint_every=Option(500, "steps between checkpoints."),
@@ -82,7 +88,9 @@ DATA = dict(
   cache=Option(
     "none",
     'keeps decoded examples, so that each is decoded once: "memory", for the run; "disk", in ~/.cache/segjax/examples (below'
-    " $XDG_CACHE_HOME where that is set), for all runs, 4 bytes a pixel. Batches stay the same, bit for bit.",
+    ' $XDG_CACHE_HOME where that is set), for all runs, 4 bytes a pixel; "device", the training split on its canvas, 4 bytes a'
+    " pixel, in the memory of all devices together, and the evaluation's examples in the host's (a file that changes during"
+    " the run is not read again). Batches stay the same, bit for bit.",
   ),
   max_bad_examples=Option(
     0,

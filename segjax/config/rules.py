@@ -11,10 +11,11 @@ from segjax.config import ConfigError, default_config, fields, options, patterns
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
+  "matmul_precision": ("default", "highest"),
   "kernels": ("auto", "plain"),
   "data.loader": ("tf_data", "grain"),
   "data.exif": ("refuse", "apply", "ignore"),
-  "data.cache": ("none", "memory", "disk"),
+  "data.cache": ("none", "memory", "disk", "device"),
   "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
   "data.labels": {"cityscapes": ("gtFine", "gtCoarse"), "kitti_road": ("road", "lane")},
   "head": ("softmax", "sigmoid"),
@@ -69,6 +70,7 @@ class Acts(NamedTuple):
 # init.* has none: a config file names the scheme of weights that the command line may add. Nor have properties of a data set
 # of which evaluation may show a part: a row must not depend on data.eval_split.
 ACTS = (
+  Acts("matmul_precision", ("dtype",), lambda c: c.dtype == "float32", "set dtype to float32"),
   Acts("shard_state", ("mesh.data",), lambda c: c.mesh.data != 1, "set mesh.data to -1 or above 1"),
   Acts("data.dir", ("data.name",), lambda c: c.data.name != "synthetic",
        "take a config of the source that reads it, e.g. configs/folder.py"),
@@ -223,7 +225,8 @@ def _data(data) -> Rules:
     yield bool(data[field]), f"data.{field}", "name a split of the data set, e.g. val."
   yield _is_size(data.canvas_size, 0), "data.canvas_size", "must be (H, W) in pixels."
   if data.name == "synthetic":
-    yield data.cache == "none", "data.cache", "keeps decoded files, and this source has none: set it to none."
+    kept = data.cache in ("none", "device")
+    yield kept, "data.cache", "keeps decoded files, and this source has none: set it to none, or to device."
     yield _is_size(data.image_size, 1), "data.image_size", "must be (H, W) in pixels."
     for field in ("num_train", "num_val"):
       yield data[field] >= 1, f"data.{field}", "must be at least 1."

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from segjax import config as config_lib
-from segjax.input_pipeline import cache, canvas, order
+from segjax.input_pipeline import cache, canvas, images, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.sources import datasets, make_source, named_classes
@@ -177,16 +177,18 @@ def _batches(
   border: bool = False,
   bad: BadExamples | None = None,
   cut: Callable | None = None,
+  kept: str = "none",
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of the steps [start, stop); `ids(step)` gives the global batch, `rows` this host's part of it.
 
   Args:
     cut: (example, step, row of the global batch) -> an example that fits the canvas. None: all do.
+    kept: where decoded examples are kept, as `cache.Cached` has it, or "none".
   """
   ids = functools.lru_cache(maxsize=64)(ids)
   largest = canvas_size if cut is None else canvas_of(source, data)
-  if data.cache != "none":
-    source = cache.Cached(source, data.cache)
+  if kept != "none":
+    source = cache.Cached(source, kept)
 
   def load(position: int) -> dict[str, np.ndarray]:
     step, row = divmod(int(position), len(rows))
@@ -239,7 +241,42 @@ def train_batches(
     return canvas.cut_window(example, size, window[1], (seed, step, row))
 
   cut = None if size == canvas_of(source, data) else cut
-  return _batches(source, size, data, ids, rows, start_step, num_steps, border, bad, cut)
+  kept = "none" if data.cache == "device" else data.cache
+  return _batches(source, size, data, ids, rows, start_step, num_steps, border, bad, cut, kept)
+
+
+def id_batches(
+  source, data, *, seed, batch_size, rows, start_step, num_steps, unreadable, bad=None, window=None
+) -> Iterator[dict[str, np.ndarray]]:
+  """What `train_batches` gives, where all pixels are at hand already: `id` [b] int32, `order.PADDING` for a bad example.
+
+  Args:
+    unreadable: {id: DataError} of the examples that this process could not read. It records them for the rows of all.
+    Otherwise as of `train_batches`; where that cuts, there are `origin` and `share` too.
+
+  Raises:
+    DataError: more are bad than may be.
+  """
+  if unreadable and (bad is None or len({*bad.names, *map(source.describe, unreadable)}) > bad.most):
+    raise DataError(
+      f"{len(unreadable)} training examples cannot be read: {images.listed(map(source.describe, unreadable))}."
+      f" {next(iter(unreadable.values()))}\nRestore the files; up to data.max_bad_examples (now {data.max_bad_examples})"
+      " may be bad."
+    )
+  size, known = train_canvas(source, data, window), bad if bad is not None else ()
+  for step in range(start_step, num_steps):
+    ids = order.train_ids(seed, step, batch_size, len(source))
+    for row, index in enumerate(ids.tolist()):
+      if index in unreadable and (step, row) not in known:
+        bad.add(step, row, source.describe(index), unreadable[index])
+    void = np.array([(step, row) in known for row in range(batch_size)])
+    ids = np.where(void, order.PADDING, ids)[rows].astype(np.int32)
+    batch = dict(id=ids)
+    if size != canvas_of(source, data):
+      sizes = [(0, 0) if index == order.PADDING else source.sizes[index] for index in ids]
+      cuts = [canvas.cut_window(dict(size=np.array(s)), size, window[1], (seed, step, r)) for s, r in zip(sizes, rows)]
+      batch |= {name: np.stack([cut[name] for cut in cuts]) for name in ("origin", "share")}
+    yield batch
 
 
 def eval_batches(source, data, *, batch_size, rows, single=None) -> Iterator[dict[str, np.ndarray]]:
@@ -250,6 +287,7 @@ def eval_batches(source, data, *, batch_size, rows, single=None) -> Iterator[dic
     Otherwise as above.
   """
   canvases = eval_canvases(source, data)
+  kept = "memory" if data.cache == "device" else data.cache
   canvas_number = np.zeros(len(source), int)
   if len(canvases) > 1:
     holds = [(np.array(source.sizes) <= size).all(1) for size in canvases]
@@ -263,4 +301,5 @@ def eval_batches(source, data, *, batch_size, rows, single=None) -> Iterator[dic
       chosen = order.eval_ids(step, batch_size, len(members))
       return np.where(chosen == order.PADDING, order.PADDING, members[chosen])
 
-    yield from _batches(source, size, data, ids, rows, 0, order.num_eval_steps(batch_size, len(members)))
+    count = order.num_eval_steps(batch_size, len(members))
+    yield from _batches(source, size, data, ids, rows, 0, count, kept=kept)

@@ -159,7 +159,7 @@ def check_room(cache: str, sources: Sequence) -> None:
   """Raises ConfigError, with the size needed, where the decoded examples of all `sources` do not fit.
 
   Args:
-    cache: config.data.cache.
+    cache: config.data.cache; "device" keeps examples of the evaluation in memory.
   """
   if cache == "none":
     return

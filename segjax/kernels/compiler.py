@@ -3,9 +3,12 @@
 | platform | options | gain | measured by |
 |---|---|---|---|
 | cpu | libraries | 1.16 to 1.24 in U-Nets, 1.19 in evaluating Xception-65 | benchmarks/torch.md, "Whose convolutions and products" |
+| gpu | gradients' all-reduces of 8 MiB | six in U-Net-64's backward pass, as gradients come, instead of two at its end | benchmarks/accelerators.md, "What was tried" |
 | cpu | barriers kept | 1.18 in U-Net-16 with the barriers of convolution.py and batch_norm.py | torch.md, "What is computed once" |
 
-They can go when XLA:CPU's own choice of libraries is as fast, and when it keeps loops apart of itself.
+They can go when XLA:CPU's own choice of libraries is as fast, and when it keeps loops apart of itself; that of GPUs when a
+measurement there shows it does not help. XLA makes collectives asynchronous there unasked; on TPU it leaves all of them
+synchronous.
 """
 
 import functools
@@ -21,18 +24,23 @@ _BY_YNNPACK = {
 }
 # XLA:CPU's pass that takes optimization_barrier out, before loops are fused: it would not keep them apart.
 _LEFT_OUT = "cse_barrier_expander"
+# Bytes up to which XLA:GPU joins all-reduces. By default a network's gradients are one or two, which wait for the last.
+_JOINED = "8388608"
 
 
 @functools.cache
 def options(kind: str, platform: str) -> dict[str, str]:
-  """`compiler_options` of jax.jit: on CPU which libraries compute, and that optimization_barrier keeps loops apart.
+  """`compiler_options` of jax.jit: on CPU which libraries compute, and that optimization_barrier keeps loops apart; on GPU
+  which all-reduces become one.
 
   An XLA that does not know the choice of libraries, which is experimental, gets neither.
 
   Args:
     kind: of the step: "train" or "eval".
-    platform: of `kernels.target`; others than "cpu" and "split_cpu" get none.
+    platform: of `kernels.target`; others than those of CPUs and GPUs get none.
   """
+  if platform in ("gpu", "split_gpu"):
+    return {"xla_gpu_all_reduce_combine_threshold_bytes": _JOINED}
   if platform not in ("cpu", "split_cpu"):
     return {}
   found = {"xla_cpu_experimental_ynn_fusion_type": _BY_YNNPACK[kind], "xla_disable_hlo_passes": _LEFT_OUT}

@@ -74,9 +74,14 @@ _by_forms.defvjp(_forward, _backward)
 def _plain(x, kernel, *, stride, rate, padding):
   """One grouped convolution."""
   return jax.lax.conv_general_dilated(
-    x, kernel.astype(x.dtype), (stride, stride), padding, rhs_dilation=(rate, rate),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1],
-  )  # fmt: skip
+    x,
+    kernel.astype(x.dtype),
+    (stride, stride),
+    padding,
+    rhs_dilation=(rate, rate),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=x.shape[-1],
+  )
 
 
 def _taps(x, kernel, stride, rate, padding):

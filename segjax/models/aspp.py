@@ -14,8 +14,10 @@ SEPARABLE_INIT = dict(
 HEAD_EPSILON = 1e-5  # Of the batch norms in head and decoder.
 
 
-def make_conv(in_features: int, *, separable: bool, inner_norm: bool, options: dict, rate: int = 1) -> nnx.Module:
-  """A 3x3 convolution of head or decoder to 256 channels; call it by `run_conv`.
+def make_conv(
+  in_features: int, features: int, *, separable: bool, inner_norm: bool, options: dict, rate: int = 1
+) -> nnx.Module:
+  """A 3x3 convolution of head or decoder; call it by `run_conv`.
 
   Args:
     separable: depthwise separable (arXiv 1802.02611, section 3.1), else dense.
@@ -23,12 +25,12 @@ def make_conv(in_features: int, *, separable: bool, inner_norm: bool, options: d
     options: norm, dtype, rngs.
   """
   if separable:
-    return layers.SeparableConv(in_features, 256, rate=rate, inner_norm=inner_norm, **SEPARABLE_INIT, **options)
-  return layers.ConvNorm(in_features, 256, 3, rate=rate, kernel_init=nnx.initializers.glorot_uniform(), **options)
+    return layers.SeparableConv(in_features, features, rate=rate, inner_norm=inner_norm, **SEPARABLE_INIT, **options)
+  return layers.ConvNorm(in_features, features, 3, rate=rate, kernel_init=nnx.initializers.glorot_uniform(), **options)
 
 
 def run_conv(conv: nnx.Module, x: jax.Array, train: bool, endpoints: dict, name: str) -> jax.Array:
-  """[B, h, w, in] -> [B, h, w, 256], also kept as the end point `name`."""
+  """[B, h, w, in] -> [B, h, w, features], also kept as the end point `name`."""
   separable = isinstance(conv, layers.SeparableConv)
   x = endpoints[name] = conv(x, train, endpoints, name) if separable else conv(x, train)
   return x
@@ -43,14 +45,12 @@ class ASPP(layers.Block):
     separable: whether these are depthwise separable.
     image_pooling: whether there is a branch for the mean, over all pixels including padded ones.
     dropout: rate at the end.
-    detail: separable_norm, separable_aspp, pooling_first, aspp_conv.
+    detail: separable_norm, separable_aspp, pooling_first, aspp_conv, head_features, projection_kernel.
     options: norm, dtype, rngs.
   """
 
-  features = 256
-
   def __init__(self, in_features, *, rates, separable, image_pooling, dropout, detail: Details, options):
-    width = self.features
+    width = detail.head_features
     dense = dict(kernel_init=nnx.initializers.glorot_uniform(), **options)
     conv = dict(inner_norm=detail.separable_norm, options=options)
     self.rates, self.pools, self.dropout = tuple(rates), image_pooling, dropout
@@ -60,14 +60,18 @@ class ASPP(layers.Block):
     self.branch0 = layers.ConvNorm(in_features, width, **dense)
     for n, rate in enumerate(rates, start=1):
       setattr(
-        self, f"branch{n}", make_conv(in_features, separable=separable and detail.separable_aspp, rate=rate, **conv)
+        self,
+        f"branch{n}",
+        make_conv(in_features, width, separable=separable and detail.separable_aspp, rate=rate, **conv),
       )
-    self.projection = layers.ConvNorm((image_pooling + 1 + len(rates)) * width, width, **dense)
-    self.conv = make_conv(width, separable=separable, **conv) if detail.aspp_conv else None
+    self.projection = layers.ConvNorm(
+      (image_pooling + 1 + len(rates)) * width, width, detail.projection_kernel, **dense
+    )
+    self.conv = make_conv(width, width, separable=separable, **conv) if detail.aspp_conv else None
 
   @layers.rematerialized
   def __call__(self, x: jax.Array, train: bool, key: jax.Array | None, endpoints: dict) -> jax.Array:
-    """[B, h, w, in] -> [B, h, w, 256]."""
+    """[B, h, w, in] -> [B, h, w, head_features]."""
     branches = [self.branch0(x, train)]
     endpoints["aspp/branch0"] = branches[0]
     for n in range(1, len(self.rates) + 1):

@@ -60,16 +60,18 @@ class Backbone(nnx.Module):
   of a preprocessed image; fills `endpoints`. The key is for a VGG's dropout; the others have none.
 
   Attributes:
-    pyramid: {4: (end point, channels), 8: ..., 16: ..., 32: ...}, the last features at each stride of the network for
+    pyramid: {2: (end point, channels), 4: ..., 8: ..., 16: ..., 32: ...}, the last features at each stride of the network for
       classification. Those behind the output stride have that.
     low_levels: {end point: channels} of stride 4 that a decoder may take, the usual one first.
     low_level: the one that it takes.
     auxiliary: the stride in `pyramid` whose features an auxiliary head takes; None: it has none for one.
     normalization: what images it was first trained on, see `backbones.normalize`.
+    ends_pooled: whether its features are a pooling's result, without a convolution behind it.
   """
 
   auxiliary = None
   normalization = "symmetric"
+  ends_pooled = False
 
   @property
   def features(self) -> int:

@@ -28,11 +28,10 @@ class Decoder(layers.Block):
   Args:
     in_features, low_level_features: channels of the two inputs.
     separable: whether the 3x3 convolutions are depthwise separable.
-    detail: align_corners, separable_norm, low_level_first, decoder_convs.
+    detail: align_corners, separable_norm, low_level_first, decoder_convs, head_features.
     options: norm, dtype, rngs.
   """
 
-  features = 256
   reduced = 48  # Channels that the low-level features are cut down to (table 1).
 
   def __init__(self, in_features, low_level_features, *, separable, detail: Details, options):
@@ -43,13 +42,15 @@ class Decoder(layers.Block):
     self.convs = tuple(f"conv{n}" for n in range(1, detail.decoder_convs + 1))
     width = in_features + self.reduced
     for name in self.convs:
-      conv = aspp.make_conv(width, separable=separable, inner_norm=detail.separable_norm, options=options)
+      conv = aspp.make_conv(
+        width, detail.head_features, separable=separable, inner_norm=detail.separable_norm, options=options
+      )
       setattr(self, name, conv)
-      width = self.features
+      width = detail.head_features
 
   @layers.rematerialized
   def __call__(self, x: jax.Array, low_level: jax.Array, train: bool, endpoints: dict) -> jax.Array:
-    """[B, h, w, in] and [B, H / 4, W / 4, low] -> [B, H / 4, W / 4, 256]."""
+    """[B, h, w, in] and [B, H / 4, W / 4, low] -> [B, H / 4, W / 4, head_features]."""
     low_level = endpoints["decoder/low_level"] = self.low_level(low_level, train)
     x = resize.resize_bilinear(x, low_level.shape[1:3], self.align_corners)
     x = jnp.concatenate((low_level, x) if self.low_level_first else (x, low_level), axis=-1)
@@ -135,9 +136,9 @@ class DeepLabV3Plus(base.Network):
     rates = DEFAULT_RATES[output_stride] if rates is None else rates
     self.aspp = aspp.ASPP(self.backbone.features, rates=rates, image_pooling=image_pooling, dropout=dropout, **shared)
     low_level = self.backbone.low_levels[self.backbone.low_level]
-    self.decoder = Decoder(aspp.ASPP.features, low_level, **shared) if decoder else None
+    self.decoder = Decoder(detail.head_features, low_level, **shared) if decoder else None
     small = nnx.initializers.truncated_normal(0.01)
-    width = Decoder.features if decoder else aspp.ASPP.features
+    width = detail.head_features
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, kernel_init=small, dtype=dtype, rngs=rngs)
     self.auxiliary = dilated_fcn.AuxiliaryHead(self.backbone, num_classes, options=options) if auxiliary else None
 

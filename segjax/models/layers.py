@@ -276,7 +276,7 @@ class BatchNorm(nnx.Module):
       mean, var = per_channel(self.mean), per_channel(self.var)
       y = activation(batch_norm.normalize(x, mean, var, scale, bias, self.epsilon))
       if self.measures:
-        for running, batch in zip((self.mean, self.var), batch_norm.moments(x.astype(scale.dtype))):
+        for running, batch in zip((self.mean, self.var), batch_norm.moments(x, scale.dtype)):
           running.set_value(batch.reshape(-1))
     return y.astype(self.dtype)
 

@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import base, layers, resize
+from segjax.models import backbones, base, layers, resize, unet_decoder
+from segjax.models.deeplab_details import Details
+
+# PyTorch's MobileNetV2, whose weights the encoders have.
+TORCH_MOBILENET = Details(
+  mobilenet_padding="fixed", mobilenet_epsilon=1e-5, mobilenet_last_conv=True, normalization="imagenet"
+)
+CLASSIC = dict(
+  width=64, depth=4, up="transposed", padding="same", batch_norm=True
+)  # What an encoder leaves no choice of.
 
 
 class DoubleConv(nnx.Module):
@@ -37,6 +46,10 @@ class UNet(base.Network):
       pixels only; skips are cropped, and `margin` pixels around the image are needed (section 2, figure 2).
     batch_norm: before each ReLU; the paper has none.
     bn_momentum: of the running statistics.
+    encoder: "none": the contracting path is the paper's. One of `backbones.BACKBONES`: it is that backbone, to be trained
+      on ImageNet first, and the expanding path that of segmentation_models_pytorch (`unet_decoder`): 256, 128, 64, 32, 16
+      channels, nearest neighbours, 3x3 convolution to the logits. Of the options above, `dropout` and `bn_momentum` then
+      act, and `width`, `depth`, `up`, `padding` and `batch_norm` keep their defaults.
     dtype: of the computation.
 
   As published: padding="valid", batch_norm=False, dropout=0.5.
@@ -61,6 +74,7 @@ class UNet(base.Network):
     padding="same",
     batch_norm=True,
     bn_momentum=0.9,
+    encoder="none",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -76,10 +90,38 @@ class UNet(base.Network):
     if depth < 1 or width < 1:
       raise ValueError(f"model.depth = {depth} and model.width = {width} must be at least 1.")
     base.check_share(dropout=dropout, bn_momentum=bn_momentum)
-    self.depth, self.up, self.dropout, self.dtype = depth, up, dropout, dtype
-    self.coarsest_stride = 2**depth
-    self.padding, self.margin = padding, 6 * 2**depth - 4 if padding == "valid" else 0
-    options = dict(padding=padding, batch_norm=batch_norm, bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
+    self.up, self.dropout, self.dtype, self.padding = up, dropout, dtype, padding
+    self.depth = depth if encoder == "none" else 5
+    self.coarsest_stride = 2**self.depth
+    self.margin = 6 * 2**depth - 4 if padding == "valid" else 0
+    if encoder != "none":
+      given = dict(width=width, depth=depth, up=up, padding=padding, batch_norm=batch_norm)
+      for name in (name for name in CLASSIC if given[name] != CLASSIC[name]):
+        raise ValueError(
+          f"model.{name} = {given[name]!r}: a U-Net on an encoder has none, leave it at {CLASSIC[name]!r}, or set"
+          ' model.encoder to "none".'
+        )
+      self._on_encoder(encoder, num_classes, bn_momentum, dtype, rngs)
+    else:
+      options = dict(padding=padding, batch_norm=batch_norm, bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
+      self._classic(num_classes, width, options)
+
+  def _on_encoder(self, encoder, num_classes, bn_momentum, dtype, rngs):
+    if encoder not in backbones.BACKBONES:
+      raise ValueError(f"model.encoder = {encoder!r}: choose one of none, {', '.join(backbones.BACKBONES)}.")
+    options = dict(dtype=dtype, rngs=rngs)
+    detail = TORCH_MOBILENET if encoder == "mobilenet_v2" else backbones.OFFICIAL
+    self.backbone = backbones.build(
+      encoder, output_stride=32, detail=detail, bn_momentum=bn_momentum, frozen_bn=False, **options
+    )
+    self.normalization = self.backbone.normalization if detail.normalization == "auto" else detail.normalization
+    self.mean = backbones.MEANS[self.normalization]
+    self.decoder = unet_decoder.Decoder(self.backbone, dict(norm=dict(momentum=bn_momentum), **options))
+    self.logits = layers.Conv(unet_decoder.FEATURES[-1], num_classes, use_bias=True, **options)
+
+  def _classic(self, num_classes, width, options):
+    self.backbone, self.normalization = None, "imagenet"
+    depth, up, dtype, rngs = self.depth, self.up, options["dtype"], options["rngs"]
     features = [width * 2**level for level in range(depth + 1)]
     if up == "bilinear":
       features[-1] //= 2  # Resizing keeps the channels, so that what is concatenated is as wide as with "transposed".
@@ -99,20 +141,23 @@ class UNet(base.Network):
     self.logits = layers.Conv(below, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
 
   def preprocess(self, image: jax.Array) -> jax.Array:
-    """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet."""
-    return layers.standardize(image, self.mean, layers.IMAGENET_STD)
+    """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet; an encoder as it wants it."""
+    return backbones.normalize(image, self.normalization)
 
   def scores(self, image, size, train, key, endpoints):
     """Under "same", sizes that 2^depth does not divide are zero-padded at the bottom and right, and the logits cropped
     back, so that skips always meet features of their own size. Under "valid" the image is mirrored around its edges.
 
-    End points are "down0", "down1", ... and "up0", ....
+    End points are "down0", "down1", ... and "up0", ...; or the encoder's and "decoder/block1", ....
     """
     if self.padding == "same":
       x = layers.pad_to_multiple(image, 2**self.depth)
     else:
       before = (size[0] + 2 * self.margin - image.shape[1]) // 2  # 0 where the image has its margin already.
       x = resize.mirror(image, before, tuple(self.unpadded_size(n) for n in size))
+    if self.backbone is not None:
+      x = layers.dropout(self.backbone(x, train, endpoints), self.dropout, key if train else None)
+      return self.logits(self.decoder(x, train, endpoints))[:, : size[0], : size[1]]
     skips = []
     for level in range(self.depth + 1):
       x = endpoints[f"down{level}"] = self._descend(x, level, train)  # [B, H/2^level, W/2^level, width*2^level]

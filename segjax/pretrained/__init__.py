@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from segjax.config import ConfigError, patterns
-from segjax.pretrained import smp, tf_deeplab, timm, torchvision, vainf, wkentaro
+from segjax.pretrained import milesial, mmseg, smp, tf_deeplab, timm, torchvision, vainf, wkentaro
 from segjax.pretrained.peers import PEERS, build
 
 __all__ = ["PEERS", "SCHEMES", "assign", "build", "merge_variables"]
@@ -24,6 +24,8 @@ SCHEMES = {
   "vainf": vainf.convert,
   "smp": smp.convert,
   "wkentaro": wkentaro.convert,
+  "milesial": milesial.convert,
+  "mmseg": mmseg.convert,
 }
 
 

@@ -6,6 +6,7 @@ from flax import nnx
 from segjax.models.classifier import Classifier
 from segjax.models.deeplab_v3plus import DeepLabV3Plus
 from segjax.models.dilated_fcn import DilatedFCN
+from segjax.models.unet import UNet
 
 TORCH = dict(bn_momentum=0.9)  # Where all agree: PyTorch's momentum of 0.1.
 MOBILENET = dict(normalization="imagenet", low_level="layer_4", mobilenet_epsilon=1e-5)  # Details of torchvision's.
@@ -22,10 +23,18 @@ SMP_DETAILS = dict(separable_norm=False, pooling_first=False, aspp_conv=True, de
 SMP = TORCH | dict(atrous_rates=(12, 24, 36), dropout=0.5, details=SMP_DETAILS | dict(dilate_first=True))
 SMP_MOBILENET = MOBILENET | dict(mobilenet_padding="fixed", mobilenet_last_conv=True)
 
+MMSEG_DETAILS = dict(align_corners=False, head_features=512, projection_kernel=3)
+MMSEG_RESNET = MMSEG_DETAILS | dict(resnet_deep_stem=True)
+MMSEG = TORCH | dict(auxiliary=True, backbone="resnet_50", output_stride=8, details=MMSEG_RESNET)
+
 TORCHVISION_DEEPLAB = TORCH | dict(
-  output_stride=8, separable=False, decoder=False, dropout=0.5, auxiliary=True,
+  output_stride=8,
+  separable=False,
+  decoder=False,
+  dropout=0.5,
+  auxiliary=True,
   details=dict(align_corners=False, pooling_first=False, aspp_conv=True),
-)  # fmt: skip
+)
 TORCHVISION_FCN = TORCH | dict(output_stride=8, auxiliary=True, align_corners=False)
 
 
@@ -49,6 +58,30 @@ PEERS = {
   "smp/deeplabv3plus_tu-xception41": _smp_xception(41, "entry_block2/unit1/sep2/relu"),
   "smp/deeplabv3plus_tu-xception65": _smp_xception(65, "entry_block2/unit1/sep2/relu"),
   "smp/deeplabv3plus_tu-xception71": _smp_xception(71, "entry_block3/unit1/sep2/relu"),
+  "smp/unet_resnet18": (UNet, TORCH | dict(encoder="resnet_18")),
+  "smp/unet_resnet34": (UNet, TORCH | dict(encoder="resnet_34")),
+  "smp/unet_resnet50": (UNet, TORCH | dict(encoder="resnet_50")),
+  "smp/unet_resnet101": (UNet, TORCH | dict(encoder="resnet_101")),
+  "smp/unet_mobilenet_v2": (UNet, TORCH | dict(encoder="mobilenet_v2")),
+  "smp/unet_vgg16_bn": (UNet, TORCH | dict(encoder="vgg16_bn")),
+  "mmseg/deeplabv3plus_r50-d8": (DeepLabV3Plus, MMSEG),
+  "mmseg/deeplabv3plus_r50-d8_769": (DeepLabV3Plus, MMSEG | dict(details=MMSEG_RESNET | dict(align_corners=True))),
+  # Its rates of the last block are 1, 2, 4; ours double from the second unit on.
+  "mmseg/deeplabv3plus_r101-d16-mg124": (
+    DeepLabV3Plus, MMSEG | dict(backbone="resnet_101", output_stride=16, multi_grid=(1, 1, 2))
+  ),
+  # Its auxiliary head, which only training needs, is none of ours: exclude "auxiliary".
+  "mmseg/deeplabv3plus_mobilenet-v2-d8": (
+    DeepLabV3Plus,
+    MMSEG
+    | dict(
+      backbone="mobilenet_v2",
+      auxiliary=False,
+      details=MMSEG_DETAILS | MOBILENET | dict(mobilenet_padding="fixed", dilate_first=True),
+    ),
+  ),
+  "milesial/unet_transposed": (UNet, TORCH),
+  "milesial/unet_bilinear": (UNet, TORCH | dict(up="bilinear")),
   "torchvision/deeplabv3_resnet50": (DeepLabV3Plus, TORCHVISION_DEEPLAB | dict(backbone="resnet_50")),
   "torchvision/deeplabv3_resnet101": (DeepLabV3Plus, TORCHVISION_DEEPLAB | dict(backbone="resnet_101")),
   "torchvision/fcn_resnet50": (DilatedFCN, TORCHVISION_FCN | dict(backbone="resnet_50")),

@@ -6,7 +6,7 @@ The functions for backbones take a regular expression for what stands before the
 import re
 from collections.abc import Collection
 
-from segjax.models.backbones import xception
+from segjax.models.backbones import vgg, xception
 from segjax.pretrained.state_dict import Modules, counted
 
 # timm numbers the units of Xception through; a depth has so many.
@@ -46,6 +46,20 @@ def mobilenet_v2(prefix: str) -> Modules:
     (rf"{prefix}(\d+)\.conv\.2", counted("backbone/layer_{}/project/conv")),
     (rf"{prefix}(\d+)\.conv\.3", counted("backbone/layer_{}/project/norm")),
   )
+
+
+def vgg16_bn(prefix: str) -> Modules:
+  """torchvision's VGG-16 with batch norm, which numbers convolutions, batch norms, ReLUs and poolings through."""
+  modules, number = [], 0
+  for stage, (count, _) in enumerate(vgg.STAGES, start=1):
+    for n in range(1, count + 1):
+      modules += [
+        (rf"{prefix}{number}", f"backbone/conv{stage}_{n}/conv"),
+        (rf"{prefix}{number + 1}", f"backbone/conv{stage}_{n}/norm"),
+      ]
+      number += 3
+    number += 1
+  return tuple(modules)
 
 
 def aligned_xception(prefix: str, names: Collection[str]) -> Modules:

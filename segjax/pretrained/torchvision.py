@@ -1,4 +1,4 @@
-"""torchvision: ImageNet classifiers ResNet-50/101 and VGG-16, and DeepLabV3 and FCN on these ResNets."""
+"""torchvision: ImageNet's ResNet, VGG-16 with and without batch norm and MobileNetV2; DeepLabV3 and FCN on ResNet."""
 
 from collections.abc import Mapping
 
@@ -18,9 +18,12 @@ def convert(arrays: Mapping[str, np.ndarray]) -> dict:
 
   `classifier` and the numbers in it mean another thing in each of the networks, which some other name tells apart.
   """
-  if any(name.startswith("features.") for name in arrays):
+  if any(name.startswith("features.0.0.") for name in arrays):
+    modules = (*torch_parts.mobilenet_v2(r"features\."), (r"classifier\.1", "logits"))
+  elif any(name.startswith("features.") for name in arrays):
+    plain = ((rf"features\.{n}", f"backbone/conv{conv}") for n, conv in VGG_CONVS.items())
     modules = (
-      *((rf"features\.{n}", f"backbone/conv{conv}") for n, conv in VGG_CONVS.items()),
+      *(torch_parts.vgg16_bn(r"features\.") if "features.1.weight" in arrays else plain),
       (r"classifier\.0", "backbone/fc6"),
       (r"classifier\.3", "backbone/fc7"),
       (r"classifier\.6", "logits"),

@@ -14,9 +14,18 @@ from segjax.tools.hlo import Module, Operation
 
 # They move nothing: the first name or hold what is there, or are done by what they call.
 _FREE = hlo.CONTROL | {
-  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier",
-  "async-update", "async-done",
-}  # fmt: skip
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "opt-barrier",
+  "async-update",
+  "async-done",
+}
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")
 _SLICES = ("slice", "dynamic-slice", "gather")
 _IN_PLACE = "dynamic-update-slice"
@@ -65,9 +74,15 @@ def costs(text: str, on_chip: bool) -> list[Cost]:
     _, numbers, largest = max(products, key=lambda product: product[0], default=(0, "", operation))
     cycles = re.search(r'"estimated_cycles":"(\d+)"', operation.attributes)
     cost = Cost(
-      operation.kind, times, times * read, times * written, times * sum(flops for flops, _, _ in products), numbers,
-      times * int(cycles[1]) if cycles else 0, counter.place(largest, operation, *counter.within(operation)),
-    )  # fmt: skip
+      operation.kind,
+      times,
+      times * read,
+      times * written,
+      times * sum(flops for flops, _, _ in products),
+      numbers,
+      times * int(cycles[1]) if cycles else 0,
+      counter.place(largest, operation, *counter.within(operation)),
+    )
     if cost.moved or cost.flops or cost.cycles or cost.kind == "fusion":
       found.append(cost)
   return found
@@ -154,9 +169,11 @@ class _Counter:
     target = operation.attribute("custom_call_target").strip('"') if operation.kind == "custom-call" else ""
     if operation.kind in ("convolution", "dot") or target.startswith(("__cudnn$conv", "__cublas$")):
       first, second = (computation[name].arrays[0] for name in operation.operands[:2])
-      flops = _matmul(operation, first) if "cublas" in target or operation.kind == "dot" else _convolution(
-        operation, *_roles(target, first, second, operation.arrays[0])
-      )  # fmt: skip
+      flops = (
+        _matmul(operation, first)
+        if "cublas" in target or operation.kind == "dot"
+        else _convolution(operation, *_roles(target, first, second, operation.arrays[0]))
+      )
       full = first.dtype == "f32" and "highest" in operation.attributes.lower()
       yield flops, first.dtype + " highest" * full, operation
 
@@ -223,9 +240,7 @@ def _convolution(operation: Operation, image: hlo.Array, kernel: hlo.Array, resu
   flops = 2 * kernel.dims[labels[1].index("i")]
   flops *= math.prod(n for n, label in zip(result.dims, labels[2]) if not label.isdigit())
   for n, label in enumerate(spatial):
-    pixels, taps, results = (
-      array.dims[names.index(label)] for array, names in zip((image, kernel, result), labels)
-    )  # fmt: skip
+    pixels, taps, results = (array.dims[names.index(label)] for array, names in zip((image, kernel, result), labels))
     stride, spread, rate = (
       int(window[name].split("x")[n]) if name in window else 1 for name in ("stride", "lhs_dilate", "rhs_dilate")
     )

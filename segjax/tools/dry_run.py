@@ -1,6 +1,5 @@
 """What a config needs of its devices, found by compiling its steps and running none."""
 
-import math
 import os
 
 import jax
@@ -14,11 +13,6 @@ from segjax.tools import programs, roofline, targets
 from segjax.tools.programs import Program
 
 
-def bytes_per_device(tree) -> int:
-  """Of abstract arrays that have shardings."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def device_memory(device) -> tuple[int, str]:
   """Bytes that a device has, and what they are."""
   if device not in jax.devices():
@@ -26,16 +20,12 @@ def device_memory(device) -> tuple[int, str]:
     if device.platform == "tpu":
       return memory, f"memory of {device.device_kind}"
     return memory * 3 // 4, f"what JAX takes of {device.device_kind}; XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 takes more"
-  stats = device.memory_stats()
-  if stats is not None:
-    return stats["bytes_limit"], f"memory of {device.device_kind} that JAX may use"
-  count = jax.local_device_count()
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count, (
-    "host memory" if count == 1 else f"host memory, which {count} devices share"
-  )
+  return sharding.device_memory(device)
 
 
-def dry_run(config, workdir=None, target: str | None = None, figures: str | None = None) -> dict[str, Program]:
+def dry_run(
+  config, workdir=None, target: str | None = None, figures: str | None = None, loader_speed: float | None = None
+) -> dict[str, Program]:
   """--mode=dry_run: prints size, work, memory and communication of the train and evaluation steps, and stops.
 
   Works without the data set where the config says, or the data set is known to have, the number of classes and the canvas.
@@ -43,6 +33,7 @@ def dry_run(config, workdir=None, target: str | None = None, figures: str | None
   Args:
     workdir: is not touched.
     target: devices to compile for, see `targets.devices`, and to set bytes and flops against; None: those at hand, without.
+    loader_speed: images/s that the loaders were measured to give per core, to set against what the devices take.
     figures: file that gets these numbers, a JSON object for each step on a line.
 
   Returns:
@@ -80,14 +71,28 @@ def dry_run(config, workdir=None, target: str | None = None, figures: str | None
     images = config.batch_size if name == "train" else eval_size
     say(_program(name, program, images))
     if target is not None:
-      say(roofline.table(program, mesh.devices.flat[0]))
+      say(f"{roofline.table(program, mesh.devices.flat[0])}\n{_input(name, program, images, mesh, data, loader_speed)}")
     if figures and not jax.process_index():
       of_step = dict(target=target or targets.HERE, step=name, images=images, dtype=config.dtype, mesh=dict(mesh.shape))
       commandline.append_json(figures, of_step | roofline.row(program, mesh.devices.flat[0]))
-  batch = bytes_per_device(experiment.abstract_train_arguments(canvas, canvas != whole)[1])
-  variables, eval_batch = map(bytes_per_device, experiment.abstract_eval_arguments(eval_canvas, eval_size))
-  say(_fit(experiment, compiled, batch, variables, eval_batch))
+  batch = experiment.abstract_train_arguments(canvas, canvas != whole)[1]
+  split = sharding.bytes_per_device(batch.pop("split")) if "split" in batch else 0
+  if split:
+    say(f"data.cache = device: the training split takes {mib(split)} of each device, among the train step's arguments")
+  variables, eval_batch = map(sharding.bytes_per_device, experiment.abstract_eval_arguments(eval_canvas, eval_size))
+  say(_fit(experiment, compiled, sharding.bytes_per_device(batch), split, variables, eval_batch))
   return compiled
+
+
+def _input(name: str, program: Program, images: int, mesh, data, loader_speed: float | None) -> str:
+  known = targets.facts(mesh.devices.flat[0])
+  if name == "train" and data.cache == "device":
+    return "  input                from the devices' memory (data.cache = device): the host sends ids"
+  if known is None:
+    return "  input                not compared: what this device can do is not known (segjax/tools/targets.py)"
+  of_host = min(os.cpu_count(), data.workers or os.cpu_count())
+  cores = jax.process_count() * of_host if targets.is_here(mesh) else None
+  return roofline.input_lines(roofline.rate(program, images, known), loader_speed, cores)
 
 
 def _parameters(experiment: Experiment) -> str:
@@ -95,7 +100,7 @@ def _parameters(experiment: Experiment) -> str:
   of_params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
   return (
     f"parameters of {experiment.config.model.name}:\n{report.parameter_table(state.params, state.batch_stats, experiment.frozen)}\n"
-    f"  {mib(of_params)}; with averages and optimiser state {mib(bytes_per_device(state))} on each device"
+    f"  {mib(of_params)}; with averages and optimiser state {mib(sharding.bytes_per_device(state))} on each device"
   )
 
 
@@ -126,7 +131,9 @@ def _program(name: str, program: Program, images: int) -> str:
   )
 
 
-def _fit(experiment: Experiment, compiled: dict[str, Program], batch: int, variables: int, eval_batch: int) -> str:
+def _fit(
+  experiment: Experiment, compiled: dict[str, Program], batch: int, split: int, variables: int, eval_batch: int
+) -> str:
   """Whether training with evaluation fits a device; sizes in bytes on each.
 
   Beside what a step itself holds: batches that were transferred ahead, and those of steps that wait for it.
@@ -134,16 +141,20 @@ def _fit(experiment: Experiment, compiled: dict[str, Program], batch: int, varia
   mesh, waiting = experiment.mesh, sharding.AHEAD + steps.IN_FLIGHT - 1
   step, evaluation = compiled["train"], compiled["evaluation"]
   # During an evaluation the rest of the state stays where it is (with shard_state, all of it), with the last batch of
-  # training and those to come; and the results of a step are read while the next is computed.
-  at_rest = bytes_per_device(experiment.abstract_state)
-  beside = at_rest - (0 if experiment.config.shard_state else variables) + (1 + sharding.AHEAD) * batch
+  # training, those to come, and the training split; and the results of a step are read while the next is computed.
+  at_rest = sharding.bytes_per_device(experiment.abstract_state)
+  beside = at_rest - (0 if experiment.config.shard_state else variables) + (1 + sharding.AHEAD) * batch + split
   evaluating = evaluation.peak + evaluation.outputs + waiting * eval_batch + beside
   needed = max(step.peak + waiting * batch, evaluating)
   available, meaning = device_memory(mesh.local_devices[0] if targets.is_here(mesh) else mesh.devices.flat[0])
-  verdict = "fits" if needed <= available else (
-    "DOES NOT FIT. Set remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"
-    " shard_state=True, or mesh.space above 1"
-  )  # fmt: skip
+  verdict = (
+    "fits"
+    if needed <= available
+    else (
+      f"DOES NOT FIT. Set {'data.cache=memory or none, ' * bool(split)}remat=True, a larger accumulate_steps or a smaller batch_size, dtype=bfloat16; on several devices"
+      " shard_state=True, or mesh.space above 1"
+    )
+  )
   return f"training with evaluation needs at most {mib(needed)} of {mib(available)} ({meaning}): {verdict}"
 
 

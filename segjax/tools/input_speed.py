@@ -71,7 +71,7 @@ def input_table(config, formats: dict[str, str], seconds: float) -> str:
         start_step=0,
         num_steps=1 << 30,
       )
-      first = 2 + (len(source) // config.batch_size + 1) * (data.cache != "none")
+      first = 2 + (len(source) // config.batch_size + 1) * (data.cache in ("memory", "disk"))
       row(data.loader, data.workers or os.cpu_count(), speed(batches, config.batch_size, seconds, first))
       batches.close()
   return (

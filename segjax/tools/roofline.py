@@ -4,6 +4,7 @@ Counts are exact; times made from them are estimates, and lower bounds: nothing 
 """
 
 import collections
+import math
 
 from segjax.tools import costs, targets
 from segjax.tools.costs import Cost
@@ -44,6 +45,32 @@ def estimate(program: Program, known: Accelerator) -> dict:
   return dict(hbm_seconds=memory, matrix_seconds=matrix, binds="memory" if memory > matrix else "matrix units")
 
 
+def rate(program: Program, images: int, known: Accelerator) -> float:
+  """Images a second at best, of a step on `images` of them on all devices."""
+  times = estimate(program, known)
+  return images / max(times["hbm_seconds"], times["matrix_seconds"])
+
+
+def input_lines(rate: float, per_core: float | None, cores: int | None) -> str:
+  """Images a second that the devices take at best, and what the loaders give, where that was measured.
+
+  Args:
+    rate: of `rate`.
+    per_core: images/s that the loaders give per core of the hosts. None: not measured.
+    cores: that read, on all hosts. None: those hosts are not at hand.
+  """
+  line = f"  at best              {rate:12,.1f} images/s on all devices (estimate)"
+  if per_core is None:
+    return line
+  line += f"; at {per_core:,.1f} images/s per core, {math.ceil(rate / per_core)} cores read as many"
+  if cores is not None and cores * per_core < rate:
+    line += (
+      f"\n  WARNING: {cores} cores read at most {cores * per_core:,.1f} images/s, so devices may wait for them. Set"
+      " data.cache=memory or disk (then measure again), data.cache=device, or use hosts with more cores."
+    )
+  return line
+
+
 def _matrix_seconds(cost: Cost, known: Accelerator) -> float:
   """Nothing for products of numbers that the matrix units do not take, as float64 on TPU: it is a lower bound."""
   return cost.flops / known.flops[cost.numbers] if cost.numbers in known.flops else 0.0
@@ -63,12 +90,15 @@ def places(program: Program, known: Accelerator | None) -> list[dict]:
   every = sum(weight for _, weight, _ in rows) or 1
   return [
     dict(
-      place=place, share=weight / every, operations=sum(cost.times for cost in group),
-      hbm_bytes=sum(cost.moved for cost in group), flops=sum(cost.flops for cost in group),
+      place=place,
+      share=weight / every,
+      operations=sum(cost.times for cost in group),
+      hbm_bytes=sum(cost.moved for cost in group),
+      flops=sum(cost.flops for cost in group),
       cycles=sum(cost.cycles for cost in group),
     )
     for place, weight, group in rows[:PLACES]
-  ]  # fmt: skip
+  ]
 
 
 def row(program: Program, device) -> dict:

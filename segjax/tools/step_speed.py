@@ -51,10 +51,11 @@ def of_train(config, mesh) -> Measured:
   experiment, at_hand = Experiment(config, mesh=mesh), _at_hand(config.data)
 
   def batches():
-    return sharding.to_device(experiment.train_batches(0, 1 << 30), mesh)
+    return experiment.device_batches(0, 1 << 30)
 
   batch = next(batches()) if at_hand else _noise(experiment, config.batch_size, experiment.weighs_borders)
-  program = programs.compile_train(experiment, batch["image"].shape[1:3], "origin" in batch)
+  images = (batch["split"] if "split" in batch else batch)["image"]
+  program = programs.compile_train(experiment, images.shape[1:3], "origin" in batch)
   holder = [experiment.init_state()]  # The state is donated, so each call takes the last one's.
 
   def run(batch=batch):

@@ -53,6 +53,10 @@ class _Generator:
     self.files, self.others, self.exif = dict(image=[]), {}, exif
     self._seed = int.from_bytes(split.encode()[:7], "little")
 
+  def identity(self, index: int) -> tuple[str, str]:
+    """See `base.Files`; nothing changes."""
+    return f"{self.names[index]} of {self._seed} {self.sizes[index]}", ""
+
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray]:
     """See `base.Files`; labels are void along every outline, 2 pixels wide."""
     rng = np.random.Generator(np.random.PCG64(int(mix(self._seed, index))))

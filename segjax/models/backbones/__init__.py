@@ -11,6 +11,7 @@ from segjax.models import base, layers
 from segjax.models.backbones.mobilenet_v2 import MobileNetV2
 from segjax.models.backbones.resnet import ResNet
 from segjax.models.backbones.vgg import vgg_classifier
+from segjax.models.backbones.vgg_bn import VGG16BN
 from segjax.models.backbones.xception import Xception
 from segjax.models.deeplab_details import Details
 
@@ -20,9 +21,12 @@ BACKBONES = {
   "xception_41": functools.partial(Xception, 41),
   "xception_65": functools.partial(Xception, 65),
   "xception_71": functools.partial(Xception, 71),
+  "resnet_18": functools.partial(ResNet, 18),
+  "resnet_34": functools.partial(ResNet, 34),
   "resnet_50": functools.partial(ResNet, 50),
   "resnet_101": functools.partial(ResNet, 101),
   "mobilenet_v2": functools.partial(MobileNetV2),
+  "vgg16_bn": functools.partial(VGG16BN),
 }
 
 OFFICIAL = Details()

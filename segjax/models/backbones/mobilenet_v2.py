@@ -38,9 +38,14 @@ class InvertedResidual(layers.Block):
     if self.expands:
       self.expand = layers.ConvNorm(in_features, wide, activation=jax.nn.relu6, **options)
     self.depthwise = layers.DepthwiseConv(
-      wide, stride=stride, rate=rate, padding="valid" if padding == "early" else padding, kernel_init=kernel_init,
-      dtype=options["dtype"], rngs=options["rngs"],
-    )  # fmt: skip
+      wide,
+      stride=stride,
+      rate=rate,
+      padding="valid" if padding == "early" else padding,
+      kernel_init=kernel_init,
+      dtype=options["dtype"],
+      rngs=options["rngs"],
+    )
     self.depthwise_norm = layers.BatchNorm(wide, dtype=options["dtype"], **norm)
     self.project = layers.ConvNorm(wide, features, activation=layers.linear, **options)
     self.adds = stride == 1 and in_features == features
@@ -71,15 +76,27 @@ class MobileNetV2(base.Backbone):
     ValueError: another multi-grid.
   """
 
-  def __init__(self, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn, depth_multiplier=1.0,
-               dtype=jnp.float32, rngs: nnx.Rngs):  # fmt: skip
+  def __init__(
+    self,
+    *,
+    output_stride,
+    multi_grid,
+    detail: Details,
+    bn_momentum,
+    frozen_bn,
+    depth_multiplier=1.0,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
     if multi_grid != (1, 1, 1):
       raise ValueError(f"model.multi_grid = {multi_grid!r}: mobilenet_v2 has none, leave it at (1, 1, 1).")
     padding = detail.mobilenet_padding
     options = dict(
       norm=dict(momentum=bn_momentum, epsilon=detail.mobilenet_epsilon, frozen=frozen_bn),
-      kernel_init=nnx.initializers.truncated_normal(0.09), dtype=dtype, rngs=rngs,
-    )  # fmt: skip
+      kernel_init=nnx.initializers.truncated_normal(0.09),
+      dtype=dtype,
+      rngs=rngs,
+    )
     divisor = detail.mobilenet_divisor or (8 if depth_multiplier == 1 else 1)
     in_features, *widths = (divisible(n * depth_multiplier, divisor) for n in (32, *(n for n, _ in RESIDUALS)))
     first = "valid" if padding == "early" else padding
@@ -88,9 +105,7 @@ class MobileNetV2(base.Backbone):
     placed = strides.strides_to_rates([stride for _, stride in RESIDUALS], output_stride // 2, detail.dilate_first)
     for n, (features, (stride, rate)) in enumerate(zip(widths, placed), start=2):
       wide = in_features if n == 2 else divisible(6 * in_features, 8)
-      layer = InvertedResidual(
-        in_features, wide, features, stride=stride, rate=rate, padding=padding, options=options
-      )  # fmt: skip
+      layer = InvertedResidual(in_features, wide, features, stride=stride, rate=rate, padding=padding, options=options)
       setattr(self, f"layer_{n}", layer)
       self.low_levels |= {"layer_4/depthwise": wide, "layer_4": features} if n == 4 else {}
       sampled *= RESIDUALS[n - 2][1]
@@ -100,9 +115,7 @@ class MobileNetV2(base.Backbone):
     self.layer_19 = (
       layers.ConvNorm(in_features, last, activation=jax.nn.relu6, **options) if detail.mobilenet_last_conv else None
     )
-    self.pyramid = {stride: ends[stride] for stride in (4, 8, 16, 32)}
-    if self.layer_19 is not None:
-      self.pyramid[32] = "layer_19", last
+    self.pyramid = ends if self.layer_19 is None else ends | {32: ("layer_19", last)}
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, `features`], rounded up.
