@@ -101,26 +101,21 @@ class MobileNetV2(base.Backbone):
     in_features, *widths = (divisible(n * depth_multiplier, divisor) for n in (32, *(n for n, _ in RESIDUALS)))
     first = "valid" if padding == "early" else padding
     self.layer_1 = layers.ConvNorm(3, in_features, 3, stride=2, padding=first, activation=jax.nn.relu6, **options)
-    self.low_levels, ends = {}, {}
+    self.low_levels, ends, sampled = {}, {}, 2  # By stride, its last layer.
     placed = strides.strides_to_rates([stride for _, stride in RESIDUALS], output_stride // 2, detail.dilate_first)
     for n, (features, (stride, rate)) in enumerate(zip(widths, placed), start=2):
       wide = in_features if n == 2 else divisible(6 * in_features, 8)
       layer = InvertedResidual(in_features, wide, features, stride=stride, rate=rate, padding=padding, options=options)
       setattr(self, f"layer_{n}", layer)
       self.low_levels |= {"layer_4/depthwise": wide, "layer_4": features} if n == 4 else {}
-      ends[n] = f"layer_{n}", features
+      sampled *= RESIDUALS[n - 2][1]
+      ends[sampled] = f"layer_{n}", features
       in_features = features
     last = divisible(LAST * max(depth_multiplier, 1), 8)  # No multiplier narrows it (slim).
     self.layer_19 = (
       layers.ConvNorm(in_features, last, activation=jax.nn.relu6, **options) if detail.mobilenet_last_conv else None
     )
-    self.pyramid = {
-      2: ends[2],
-      4: ends[4],
-      8: ends[7],
-      16: ends[14],
-      32: ends[18] if self.layer_19 is None else ("layer_19", last),
-    }
+    self.pyramid = ends if self.layer_19 is None else ends | {32: ("layer_19", last)}
 
   def __call__(self, image: jax.Array, train: bool, endpoints: dict, key: jax.Array | None = None) -> jax.Array:
     """Image [B, H, W, 3] in [-1, 1] -> features [B, H / output_stride, W / output_stride, `features`], rounded up.
