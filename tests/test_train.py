@@ -211,10 +211,11 @@ def test_a_run_keeps_what_it_compiled_and_traces_the_steps_it_is_told_to(tiny_co
   events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
   assert {int(event["args"]["step_num"]) for event in events if event.get("name") == "train"} == {2, 3}
   assert list((tmp_path / "a/profile").glob("**/*.xplane.pb"))  # What TensorBoard reads.
-  programs = {path.name for path in cache.glob("*-cache")}
-  assert any("train_step" in name for name in programs), programs
+  # Of others, which take about as long as JAX thinks worth keeping, the machine's load decides.
+  steps = {path.name for path in cache.glob("*_step-*-cache")}
+  assert any("train_step" in name for name in steps), steps
   finish(start(tiny_config, tmp_path / "b"))
-  assert {path.name for path in cache.glob("*-cache")} == programs
+  assert {path.name for path in cache.glob("*_step-*-cache")} == steps
   assert not (tmp_path / "b/profile").exists()
 
 
