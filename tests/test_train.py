@@ -202,7 +202,6 @@ def test_steps_are_compiled_once_over_epochs_and_evaluations(tiny_config, tmp_pa
 def test_a_run_keeps_what_it_compiled_and_traces_the_steps_it_is_told_to(tiny_config, tmp_path, monkeypatch):
   tiny_config.num_steps, tiny_config.model.depth, tiny_config.data.loader = 3, 1, "grain"
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # Else what takes about as long is kept or not.
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   cache = tmp_path / "segjax/compilation"
   output = finish(start(tiny_config, tmp_path / "a", "--config.profile_steps=2,3"))
