@@ -44,6 +44,7 @@ def test_it_gathers_no_activations_or_images(model):
   assert sum(size for size in sizes if size > 16 * made.config.batch_size) <= moments, sizes
 
 
+@pytest.mark.full
 def test_on_cpu_it_has_only_forms_that_run_fast_and_transposes_maps_only_to_resize_them(model):
   """Others take fifty times longer: convolutions in a layout of their own, or by groups; the maximum's gradient as XLA
   writes it. DeepLab resizes three maps along two axes, and their gradients, each by a product and what comes back from it; a

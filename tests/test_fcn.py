@@ -130,9 +130,9 @@ def test_the_fused_score_is_the_sum_of_its_upsampled_parts_in_float64(options):
 @pytest.mark.parametrize(
   "options",
   [
-    dict(),
     dict(geometry="caffe"),
     *full(
+      dict(),
       dict(stride=16, geometry="caffe"),
       dict(stride=32),
       dict(stride=32, geometry="caffe"),
@@ -148,7 +148,7 @@ def test_logits_cover_images_of_any_size(options):
     assert (jnp.abs(logits).max((1, 2)) > 0).all()
 
 
-@pytest.mark.parametrize("geometry", [*full("same"), "caffe"])
+@pytest.mark.parametrize("geometry", full("same", "caffe"))
 def test_scores_of_all_strides_lie_above_the_pixels_they_see(geometry):
   """Each skip's share of a logit changes most with the pixels around that logit: within half its stride of them."""
   x, graphdef = jnp.abs(image(160, 160)), initial(geometry=geometry, width=4)[0]
@@ -192,7 +192,7 @@ def test_fused_features_have_the_pools_channels_and_nothing_is_scored_twice():
   np.testing.assert_array_equal(endpoints["fuse_pool3"], want)
 
 
-@pytest.mark.parametrize("options", [dict(), *full(dict(fuse="features"), dict(upsampling="fixed", geometry="caffe"))])
+@pytest.mark.parametrize("options", full(dict(), dict(fuse="features"), dict(upsampling="fixed", geometry="caffe")))
 def test_every_parameter_has_a_gradient(options):
   graphdef, params = initial(width=4, **options)
   x, weight = image(64, 64), image(64, 64)
