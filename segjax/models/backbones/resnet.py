@@ -30,8 +30,24 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
   return x
 
 
-class Bottleneck(layers.Block):
-  """1x1 to a quarter of the channels, 3x3, 1x1; plus the input, by a 1x1 convolution where the shape changes; ReLU.
+class Unit(layers.Block):
+  """What `_residual` gives, plus the input, by a 1x1 convolution where the shape changes; ReLU."""
+
+  def _make_shortcut(self, in_features, features, stride, options):
+    """To be called last in a constructor: it draws its weights behind those of the convolutions."""
+    self.projects = stride > 1 or in_features != features
+    if self.projects:
+      self.shortcut = layers.ConvNorm(in_features, features, stride=stride, activation=layers.linear, **options)
+
+  @layers.rematerialized
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """[B, H, W, in] -> [B, H / stride, W / stride, features]."""
+    skip = self.shortcut(x, train) if self.projects else x
+    return jax.nn.relu(self._residual(x, train) + skip)
+
+
+class Bottleneck(Unit):
+  """1x1 to a quarter of the channels, 3x3, 1x1.
 
   Args:
     stride, rate: of the 3x3 convolution; the stride also of the shortcut.
@@ -42,20 +58,14 @@ class Bottleneck(layers.Block):
     self.conv1 = layers.ConvNorm(in_features, width, **options)
     self.conv2 = layers.ConvNorm(width, width, 3, stride=stride, rate=rate, padding="fixed", **options)
     self.conv3 = layers.ConvNorm(width, features, activation=layers.linear, **options)
-    self.projects = stride > 1 or in_features != features
-    if self.projects:
-      self.shortcut = layers.ConvNorm(in_features, features, stride=stride, activation=layers.linear, **options)
+    self._make_shortcut(in_features, features, stride, options)
 
-  @layers.rematerialized
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[B, H, W, in] -> [B, H / stride, W / stride, features]."""
-    skip = self.shortcut(x, train) if self.projects else x
-    x = self.conv3(self.conv2(self.conv1(x, train), train), train)
-    return jax.nn.relu(x + skip)
+  def _residual(self, x, train):
+    return self.conv3(self.conv2(self.conv1(x, train), train), train)
 
 
-class BasicUnit(layers.Block):
-  """Twice 3x3; plus the input, by a 1x1 convolution where the shape changes; ReLU.
+class BasicUnit(Unit):
+  """Twice 3x3.
 
   Args:
     stride: of the first convolution and of the shortcut.
@@ -66,15 +76,10 @@ class BasicUnit(layers.Block):
     conv = dict(rate=rate, padding="fixed", **options)
     self.conv1 = layers.ConvNorm(in_features, features, 3, stride=stride, **conv)
     self.conv2 = layers.ConvNorm(features, features, 3, activation=layers.linear, **conv)
-    self.projects = stride > 1 or in_features != features
-    if self.projects:
-      self.shortcut = layers.ConvNorm(in_features, features, stride=stride, activation=layers.linear, **options)
+    self._make_shortcut(in_features, features, stride, options)
 
-  @layers.rematerialized
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[B, H, W, in] -> [B, H / stride, W / stride, features]."""
-    skip = self.shortcut(x, train) if self.projects else x
-    return jax.nn.relu(self.conv2(self.conv1(x, train), train) + skip)
+  def _residual(self, x, train):
+    return self.conv2(self.conv1(x, train), train)
 
 
 class ResNet(base.Backbone):
