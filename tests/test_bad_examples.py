@@ -33,21 +33,23 @@ def rot(config, name, split="train"):
     file.truncate(200)
 
 
-def batches(config, bad, steps=3, border=False):
-  source = input_pipeline.make_source(config.data, "train")
-  return list(
-    input_pipeline.train_batches(
-      source,
-      config.data,
-      seed=0,
-      batch_size=8,
-      rows=np.arange(8),
-      start_step=0,
-      num_steps=steps,
-      border=border,
-      bad=bad,
-    )
+def read(config, bad, steps=3, border=False):
+  """The batches, each read when it is asked for."""
+  return input_pipeline.train_batches(
+    input_pipeline.make_source(config.data, "train"),
+    config.data,
+    seed=0,
+    batch_size=8,
+    rows=np.arange(8),
+    start_step=0,
+    num_steps=steps,
+    border=border,
+    bad=bad,
   )
+
+
+def batches(config, bad, steps=3, border=False):
+  return list(read(config, bad, steps, border))
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -78,17 +80,7 @@ def test_a_bad_example_is_all_void_and_changes_no_other(config, tmp_path, capsys
 def test_one_bad_example_too_many_stops_and_names_all(config, tmp_path, loader):
   config.data.loader = loader
   rot(config, "05")
-  source = input_pipeline.make_source(config.data, "train")
-  found = input_pipeline.train_batches(
-    source,
-    config.data,
-    seed=0,
-    batch_size=8,
-    rows=np.arange(8),
-    start_step=0,
-    num_steps=3,
-    bad=BadExamples(tmp_path, most=1),
-  )
+  found = read(config, BadExamples(tmp_path, most=1))
   (tmp_path / "data/images/train/07.png").unlink()
   with pytest.raises(DataError, match=r"0[57].png: .*\nIt is bad example 2 \(the others: images/train/0[57]\)"):
     list(found)

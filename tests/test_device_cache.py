@@ -157,5 +157,9 @@ def test_the_dry_run_counts_the_split_once(tiny_config, capsys):
   assert needed[1] - needed[0] == pytest.approx(split / 2**20, rel=0.01)
 
 
-def test_generated_examples_may_lie_on_the_device(tiny_config):
-  validate(on_device(tiny_config))
+def test_of_the_caches_generated_examples_may_have_the_device_alone(tiny_config):
+  on_the_device = on_device(tiny_config)
+  assert on_the_device.data.name == "synthetic" and validate(on_the_device) is None
+  on_the_device.data.cache = "disk"
+  with pytest.raises(ConfigError, match="config.data.cache.*set it to none, or to device"):
+    validate(on_the_device)
