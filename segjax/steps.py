@@ -101,7 +101,9 @@ def make_train_step(
 def _make_gradient(
   graphdef: nnx.GraphDef, mesh: Mesh, loss: Callable, params_sharding, frozen: Collection[str], parts: int
 ) -> Callable:
-  """gradient_of(state, crops, key) -> gradient with respect to all but the frozen parameters, batch statistics, loss and pixel accuracy of a batch.
+  """gradient_of(state, crops, key) -> (gradient, batch statistics, loss, pixel accuracy) of a batch.
+
+  The gradient is with respect to all but the frozen parameters.
 
   Forward to gradient may happen in `parts` of the batch, one after another, each weighing as much as it has labelled
   pixels; `sharding.split_batch` says which rows each has. So a loss that is a mean over labelled pixels (cross_entropy,

@@ -198,7 +198,8 @@ class Header:
     return self.size[::-1] if self.orientation >= 5 else self.size
 
 
-def header_of(path, image: ImageFile.ImageFile) -> Header:
+def header_of(path: pathlib.Path | str, image: ImageFile.ImageFile) -> Header:
+  """The header of an opened image; an orientation that EXIF does not know, or cannot be read, is 1 (upright)."""
   orientation = 1
   if "exif" in image.info and image.format != "TIFF":
     try:
