@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from segjax import sharding
 from segjax.models import resize
 
 
@@ -39,6 +40,35 @@ def mirrored_padding(image: jax.Array, size: jax.Array) -> jax.Array:
     return image[rows][:, cols].astype(jnp.float32)
 
   return jax.vmap(one)(image, size)
+
+
+def predict(
+  model: nnx.Module,
+  image: jax.Array,
+  size: jax.Array,
+  *,
+  outside: str,
+  sigmoid: bool,
+  threshold: float,
+  protocol: dict,
+) -> tuple[jax.Array, jax.Array]:
+  """Class ids [B, H, W] uint8 and `class_scores` of whole images on a canvas, as they are scored.
+
+  Args:
+    image, size: see `blank_padding`.
+    outside: what the canvas shows beyond them: "void", the mean pixel, or "mirror".
+    sigmoid: whether the model has one logit, that of the second of two classes,
+    threshold: which is predicted where its probability lies above this.
+    protocol: keywords of `class_scores`: scales, flip, window, window_stride.
+  """
+  if outside == "mirror":
+    image = mirrored_padding(image, size)
+  else:
+    image = blank_padding(image, size, model.mean)
+  image = sharding.split_height(image)
+  scores = class_scores(model, model.preprocess(image), **protocol)
+  chosen = foreground_probability(scores, **protocol) > threshold if sigmoid else scores.argmax(-1)
+  return chosen.astype(jnp.uint8), scores
 
 
 def class_scores(
@@ -78,6 +108,12 @@ def foreground_probability(
   """[B, H, W], the probability of the second of two classes, of what `class_scores` gives under the same protocol."""
   several = len(scales) > 1 or flip
   return scores[..., 1] if several else jax.nn.sigmoid(scores[..., 1] - scores[..., 0])
+
+
+def probabilities(scores: jax.Array, *, scales: Sequence[float] = (1.0,), flip: bool = False, **_) -> jax.Array:
+  """[B, H, W, K] of what `class_scores` gives under the same protocol, float32."""
+  several = len(scales) > 1 or flip
+  return (scores if several else jax.nn.softmax(scores)).astype(jnp.float32)
 
 
 def view_logits(

@@ -219,6 +219,7 @@ def make_eval_step(
   outside: str = "void",
   sigmoid: bool = False,
   threshold: float = 0.5,
+  probabilities: bool = False,
   kernels: str = "auto",
   matmul_precision: str = "default",
 ) -> Callable[[dict, dict], dict]:
@@ -227,17 +228,15 @@ def make_eval_step(
   Labels outside `size` are void.
 
   Args:
-    protocol: keywords of `inference.class_scores`: scales, flip, window, window_stride.
-    outside: what the canvas shows there: "void", the mean pixel, or "mirror".
-    sigmoid: whether the model has one logit, that of the second of two classes,
-    threshold: which is predicted where its probability lies above this.
+    protocol, outside, sigmoid, threshold: of `inference.predict`.
+    probabilities: whether it returns those of all classes too.
     kernels: "auto" or "plain", see `kernels.target`.
     matmul_precision: of `jax.default_matmul_precision`.
 
   Returns:
     eval_step(variables, batch) -> {"confusion": [K, K] int32, "prediction": [B, H, W] uint8}, jitted; `variables` are
     {"params", "batch_stats"}. Of two classes also "probability", [B, H, W] uint8: the second's, 0 to 255 for 0 to 1.
-    Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
+    Where asked for, "probabilities", [B, H, W, K] float32. Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
   """
   platform = kernels_lib.target(mesh, kernels)
 
@@ -246,22 +245,21 @@ def make_eval_step(
   @jax.default_matmul_precision(matmul_precision)
   def eval_step(variables: dict, batch: dict) -> dict:
     model = merge(graphdef, variables)
-    if outside == "mirror":
-      image = inference.mirrored_padding(batch["image"], batch["size"])
-    else:
-      image = inference.blank_padding(batch["image"], batch["size"], model.mean)
-    image = sharding.split_height(image)
-    image = model.preprocess(image)
-    scores = inference.class_scores(model, image, **protocol)
-    out = {}
+    prediction, scores = inference.predict(
+      model,
+      batch["image"],
+      batch["size"],
+      outside=outside,
+      sigmoid=sigmoid,
+      threshold=threshold,
+      protocol=protocol,
+    )
+    out = dict(probabilities=inference.probabilities(scores, **protocol)) if probabilities else {}
     if num_classes == 2:
       probability = inference.foreground_probability(scores, **protocol)
       out["probability"] = jnp.round(255 * probability).astype(jnp.uint8)
     if sigmoid:
-      prediction = (probability > threshold).astype(jnp.uint8)
       out["sweep"] = metrics.confusion_at_thresholds(batch["label"], probability, THRESHOLDS)
-    else:
-      prediction = scores.argmax(-1).astype(jnp.uint8)
     prediction = sharding.split_height(prediction)  # Whole images are put together from it, not from the scores.
     confusion = metrics.confusion_matrix(batch["label"], prediction, num_classes)
     return out | dict(confusion=confusion, prediction=prediction)
@@ -269,5 +267,6 @@ def make_eval_step(
   images = sharding.batch_sharding(mesh)
   out = dict(confusion=sharding.replicated(mesh), prediction=images)
   out |= dict(probability=images) if num_classes == 2 else {}
+  out |= dict(probabilities=images) if probabilities else {}
   out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
   return jax.jit(eval_step, out_shardings=out, compiler_options=compiler.options("eval", platform))
