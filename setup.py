@@ -48,10 +48,12 @@ setuptools.setup(
     "tensorflow": TENSORFLOW,  # Else grain loads the data. No wheels for Python 3.14 yet.
     "tflite": ["ai-edge-litert>=2.1"],  # Reads .tflite files; see pretrained/tflite.py. Brings no TensorFlow.
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
+    "coco": ["pycocotools>=2.0.8"],  # segjax prepare coco.
     "test": [
       "ai-edge-litert>=2.1",
       "imagecodecs",
       "cityscapesscripts",  # The official score to compare with.
+      "pycocotools>=2.0.8",
       "pytest>=8",
       "pytest-xdist",  # Tests on all cores.
       "ruff==0.17.5",  # Pinned: another ruff formats differently and would fail CI by itself.

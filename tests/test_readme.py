@@ -14,7 +14,7 @@ from segjax.tools import verbs
 from tests import command as in_process
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", "docs/data.md", "docs/recipes.md", "docs/use.md", "docs/weights.md")
+PAGES = ("README.md", "docs/data.md", "docs/own_data.md", "docs/recipes.md", "docs/use.md", "docs/weights.md")
 TEXT = "\n".join((ROOT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&") if "-m segjax" in c]
@@ -27,7 +27,7 @@ def test_command_of_the_documentation_is_understood(command, monkeypatch):
   assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
   if words[2] == "segjax.prepare":
     _, known, _ = in_process.run(words[2], "--help")
-    assert words[3] in ("voc", "cityscapes", "nuclei")
+    assert words[3] in ("voc", "cityscapes", "nuclei", "coco", "labelme")
     assert all(re.search(rf"--(\[no\])?{word[2:].partition('=')[0]}\b", known) for word in words[4:])
     return
   names = [word.lstrip("-").partition("=")[0] for word in words[3:] if word.startswith("-")]
