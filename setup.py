@@ -49,6 +49,7 @@ setuptools.setup(
     "tflite": ["ai-edge-litert>=2.1"],  # Reads .tflite files; see pretrained/tflite.py. Brings no TensorFlow.
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
     "coco": ["pycocotools>=2.0.8"],  # segjax prepare coco.
+    "rasters": ["imagecodecs", "tifffile"],  # Images of many channels or 16 bits; see input_pipeline/rasters.py.
     "test": [
       "ai-edge-litert>=2.1",
       "imagecodecs",
@@ -57,6 +58,7 @@ setuptools.setup(
       "pytest>=8",
       "pytest-xdist",  # Tests on all cores.
       "ruff==0.17.5",  # Pinned: another ruff formats differently and would fail CI by itself.
+      "tifffile",
       *TENSORFLOW,
     ],
   },

@@ -6,7 +6,7 @@ import jax
 
 from segjax import input_pipeline
 from segjax.experiment import Experiment
-from segjax.run import outputs, report, warm_start
+from segjax.run import image_statistics, outputs, report, warm_start
 from segjax.run.evaluation import Evaluation
 
 
@@ -25,6 +25,7 @@ def evaluate(config, workdir) -> dict[str, float]:
   """
   workdir = pathlib.Path(workdir)
   loaded = warm_start.load_unless_run(config, workdir)
+  config = image_statistics.resolved(config, workdir, measure=False)
   experiment = Experiment(config)
   split = config.data.eval_split
   results = outputs.output_path(workdir, f"eval_{split}")

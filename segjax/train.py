@@ -10,7 +10,7 @@ from segjax import optimizer as optimizer_lib
 from segjax.experiment import Experiment
 from segjax.input_pipeline import order, scan
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.run import distributed, prediction_info, report, streams
+from segjax.run import distributed, image_statistics, prediction_info, report, streams
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.examples import check_examples
 from segjax.run.report import say
@@ -38,6 +38,7 @@ def train(config, workdir) -> dict[str, float]:
     workdir.WorkdirError: the workdir can no longer be written; its complete checkpoints are kept.
   """
   workdir = pathlib.Path(workdir)
+  config = image_statistics.resolved(config, workdir, measure=True)
   # Mesh: one program for 1 to N devices.
   experiment = Experiment(config)
   say(f"devices: {report.devices(experiment.mesh)}")

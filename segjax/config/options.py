@@ -168,7 +168,7 @@ INIT = dict(
   ),
 )
 # Arguments with a default that are no options, or those of all data sources, above.
-_NONE = ("dtype", "dir", "exif", "details")
+_NONE = ("dtype", "dir", "exif", "details", "channels")
 
 
 def sections() -> dict[str, dict[str, Option]]:

@@ -22,10 +22,10 @@ from segjax.state import with_sharding
 _AXES = ("data", "space")
 
 
-def abstract_split(mesh: Mesh, count: int, canvas_size: tuple[int, int], border: bool) -> dict:
-  """The shapes of what `load` gives: `count` examples and at least one without pixels, the last, for `order.PADDING`."""
-  rows = -(-(count + 1) // mesh.size) * mesh.size
-  arrays = steps.abstract_batch(mesh, rows, canvas_size, border)
+def abstract_split(mesh: Mesh, source, canvas_size: tuple[int, int], border: bool) -> dict:
+  """The shapes of what `load` gives: the examples of `source` and at least one without pixels, the last, for `order.PADDING`."""
+  rows = -(-(len(source) + 1) // mesh.size) * mesh.size
+  arrays = steps.abstract_batch(mesh, rows, canvas_size, source.pixels, border)
   del arrays["id"]
   return with_sharding(arrays, NamedSharding(mesh, PartitionSpec(_AXES)))
 

@@ -32,6 +32,8 @@ def check(config) -> int:
         print(f"  note: {note}")
       if not found:  # Otherwise the canvas would raise the same errors again.
         print("  canvas {} x {} (height x width)".format(*input_pipeline.canvas_of(source, config.data)))
+        if source.pixels.channels and split == config.data.train_split:
+          print(_statistics(source))
     except DataError as error:
       found = [str(error)]
     for problem in found:
@@ -46,6 +48,11 @@ def check(config) -> int:
   total += len(twice) + sum(bool(why.remedy) for why in beside.values())
   print("no problems found" if not total else f"{total} problem(s) found")
   return total
+
+
+def _statistics(source) -> str:
+  mean, std = (",".join(map(repr, values)) for values in scan.image_statistics(source))
+  return f"  mean and deviation, which a run measures too, and keeps: --config.data.mean={mean} --config.data.std={std}"
 
 
 def main(argv: list[str]) -> None:
