@@ -226,7 +226,9 @@ class Experiment:
       return self.init_state(), "init: scratch"
     loaded, new = warm_start.load(init), self.init_state()  # In this order: the first may fail.
     own = new.variables()
-    variables, report_line = warm_start.merge(jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude)
+    variables, report_line = warm_start.merge(
+      jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude, self._pixels.count
+    )
     if init.unfold:
       variables = self._unfold(variables)
       report_line += f"; batch norm by the statistics of {len(self.train_source)} training images (init.unfold)"
@@ -241,14 +243,8 @@ class Experiment:
     config = self.config
     if not variables["batch_stats"]:
       raise ConfigError(f"init.unfold = True: {config.model.name} has no batch norm here. Set it to False.")
-    step = steps.make_moments_step(
-      self.graphdef,
-      self.mesh,
-      seed=config.seed,
-      augment_batch=self.augment_batch,
-      kernels=config.kernels,
-      matmul_precision=config.matmul_precision,
-    )
+    options = dict(seed=config.seed, kernels=config.kernels, matmul_precision=config.matmul_precision)
+    step = steps.make_moments_step(self.graphdef, self.mesh, augment_batch=self.augment_batch, **options)
     given, count = sharding.gather(variables, self.mesh), -(-len(self.train_source) // config.batch_size)
     batches = self.device_batches(0, count)
     measured = unfold.total(step(given, batch, number) for number, batch in enumerate(batches))

@@ -1,21 +1,24 @@
 """Images of any number of channels, of 8 or 16 bits or floating point, in every part of a run."""
 
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 import tifffile
+from flax import nnx, traverse_util
 from PIL import Image
 
 from segjax import config as config_lib
-from segjax import input_pipeline
+from segjax import input_pipeline, models, sharding
 from segjax.config import ConfigError, default_config
 from segjax.config import rules as config_rules
 from segjax.evaluate import evaluate
 from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError, images, rasters, scan
 from segjax.predict import predict
-from segjax.run import image_statistics, pictures
+from segjax.run import device_cache, image_statistics, pictures, warm_start
 from segjax.tools import check_data
 from segjax.train import train
 from tests.experiment import mesh_of
@@ -41,6 +44,17 @@ LAYOUTS = {
   "array": (5, "float32", "npy", lambda path, x: np.save(path, x.astype(np.float64))),
   "array, channels first": (2, "uint16", "npy", lambda path, x: np.save(path, np.moveaxis(x, -1, 0).astype(">u2"))),
 }
+
+
+FIRST_LAYERS = [
+  ("unet", dict(width=2, depth=2), "down0/conv1/kernel"),
+  ("unet", dict(encoder="resnet_18"), "backbone/conv1/conv/kernel"),
+  ("fcn", dict(width=2), "backbone/conv1_1/kernel"),
+  ("dilated_fcn", dict(backbone="resnet_50"), "backbone/conv1/conv/kernel"),
+  ("dilated_fcn", dict(backbone="vgg16_bn", output_stride=16), "backbone/conv1_1/conv/kernel"),
+  ("deeplab_v3plus", dict(backbone="xception_41"), "backbone/conv1_1/conv/kernel"),
+  ("deeplab_v3plus", dict(backbone="mobilenet_v2"), "backbone/layer_1/conv/kernel"),
+]
 
 
 def pixels_of(channels, depth, label, rng):
@@ -102,12 +116,7 @@ def test_the_devices_cache_gives_the_loaders_batches(layout, tmp_path):
   want = list(Experiment(config, mesh=mesh).train_batches(0, 2, rows=[0, 1]))
   config.data.cache = "device"
   experiment = Experiment(config, mesh=mesh)
-  from segjax import sharding
-  from segjax.run import device_cache
-
   fetch = sharding.on(mesh)(lambda batch: device_cache.fetch(batch, mesh, experiment.train_canvas))
-  import jax
-
   for batch, other in zip(experiment.device_batches(0, 2), want):
     found = jax.jit(fetch)(batch)
     np.testing.assert_array_equal(found["image"], other["image"])
@@ -157,8 +166,6 @@ def test_a_run_keeps_its_statistics_and_goes_on_is_scored_and_predicts_with_them
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path):
-  import jax
-
   config, _ = make(tmp_path / "data", "six of float")
   config.optimizer.schedule = "constant"
   config.num_steps = 3
@@ -278,7 +285,7 @@ def test_an_image_whose_pixels_are_all_alike_is_a_problem_and_so_is_a_constant_c
     (dict(mean=(1.0,), std=(1.0,)), "data.mean = .*needs a number for each channel"),
     (dict(mean=(1.0,) * 5), "needs as many numbers as data.mean"),
     (dict(mean=(1.0,) * 5, std=(0.0,) * 5), "must be above 0"),
-    (dict(mean=("x",) * 5, std=(1.0,) * 5), "needs numbers"),
+    (dict(mean=("x",) * 5, std=(1.0,) * 5), "data.mean = .*needs a number for each channel"),
     (dict(depth="int8"), "choose one of uint8, uint16, float32"),
   ],
 )
@@ -315,3 +322,42 @@ def test_pictures_of_many_channels_show_the_first_three_stretched_and_rgb_as_it_
   assert (abs(shown[25, 25].astype(int) - 128) < 5).all() and not (
     pictures.visible(np.zeros((3, 3, 2), np.uint16))
   ).any()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+@pytest.mark.parametrize("model, options, path", FIRST_LAYERS)
+def test_every_network_takes_any_number_of_channels_and_a_first_layer_of_rgb_is_adapted(channels, model, options, path):
+  def variables(channels):
+    statistics = (0.0,) * channels, (1.0,) * channels
+    build = functools.partial(models.build, model, num_classes=2, statistics=statistics, **options)
+    network = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    logits = nnx.eval_shape(
+      lambda net, x: net(net.preprocess(x)), network, jax.ShapeDtypeStruct((1, 64, 64, channels), "u1")
+    )
+    assert logits.shape == (1, 64, 64, 2)
+    return dict(params=nnx.to_pure_dict(nnx.state(network, nnx.Param)))
+
+  rgb, own = variables(3), variables(channels)
+  rng = np.random.default_rng(0)
+  stored = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), rgb)
+  merged, line = warm_start.merge(own, (stored, "w"), (), channels)
+  flat, before = (traverse_util.flatten_dict(x["params"], sep="/") for x in (merged, stored))
+  assert [name for name in flat if flat[name].shape != before[name].shape] == [
+    path
+  ] and f"params/{path}: of RGB" in line
+  want = before[path].sum(2, keepdims=True)
+  if channels > 1:
+    want = np.stack([before[path][:, :, n % 3] for n in range(channels)], 2) * (3 / channels)
+  np.testing.assert_allclose(flat[path], want, rtol=1e-6)
+  assert all((flat[name] == before[name]).all() for name in flat if name != path)
+  if channels == 6:  # Of as many of each colour, so that images which repeat RGB give the same activations.
+    np.testing.assert_allclose(flat[path].sum(2), before[path].sum(2), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_rgb_fit_rgb_as_ever_and_others_are_refused():
+  ours = dict(params=dict(conv=dict(kernel=np.zeros((3, 3, 3, 4), np.float32))))
+  line = warm_start.merge(ours, (ours, "w"), ())[1]
+  assert line == "init: imported 1 of 1 tensors from w"
+  theirs = dict(params=dict(conv=dict(kernel=np.zeros((3, 3, 5, 4), np.float32))))
+  with pytest.raises(ConfigError, match=r"the model has \(3, 3, 3, 4\), w has \(3, 3, 5, 4\)"):
+    warm_start.merge(ours, (theirs, "w"), ())

@@ -247,9 +247,15 @@ def _data(data) -> Rules:
     yield data.split_seed >= 0, "data.split_seed", "must be 0 or more."
   if "channels" in data:
     yield data.channels >= 0, "data.channels", "must be 0 (RGB of 8 bits) or the number of channels."
-    yield len(data.mean) in (0, data.channels), "data.mean", "needs a number for each channel, or none: (), measured."
+  if "channels" in data and data.channels > 0:
+    for field in ("mean", "std"):
+      numbers = all(isinstance(n, int | float) for n in data[field])
+      yield (
+        numbers and len(data[field]) in (0, data.channels),
+        f"data.{field}",
+        "needs a number for each channel, or none.",
+      )
     yield len(data.std) == len(data.mean), "data.std", "needs as many numbers as data.mean."
-    yield all(isinstance(n, int | float) for n in (*data.mean, *data.std)), "data.mean", "needs numbers."
     yield all(isinstance(n, str) or n > 0 for n in data.std), "data.std", "must be above 0."
   if data.name == "folder":
     yield data.border_sigma > 0, "data.border_sigma", "must be above 0 pixels."
