@@ -20,6 +20,7 @@ from segjax.input_pipeline import DataError, images, rasters, scan
 from segjax.predict import predict
 from segjax.run import device_cache, image_statistics, pictures, warm_start
 from segjax.tools import check_data
+from segjax.tools.dry_run import dry_run
 from segjax.train import train
 from tests.experiment import mesh_of
 
@@ -230,6 +231,53 @@ def test_numbers_that_are_not_finite_are_refused_with_the_file(tmp_path, value, 
   np.save(tmp_path / "images/train/0.npy", pixels)
   with pytest.raises(DataError, match=f"train/0.npy: {message}.*mark these pixels void"):
     input_pipeline.make_source(config.data, "train")[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.98])
+def test_a_truncated_file_is_refused_with_its_name(layout, share, tmp_path):
+  channels, depth, ending, write = LAYOUTS[layout]
+  path = tmp_path / f"a.{ending}"
+  label = np.random.default_rng(0).integers(0, 3, (64, 80), dtype=np.uint8)
+  write(path, pixels_of(channels, depth, label, np.random.default_rng(1)))
+  rasters.read(path, images.Reading(channels=channels, depth=depth))
+  whole = path.read_bytes()
+  path.write_bytes(whole[: int(share * len(whole))])
+  with pytest.raises(DataError, match=f"a.{ending}: "):
+    rasters.read(path, images.Reading(channels=channels, depth=depth))
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int8", "uint32", "float16", "float64", ">i2"])
+def test_other_numbers_become_float32_and_geotiffs_give_their_pixels_alone(dtype, tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 100, (20, 30, 4)).astype(dtype)
+  tags = [
+    (33550, "d", 3, (10.0, 10.0, 0.0), True),
+    (42113, "s", 0, "-9999", True),
+  ]  # Pixel's size on the ground; no data.
+  options = dict(photometric="minisblack", planarconfig="contig", extratags=tags)
+  if np.dtype(dtype).kind != "f":
+    options |= dict(compression="lzw", predictor=True)
+  tifffile.imwrite(tmp_path / "geo.tif", pixels, byteorder=">" if dtype[0] == ">" else "<", **options)
+  found = rasters.read(tmp_path / "geo.tif", images.Reading(channels=4, depth="float32"))
+  assert found.dtype == np.float32
+  np.testing.assert_array_equal(found, pixels.astype(np.float32))
+
+
+def test_statistics_leave_out_as_many_unreadable_images_as_may_be_bad(tmp_path):
+  config, stored = make(tmp_path, "array")
+  (tmp_path / "images/train/3.npy").write_bytes((tmp_path / "images/train/3.npy").read_bytes()[:500])
+  source = input_pipeline.make_source(config.data, "train")
+  with pytest.raises(DataError, match="train/3.npy"):
+    scan.image_statistics(source)
+  del stored["train"][3]
+  flat = np.concatenate([x.reshape(-1, 5) for x in stored["train"]]).astype(np.float64)
+  np.testing.assert_allclose(scan.image_statistics(source, most_bad=1), [flat.mean(0), flat.std(0)], rtol=1e-8)
+
+
+def test_a_dry_run_needs_no_statistics(tmp_path, capsys):
+
+  config, _ = make(tmp_path, "six of float")
+  assert set(dry_run(config)) == {"train", "evaluation"} and "3 classes" in capsys.readouterr().out
 
 
 def test_tiffs_of_several_images_or_counting_from_white_are_refused(tmp_path):

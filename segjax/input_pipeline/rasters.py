@@ -130,7 +130,7 @@ def _tiff(path):
     if page.photometric in (_WHITE_IS_ZERO, _PALETTE):
       raise DataError(f"{path}: its numbers are a palette's, or count from white to black. Store plain numbers.")
     orientation = page.tags[_ORIENTATION].value if _ORIENTATION in page.tags else 1
-    yield whole[0].shape, whole[0].dtype, int(orientation), whole[0].asarray
+    yield whole[0].shape, whole[0].dtype, int(orientation), functools.partial(whole[0].asarray, maxworkers=1)
 
 
 @contextlib.contextmanager

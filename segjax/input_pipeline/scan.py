@@ -85,24 +85,36 @@ def label_statistics(source) -> tuple[np.ndarray, np.ndarray]:
   return counts.sum(0), ((counts > 0) * counts.sum(1, keepdims=True)).sum(0)
 
 
-def image_statistics(source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def image_statistics(source, most_bad: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and deviation of each channel over all pixels of a split, to nine digits, in the units of its files.
 
   In float64, image by image in their order (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance",
   equation 2.1), so that the result does not depend on the threads.
 
+  Args:
+    most_bad: how many examples may be unreadable; they are left out.
+
   Raises:
-    DataError: the first example that cannot be read, or a channel that is the same everywhere.
+    DataError: more cannot be read, or a channel is the same everywhere.
   """
 
   def of_image(index):
-    pixels = source[index][0].reshape(-1, source.pixels.count)
+    try:
+      pixels = source[index][0].reshape(-1, source.pixels.count)
+    except DataError as error:
+      return error
     mean = pixels.mean(0, dtype=np.float64)
     return len(pixels), mean, np.square(pixels - mean).sum(0)
 
-  count, mean, squares = 0, np.zeros(source.pixels.count), np.zeros(source.pixels.count)
+  bad, count, mean, squares = 0, 0, np.zeros(source.pixels.count), np.zeros(source.pixels.count)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for n, its_mean, its_squares in tqdm.tqdm(pool.map(of_image, range(len(source))), "mean, deviation", len(source)):
+    for found in tqdm.tqdm(pool.map(of_image, range(len(source))), "mean, deviation", len(source)):
+      if isinstance(found, DataError):
+        bad += 1
+        if bad > most_bad:
+          raise found
+        continue
+      n, its_mean, its_squares = found
       total, apart = count + n, its_mean - mean
       mean = mean + apart * (n / total)
       squares, count = squares + its_squares + np.square(apart) * (count * n / total), total

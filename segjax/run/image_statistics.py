@@ -7,6 +7,7 @@ from segjax import input_pipeline
 from segjax.config import ConfigError
 from segjax.input_pipeline import images, scan
 from segjax.run import distributed
+from segjax.run.report import say
 
 
 def resolved(config, workdir: pathlib.Path | None, *, measure: bool):
@@ -34,7 +35,9 @@ def resolved(config, workdir: pathlib.Path | None, *, measure: bool):
   if not measure:
     raise ConfigError("data.mean and data.std are not known without a run. Set both; segjax check prints them.")
   source = input_pipeline.make_source(config.data, config.data.train_split)
-  return _with(config, *distributed.on_first(lambda: scan.image_statistics(source)))
+  mean, std = distributed.on_first(lambda: scan.image_statistics(source, config.data.max_bad_examples))
+  say(f"data.mean = {tuple(mean)}, data.std = {tuple(std)}: measured in {len(source)} training images, and kept")
+  return _with(config, mean, std)
 
 
 def _with(config, mean, std):
