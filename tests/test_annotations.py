@@ -156,6 +156,12 @@ def alter(change):
       lambda c: c["annotations"][0].update(segmentation=[[0, 0, 9, float("nan"), 9, 9]]),
       "coordinates that are no numbers",
     ),
+    (
+      lambda c: c["annotations"][0].update(segmentation=[box(0, 0, 1e300, 9)]),
+      "coordinates that are no numbers, or far from",
+    ),
+    (lambda c: c["annotations"][0].update(category_id=[4]), "no COCO annotations of instances"),
+    (lambda c: c["categories"][0].update(name="a\ud800"), "cannot be the name of a class"),
     (lambda c: c["annotations"][3]["segmentation"].update(counts=""), "annotation 4: its RLE .* damaged"),
     (
       lambda c: c["annotations"][2]["segmentation"].update(size=[30, 20]),

@@ -114,8 +114,9 @@ def test_both_loaders_and_every_cache_give_the_stored_numbers_bit_for_bit(layout
 def test_the_devices_cache_gives_the_loaders_batches(layout, tmp_path):
   config, stored = make(tmp_path, layout)
   if layout == "six of float":
-    stored["train"][0][:, :, 1] = -0.0
-    LAYOUTS[layout][3](tmp_path / "images/train/0.tif", stored["train"][0])
+    for n, pixels in enumerate(stored["train"]):
+      pixels[:, :, 1] = -0.0
+      LAYOUTS[layout][3](tmp_path / f"images/train/{n}.tif", pixels)
   mesh = mesh_of(2)
   want = list(Experiment(config, mesh=mesh).train_batches(0, 2, rows=[0, 1]))
   config.data.cache = "device"
@@ -294,6 +295,20 @@ def test_tiffs_of_several_images_or_counting_from_white_are_refused(tmp_path):
   tifffile.imwrite(tmp_path / "white.tif", np.zeros((8, 9), np.uint8), photometric="miniswhite")
   with pytest.raises(DataError, match="count from white to black"):
     rasters.read(tmp_path / "white.tif", reading)
+
+
+def test_a_tiff_whose_pages_lead_in_a_circle_is_refused(tmp_path):
+  path = tmp_path / "a.tif"
+  tifffile.imwrite(path, np.zeros((8, 9), np.uint8), photometric="minisblack", metadata=None)
+  data = bytearray(path.read_bytes())
+  start = int.from_bytes(data[4:8], "little")
+  tags = int.from_bytes(data[start : start + 2], "little")
+  link = start + 2 + 12 * tags
+  assert not any(data[link : link + 4])
+  data[link : link + 4] = data[4:8]
+  path.write_bytes(data)
+  with pytest.raises(DataError, match="a.tif: its pages lead in a circle"):
+    rasters.read_header(path, images.Reading(channels=1))
 
 
 def test_a_tiff_with_an_overview_is_read_whole(tmp_path):

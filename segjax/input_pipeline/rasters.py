@@ -18,6 +18,7 @@ from segjax.input_pipeline.images import DataError, Header, Reading
 
 _INSTALL = "pip install 'segjax[rasters]'"
 _PNG_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # By its type of colour; 3 is a palette.
+_MOST_PAGES = 4096  # Of a TIFF.
 _ORIENTATION, _WHITE_IS_ZERO, _PALETTE = "Orientation", 0, 3  # Of TIFF.
 
 
@@ -50,7 +51,7 @@ def read(path: pathlib.Path, reading: Reading, mask_size: tuple[int, int] | None
       raise DataError(f"{path}: holds {pixels.shape[:2]} pixels, its header says {header.size}. Replace the file.")
     if header.must_turn(reading.exif, mask_size):
       pixels = images.UPRIGHT[header.orientation](pixels)
-    with np.errstate(over="ignore"):  # Infinite then, and so refused.
+    with np.errstate(over="ignore", invalid="ignore"):  # Not finite then, and so refused.
       pixels = np.ascontiguousarray(pixels, reading.depth)
   if pixels.dtype.kind == "f" and not (finite := np.isfinite(pixels)).all():
     raise DataError(
@@ -120,7 +121,8 @@ def _npy(path):
 def _tiff(path):
   import tifffile
 
-  with tifffile.TiffFile(path) as file:
+  with tifffile.TiffFile(path, is_ome=False) as file:  # OME's XML may name other files.
+    _check_pages(path, file)
     whole = [series for series in file.series if not (series.keyframe.is_reduced or series.keyframe.is_mask)]
     if len(whole) != 1:
       raise DataError(
@@ -131,6 +133,22 @@ def _tiff(path):
       raise DataError(f"{path}: its numbers are a palette's, or count from white to black. Store plain numbers.")
     orientation = page.tags[_ORIENTATION].value if _ORIENTATION in page.tags else 1
     yield whole[0].shape, whole[0].dtype, int(orientation), functools.partial(whole[0].asarray, maxworkers=1)
+
+
+def _check_pages(path, file) -> None:
+  """Raises DataError where pages follow each other in a circle, which tifffile would do without end, or are too many."""
+  stream, form, seen, link = file.filehandle, file.tiff, set(), file.tiff.offsetsize
+  while True:
+    stream.seek(link)
+    (offset,) = struct.unpack(form.offsetformat, stream.read(form.offsetsize))
+    if not offset:
+      return
+    if offset in seen or len(seen) == _MOST_PAGES:
+      raise DataError(f"{path}: its pages lead in a circle, or are more than {_MOST_PAGES}. Replace the file.")
+    seen.add(offset)
+    stream.seek(offset)
+    (tags,) = struct.unpack(form.tagnoformat, stream.read(form.tagnosize))
+    link = offset + form.tagnosize + tags * form.tagsize
 
 
 @contextlib.contextmanager

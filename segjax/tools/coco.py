@@ -45,7 +45,8 @@ def prepare(annotations: pathlib.Path, folder: pathlib.Path, out: pathlib.Path, 
       (a["id"] if "id" in a else n, a["image_id"], a["category_id"], a) for n, a in enumerate(content["annotations"])
     ]
     names = [categories[key] for key in sorted(categories)]
-  except (KeyError, TypeError, ValueError) as error:
+    hash(tuple(row[1:3] for row in found))  # TypeError where an id is a list.
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
     raise DataError(
       f"{annotations}: no COCO annotations of instances ({type(error).__name__}: {error}). It needs images (id, file_name,"
       " height, width), categories (id, name) and annotations (image_id, category_id, segmentation)."
@@ -140,7 +141,7 @@ def _pixels(coco, what: str, annotation: dict, clip: bool, size: tuple[int, int]
     for polygon in shape:
       try:
         points = np.array(polygon, np.float64).reshape(-1, 2)
-      except (TypeError, ValueError):
+      except (TypeError, ValueError, OverflowError):
         points = np.zeros((0, 2))
       if len(points) < 3:  # pycocotools takes four numbers for a box.
         raise DataError(f"{what}: a polygon needs x and y of three points or more. Annotate it again, or remove it.")

@@ -7,10 +7,10 @@
 """
 
 import base64
-import binascii
 import functools
 import io
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -74,9 +74,9 @@ def _read(path: pathlib.Path) -> tuple[dict, list[tuple]]:
   for number, shape in enumerate(content["shapes"], start=1):
     what = f"{path}: shape {number}"
     try:
-      kind = (shape["shape_type"] if "shape_type" in shape else None) or "polygon"  # Old files name none.
+      kind = str((shape["shape_type"] if "shape_type" in shape else None) or "polygon")  # Old files name none.
       label, points = shape["label"].strip(), np.array(shape["points"], np.float64).reshape(-1, 2)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
       raise DataError(f"{what} has no label or points ({error!r}). Annotate it again, or remove it.") from error
     if kind not in _LEAST_POINTS:
       raise DataError(
@@ -97,10 +97,10 @@ def _image(path: pathlib.Path, content: Mapping, root: pathlib.Path, folder: pat
   if folder:
     image = folder / path.relative_to(root).parent / pathlib.PurePosixPath(name).name
   suffix, data = pathlib.PurePosixPath(name).suffix, content["imageData"] if "imageData" in content else None
-  if not image.is_file() and data:
+  if not os.path.isfile(image) and data:
     try:
       image = base64.b64decode(data)
-    except (TypeError, binascii.Error) as error:
+    except (TypeError, ValueError) as error:
       raise DataError(f"{path}: its imageData is damaged ({error}). Put {name} beside it.") from error
     with images.opened(f"{path} (imageData)", io.BytesIO(image), "no readable image") as picture:
       suffix = "." + picture.format.lower()
@@ -135,7 +135,7 @@ def _bitmap(what: str, shape: Mapping, points: np.ndarray) -> np.ndarray:
   """[h, w] bool of a shape that is a PNG between two corners, both inside."""
   try:
     content = base64.b64decode(shape["mask"])
-  except (KeyError, TypeError, binascii.Error) as error:
+  except (KeyError, TypeError, ValueError) as error:
     raise DataError(f"{what} has no readable `mask` ({error!r}). Annotate it again, or remove it.") from error
   bitmap = masks.read_mask(what, io.BytesIO(content))
   (x1, y1), (x2, y2) = points[:2].astype(int)

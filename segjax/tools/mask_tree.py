@@ -25,6 +25,7 @@ from segjax.tools import unpacking
 
 CLASSES_FILE = "classes.txt"
 BACKGROUND = "background"  # Class 0, what no shape covers, where `CLASSES_FILE` does not say otherwise.
+_FAR = 10  # Times an image's longer side, from which on coordinates are a mistake, whose drawing may take for ever.
 _SLACK = 1.0  # Pixels that a point may lie outside of its image: annotation tools round.
 
 
@@ -72,9 +73,9 @@ def class_numbers(out: pathlib.Path, names: Iterable[str]) -> tuple[tuple[str, .
   names = list(dict.fromkeys(names))
   path = out / CLASSES_FILE
   classes = tuple(images.read_lines(path)) if path.is_file() else (BACKGROUND, *(n for n in names if n != BACKGROUND))
-  if odd := [name for name in names if not name or name != name.strip() or "\n" in name]:
+  if odd := [name for name in names if not name or name != images.printable(name.strip())]:
     raise DataError(
-      f"{odd[0]!r} cannot be the name of a class. Give it letters, and no spaces or line ends around them."
+      f"{odd[0]!r} cannot be the name of a class. Give it letters, no line ends, and no spaces around them."
     )
   if unknown := [name for name in names if name not in classes]:
     raise DataError(
@@ -88,8 +89,10 @@ def class_numbers(out: pathlib.Path, names: Iterable[str]) -> tuple[tuple[str, .
 
 def check_inside(points: np.ndarray, size: tuple[int, int], what: str, clip: bool) -> None:
   """Raises DataError where points [N, 2] (x, y) lie outside of an image of `size` (H, W), unless `clip`, or are no numbers."""
-  if not np.isfinite(points).all():
-    raise DataError(f"{what} has coordinates that are no numbers. Annotate it again, or remove it.")
+  if not (np.abs(points) <= _FAR * max(size)).all():  # Nor NaN.
+    raise DataError(
+      f"{what} has coordinates that are no numbers, or far from the image of {size[0]}x{size[1]}. Annotate it again, or remove it."
+    )
   low, high = points.min(0), points.max(0)
   if not clip and ((low < -_SLACK).any() or (high > np.array(size[::-1]) + _SLACK).any()):
     raise DataError(
@@ -141,8 +144,10 @@ def _clashes(examples: Sequence[Annotated]) -> list[str]:
   problems, firsts = [], {}
   for example in examples:
     name = pathlib.PurePosixPath(example.name)
-    if name.is_absolute() or ".." in name.parts or not name.name:
-      problems.append(f"{example.origin}: the image's name {example.name!r} leads elsewhere. Make it relative.")
+    if name.is_absolute() or ".." in name.parts or not name.name or images.printable(example.name) != example.name:
+      problems.append(
+        f"{example.origin}: the image's name {example.name!r} leads elsewhere, or is no text. Make it relative."
+      )
     elif (stem := name.with_suffix("")) in firsts:
       problems.append(
         f"{example.origin}: {firsts[stem]} and {example.name} would share the mask {stem}.png. Rename one of the two."
@@ -156,7 +161,7 @@ def _size(example: Annotated) -> tuple[int, int]:
   """(H, W) that the mask gets: that of the annotations, if the image has it as stored or as EXIF turns it."""
   if isinstance(example.image, bytes):
     header = images.read_header(f"{example.origin} (imageData)", io.BytesIO(example.image))
-  elif not example.image.is_file():
+  elif not os.path.isfile(example.image):  # Not Path.is_file(), which raises for names that are too long.
     raise DataError(
       f"{example.origin}: its image {example.image} is missing. Add it, remove its annotations, or correct --images."
     )
