@@ -279,6 +279,14 @@ def test_labelme_files_that_cannot_be_meant_are_refused_and_nothing_is_written(t
   assert not out.exists() or not list(out.iterdir())
 
 
+def test_labelme_images_may_lie_in_a_folder_of_their_own(tmp_path):
+  annotations, out = labelme_folder(tmp_path, labelme_content(imagePath="../elsewhere/a.png"))
+  (tmp_path / "photos").mkdir()
+  (annotations / "a.png").rename(tmp_path / "photos/a.png")
+  labelme.prepare(annotations, tmp_path / "photos", out, "train", False)
+  assert (out / "images/train/a.png").samefile(tmp_path / "photos/a.png")  # A hard link.
+
+
 def test_the_command_says_which_flags_are_missing(tmp_path):
   code, _, err = command.run("segjax.prepare", "coco", f"--out={tmp_path}")
   assert code == 2 and "Give --annotations and --out, and for coco --images" in err

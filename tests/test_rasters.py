@@ -170,6 +170,20 @@ def test_a_run_keeps_its_statistics_and_goes_on_is_scored_and_predicts_with_them
   assert np.diag(confusion).sum() / confusion.sum() == pytest.approx(scores["val/pixel_accuracy"])
 
 
+def test_weights_of_a_run_predict_with_its_statistics_and_without_a_run_they_must_be_named(tmp_path):
+  config, _ = make(tmp_path / "data", "array")
+  with pytest.raises(ConfigError, match="data.mean and data.std are not known without a run"):
+    image_statistics.resolved(config, tmp_path, measure=False)
+  trained = config.copy_and_resolve_references()
+  trained.data.update(mean=(1.0, 2.0, 3.0, 4.0, 5.0), std=(0.5,) * 5)
+  config_lib.save(trained, tmp_path)
+  config.init.path = str(tmp_path)
+  assert image_statistics.resolved(config, None, measure=False).data.mean == trained.data.mean
+  assert image_statistics.resolved(trained, None, measure=False) is trained
+  new = image_statistics.resolved(config, tmp_path / "new", measure=True)  # Fine-tuning: its own images'.
+  assert new.data.mean == scan.image_statistics(input_pipeline.make_source(config.data, "train"))[0]
+
+
 def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path):
   config, _ = make(tmp_path / "data", "six of float")
   config.optimizer.schedule = "constant"

@@ -1,7 +1,7 @@
 """Checks a data set before training on it: python -m segjax.check_data --config=configs/x.py
 
 Reads every image and mask of the training and evaluation splits, prints class names with their share of the pixels,
-and every problem with its file and remedy. Images that are twice in a split, or in both, are problems too, and so is
+and every problem with its file and remedy; where images have data.channels, also their mean and deviation. Images that are twice in a split, or in both, are problems too, and so is
 what lies in the folders and is not used; hidden entries, notes and what no split names are only named. Exits with 1
 where there is a problem.
 """

@@ -109,19 +109,17 @@ def _draw(coco, file: str, instances: Sequence[tuple], clip: bool, size: tuple[i
   """[H, W] uint8 of (annotation's name, class, annotation), by the rules of the module."""
   layers = []
   for name, number, annotation in instances:
-    inside = _pixels(coco, f"{file}: annotation {name}", annotation, clip, size)
+    shape = _encoded(coco, f"{file}: annotation {name}", annotation, clip, size)
     crowd = "iscrowd" in annotation and bool(annotation["iscrowd"])
-    layers.append((not crowd, -int(inside.sum()), IGNORE_LABEL if crowd else number, inside))
+    layers.append((not crowd, -int(coco.area(shape)), IGNORE_LABEL if crowd else number, shape))
   label = np.zeros(size, np.uint8)
-  for *_, number, inside in sorted(
-    layers, key=lambda layer: layer[:2]
-  ):  # Stable: of two alike the later one is on top.
-    label[inside] = number
+  for *_, number, shape in sorted(layers, key=lambda layer: layer[:2]):  # Stable: of two alike the later is on top.
+    label[coco.decode(shape).astype(bool)] = number
   return label
 
 
-def _pixels(coco, what: str, annotation: dict, clip: bool, size: tuple[int, int]) -> np.ndarray:
-  """[H, W] bool of an annotation.
+def _encoded(coco, what: str, annotation: dict, clip: bool, size: tuple[int, int]) -> dict:
+  """An annotation's mask in pycocotools' run lengths, which are small, however many instances an image has.
 
   Raises:
     DataError: no mask, polygons outside of the image, or RLE of another size.
@@ -134,20 +132,18 @@ def _pixels(coco, what: str, annotation: dict, clip: bool, size: tuple[int, int]
       raise DataError(
         f"{what}: its RLE is of size {shape['size']} or damaged, the image has {list(size)} (height, width). Export it again."
       )
-    run_lengths = coco.frPyObjects(dict(counts=counts, size=list(size)), *size)
-  else:
-    if not isinstance(shape, list) or not shape:
-      raise DataError(f"{what} has no segmentation, and a box is no mask. Add a polygon or RLE, or remove it.")
-    for polygon in shape:
-      try:
-        points = np.array(polygon, np.float64).reshape(-1, 2)
-      except (TypeError, ValueError, OverflowError):
-        points = np.zeros((0, 2))
-      if len(points) < 3:  # pycocotools takes four numbers for a box.
-        raise DataError(f"{what}: a polygon needs x and y of three points or more. Annotate it again, or remove it.")
-      mask_tree.check_inside(points, size, f"{what}: a polygon", clip)
-    run_lengths = coco.merge(coco.frPyObjects([[float(n) for n in polygon] for polygon in shape], *size))
-  return coco.decode(run_lengths).astype(bool)
+    return coco.frPyObjects(dict(counts=counts, size=list(size)), *size)
+  if not isinstance(shape, list) or not shape:
+    raise DataError(f"{what} has no segmentation, and a box is no mask. Add a polygon or RLE, or remove it.")
+  for polygon in shape:
+    try:
+      points = np.array(polygon, np.float64).reshape(-1, 2)
+    except (TypeError, ValueError, OverflowError):
+      points = np.zeros((0, 2))
+    if len(points) < 3:  # pycocotools takes four numbers for a box.
+      raise DataError(f"{what}: a polygon needs x and y of three points or more. Annotate it again, or remove it.")
+    mask_tree.check_inside(points, size, f"{what}: a polygon", clip)
+  return coco.merge(coco.frPyObjects([[float(n) for n in polygon] for polygon in shape], *size))
 
 
 def _run_lengths(text: str) -> list[int]:
