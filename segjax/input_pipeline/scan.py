@@ -108,7 +108,7 @@ def image_statistics(source, most_bad: int = 0) -> tuple[tuple[float, ...], tupl
 
   bad, count, mean, squares = 0, 0, np.zeros(source.pixels.count), np.zeros(source.pixels.count)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for found in tqdm.tqdm(pool.map(of_image, range(len(source))), "mean, deviation", len(source)):
+    for found in tqdm.tqdm(pool.map(of_image, range(len(source))), "mean, deviation", len(source), unit=" images"):
       if isinstance(found, DataError):
         bad += 1
         if bad > most_bad:
