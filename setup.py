@@ -47,6 +47,8 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "tensorflow": TENSORFLOW,  # Else grain loads the data. No wheels for Python 3.14 yet.
     "tflite": ["ai-edge-litert>=2.1"],  # Reads .tflite files; see pretrained/tflite.py. Brings no TensorFlow.
+    "wandb": ["wandb>=0.20"],
+    "mlflow": ["mlflow-skinny>=3", "alembic", "sqlalchemy"],  # The latter two: its default store is an SQLite file.
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
     "test": [
       "ai-edge-litert>=2.1",
