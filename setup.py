@@ -20,6 +20,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=[*setuptools.find_packages(include=["segjax", "segjax.*"]), "segjax.configs"],
+  package_data={"segjax": ["py.typed"]},
   package_dir={"segjax.configs": "configs"},  # At the top of the repository, and known by name (segjax/config/file.py).
   entry_points={"console_scripts": ["segjax = segjax.tools.verbs:main"]},
   python_requires=">=3.11",
