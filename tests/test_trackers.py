@@ -61,7 +61,7 @@ def test_wandb_offline_writes_below_the_workdir_and_a_resumed_run_keeps_its_id(t
   for file, step in zip(files, (2, 4)):
     items = history(file)
     assert {"step": step, "train/loss": step / 4, "val/iou/Void & (co)": 0.25}.items() <= items.items()
-    assert items["overlays/a/b"]["_type"] == "image-file" and "val/iou/absent" not in items
+    assert items["overlays/a/b/_type"] == "image-file" and "val/iou/absent" not in items
 
 
 def records(data):
