@@ -51,9 +51,16 @@ setuptools.setup(
     "wandb": ["wandb>=0.20"],
     "mlflow": ["mlflow-skinny>=3", "alembic", "sqlalchemy"],  # The latter two: its default store is an SQLite file.
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
+    "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],  # The site: mkdocs build --strict.
     "test": [
       "ai-edge-litert>=2.1",
       "imagecodecs",
+      "mkdocs-material>=9.6,<10",
+      "mkdocstrings[python]>=1,<2",
+      "wandb>=0.20",
+      "mlflow-skinny>=3",
+      "alembic",
+      "sqlalchemy",
       "cityscapesscripts",  # The official score to compare with.
       "pytest>=8",
       "pytest-xdist",  # Tests on all cores.

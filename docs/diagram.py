@@ -13,7 +13,7 @@ import tempfile
 DOCS = pathlib.Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
 PAGE = """<script src="{script}"></script><div id="out"></div><script>
-mermaid.initialize({{startOnLoad: false, htmlLabels: false, flowchart: {{htmlLabels: false}}}});
+mermaid.initialize({{startOnLoad: false, htmlLabels: false, flowchart: {{htmlLabels: false, wrappingWidth: 320}}}});
 mermaid.render("diagram", {text}).then(made => document.getElementById("out").innerHTML = made.svg);</script>"""
 
 

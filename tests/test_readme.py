@@ -14,7 +14,7 @@ from segjax.tools import verbs
 from tests import command as in_process
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", "docs/data.md", "docs/recipes.md", "docs/use.md", "docs/weights.md")
+PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
 TEXT = "\n".join((ROOT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&") if "-m segjax" in c]
