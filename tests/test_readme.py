@@ -12,6 +12,7 @@ from segjax.config import file as config_file
 from segjax.run import commandline
 from segjax.tools import verbs
 from tests import command as in_process
+from tests import folder_of_images
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
@@ -42,11 +43,44 @@ def test_command_of_the_documentation_is_understood(command, monkeypatch):
   commandline._ConfigFile(argv).parse(next(word for word in argv if word.startswith("--config=")).partition("=")[2])
 
 
+# What makes the runs of the commands small; they are given to each command, as the config of a workdir stays.
+TINY = """--config.batch_size=2 --config.crop_size=8,8 --config.model.width=2 --config.model.depth=1 --config.mesh.data=1
+--config.optimizer.warmup_steps=0 --config.eval_every=1000 --config.eval.batch_size=2""".split()
+GENERATED = "--config.data.image_size=16,16 --config.data.num_train=4 --config.data.num_val=2".split()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/use.md", "docs/profiles.md"])
+def test_commands_of_a_page_that_need_no_download_run_one_after_another_as_typed(page, tmp_path, tiny_config):
+  """But for sizes: those of the quickstart, and of one's own images, which are generated here."""
+  folder_of_images.folder_of_images(tiny_config, tmp_path / "DATA")
+  (tmp_path / "IMAGES").symlink_to(tmp_path / "DATA/images/val")
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  ran = 0
+  for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+    for line in block.splitlines():
+      command = line.rpartition("&& ")[2].replace("=ground,cell", "=ground,cell,rim")
+      if not re.match(
+        r"python -m segjax\.(main|check_data|predict) .*(quickstart|=DATA |runs/mine|runs/a( |$))", command
+      ):
+        continue
+      module, *words = shlex.split(command)[2:]
+      small = (
+        [] if module == "segjax.predict" else TINY + GENERATED * (page != "docs/data.md" and "DATA" not in command)
+      )
+      if module != "segjax.predict" and "num_steps" not in command:
+        small = ["--config.num_steps=4", *small] if "--mode" not in command else small
+      code, out, err = in_process.run(module, *words, *small, cwd=tmp_path)
+      assert code == 0, f"{command}\n{out[-2000:]}\n{err[-2000:]}"
+      ran += 1
+  assert ran >= 1
+
+
 def test_verbs_and_shipped_configs_that_the_documentation_names_exist():
   text = TEXT
   named = re.findall(r"`segjax ([\w-]+)", text)
   assert len(named) > 3 and set(named) <= set(verbs.VERBS)
-  assert set(re.findall(r"--config=(\w+)(?![\w/.])", text)) <= set(config_file.SHIPPED)
+  assert set(re.findall(r"--config=(\w+)(?![\w/.])", text)) - {"NAME"} <= set(config_file.SHIPPED)
 
 
 def test_options_that_the_documentation_names_exist():

@@ -1,5 +1,6 @@
 """The documentation site: builds without a warning, reads nothing from elsewhere, has every page; figures are the committed ones."""
 
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -48,14 +49,11 @@ def test_what_proves_the_papers_exists():
 
 
 def test_pictures_of_diagrams_are_of_todays_text():
-  import hashlib
-
   for page in ROOT.glob("docs/*.md"):
     for text in re.findall(r"(?s)```mermaid\n(.*?)```", page.read_text()):
       assert hashlib.sha256(text.encode()).hexdigest() in page.with_suffix(".svg").read_text()
 
 
-@pytest.mark.full
 @pytest.mark.skipif(
   importlib.util.find_spec("mkdocstrings") is None, reason="mkdocs is not installed (pip install -e '.[docs]')"
 )
