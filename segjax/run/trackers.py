@@ -77,7 +77,7 @@ class WandB:
       name=workdir.name,
       dir=workdir,
       config=config,
-      settings=wandb.Settings(console="off"),  # The run's output stays its own (run/streams.py).
+      settings=wandb.Settings(console="off", quiet=True),  # The run's output stays its own (run/streams.py).
     )
     self.id = self._run.id
     self._run.define_metric("*", step_metric="step")
