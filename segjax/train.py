@@ -38,9 +38,9 @@ def train(config, workdir) -> dict[str, float]:
     NonFiniteLoss: training diverged; the last good checkpoint is kept.
     workdir.WorkdirError: the workdir can no longer be written; its complete checkpoints are kept.
   """
+  trackers.check(config.trackers)
   workdir = pathlib.Path(workdir)
   # Mesh: one program for 1 to N devices.
-  trackers.check(config.trackers)
   experiment = Experiment(config)
   say(f"devices: {report.devices(experiment.mesh)}")
   splits = open_data(experiment)

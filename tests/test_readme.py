@@ -11,8 +11,8 @@ from segjax import config as config_lib
 from segjax.config import file as config_file
 from segjax.run import commandline
 from segjax.tools import verbs
+from tests import archives, folder_of_images
 from tests import command as in_process
-from tests import folder_of_images
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
@@ -49,31 +49,34 @@ TINY = """--config.batch_size=2 --config.crop_size=8,8 --config.model.width=2 --
 GENERATED = "--config.data.image_size=16,16 --config.data.num_train=4 --config.data.num_val=2".split()
 
 
+RUNNABLE = r"python -m segjax\.(main|check_data|predict|prepare) .*(quickstart|=DATA |runs/mine|runs/a( |$)|voc --arch)"
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/use.md", "docs/profiles.md"])
-def test_commands_of_a_page_that_need_no_download_run_one_after_another_as_typed(page, tmp_path, tiny_config):
-  """But for sizes: those of the quickstart, and of one's own images, which are generated here."""
+@pytest.mark.parametrize(
+  "page, count",
+  [("README.md", 4), ("docs/data.md", 4), ("docs/use.md", 3), ("docs/profiles.md", 1), ("docs/papers.md", 1)],
+)
+def test_commands_of_a_page_that_need_no_large_data_run_one_after_another_as_typed(page, count, tmp_path, tiny_config):
+  """But for sizes: those of the quickstart, of one's own images, and of VOC's archives, both generated here."""
   folder_of_images.folder_of_images(tiny_config, tmp_path / "DATA")
   (tmp_path / "IMAGES").symlink_to(tmp_path / "DATA/images/val")
   (tmp_path / "configs").symlink_to(ROOT / "configs")
-  ran = 0
-  for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
-    for line in block.splitlines():
-      command = line.rpartition("&& ")[2].replace("=ground,cell", "=ground,cell,rim")
-      if not re.match(
-        r"python -m segjax\.(main|check_data|predict) .*(quickstart|=DATA |runs/mine|runs/a( |$))", command
-      ):
-        continue
-      module, *words = shlex.split(command)[2:]
-      small = (
-        [] if module == "segjax.predict" else TINY + GENERATED * (page != "docs/data.md" and "DATA" not in command)
-      )
-      if module != "segjax.predict" and "num_steps" not in command:
-        small = ["--config.num_steps=4", *small] if "--mode" not in command else small
-      code, out, err = in_process.run(module, *words, *small, cwd=tmp_path)
-      assert code == 0, f"{command}\n{out[-2000:]}\n{err[-2000:]}"
-      ran += 1
-  assert ran >= 1
+  (tmp_path / "ARCHIVES").mkdir()
+  archives.make_voc(tmp_path / "ARCHIVES")
+  blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+  lines = [line.rpartition("&& ")[2] for block in blocks for line in block.splitlines()]
+  commands = [line for line in lines if re.match(RUNNABLE, line)]
+  assert len(commands) == count
+  for command in commands:
+    module, *words = shlex.split(command.replace("=ground,cell", "=ground,cell,rim"))[2:]
+    if module == "segjax.prepare":
+      words.append("--allow_partial")
+    elif module != "segjax.predict":
+      words += TINY + GENERATED * (page != "docs/data.md" and "DATA" not in command)
+      words += ["--config.num_steps=4"] * ("num_steps" not in command and "--mode" not in command)
+    code, out, err = in_process.run(module, *words, cwd=tmp_path)
+    assert code == 0, f"{command}\n{out[-2000:]}\n{err[-2000:]}"
 
 
 def test_verbs_and_shipped_configs_that_the_documentation_names_exist():
