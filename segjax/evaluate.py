@@ -50,7 +50,7 @@ def evaluate(config, workdir) -> dict[str, float]:
 def _write(folder: pathlib.Path, step: int, evaluation: Evaluation) -> str:
   """Writes scores and pictures, and tells where they are, or why they are not: the table must not be lost with them."""
   try:
-    writer = report.Writer(folder, tensorboard=False)
+    writer = report.Writer(folder)
     writer.scalars(step, evaluation.scalars)
     writer.pictures(step, evaluation.pictures)
   except OSError as error:

@@ -17,7 +17,7 @@ CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs")
 # model's: its constructor refuses what does not fit.
 ALWAYS = """
 seed num_steps batch_size accumulate_steps crop_size dtype log_every eval_every checkpoint_every keep_checkpoints head
-mesh.data mesh.space remat kernels profile_steps
+mesh.data mesh.space remat kernels profile_steps trackers
 data.name data.train_split data.eval_split data.loader data.workers data.canvas_size data.num_train data.num_val
 data.image_size data.images data.masks data.mask_suffix data.list data.classes data.colors data.label_map data.format
 data.cache data.exif data.channels data.labels data.dataset data.image_feature data.mask_feature data.id_feature

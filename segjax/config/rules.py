@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import config_dict
 
-from segjax.config import ConfigError, default_config, fields, options, patterns, schema_problem
+from segjax.config import ConfigError, default_config, fields, options, patterns, schema_problem, suggest
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
@@ -219,6 +219,9 @@ def _run(config) -> Rules:
   yield config.mesh.space >= 1, "mesh.space", "must be at least 1."
   yield config.mesh.data >= 1 or config.mesh.data == -1, "mesh.data", "must be at least 1, or -1 for all devices."
   yield _is_size(config.crop_size, 1), "crop_size", "must be (H, W) in pixels."
+  known = options.trackers()
+  for name in config.trackers:
+    yield name in known, "trackers", f"choose of {', '.join(known)}.{suggest(name, known)}"
   steps = config.profile_steps
   traced = len(steps) == 2 and (steps == (0, 0) or 1 <= steps[0] <= min(steps[1], config.num_steps))
   yield traced, "profile_steps", "must be (first, last), from 1 to num_steps, or (0, 0) for none."
