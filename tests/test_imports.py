@@ -199,10 +199,12 @@ def test_tensorboard_reads_curves_and_pictures_that_were_written_without_tensorf
   code = f"""
 import sys
 import numpy as np
-from segjax.run import report
+from segjax.run import report, trackers
 picture = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
 for start, later in ((0, (2, 4)), (4, (6,))):  # A run and its resumption, in a file each.
-  writer = report.Writer({str(tmp_path)!r}, start_step=start, tensorboard=True)
+  writer = report.Writer(
+    {str(tmp_path)!r}, start_step=start, trackers=trackers.Trackers(("tensorboard",), {{}}, {str(tmp_path)!r}, print)
+  )
   for step in later:
     writer.scalars(step, {{"train/loss": step / 4, "val/iou/Void & co": float("nan")}})
   writer.pictures(later[-1], {{"a/b": picture}})
