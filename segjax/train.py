@@ -78,7 +78,6 @@ def train(config, workdir) -> dict[str, float]:
     writer = report.Writer(workdir, trackers=tracked, start_step=start, unscored=unscored)
     if before := bad.count(start):
       say(f"note: {before} bad examples before (bad_examples_*.jsonl); data.max_bad_examples = {bad.most}")
-    say("compiling the evaluation ...")
     validation.compile(experiment.abstract_state)
     progress = report.Progress(start, config.num_steps, config.batch_size)
     say(f"training from step {start} to {config.num_steps}; the first step compiles ...")
