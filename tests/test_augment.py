@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from segjax import augment, sharding
+from segjax.augment import color
 
 FILL = (10.0, 20.0, 30.0)
 
@@ -145,11 +146,11 @@ def test_resampling_equals_the_resize_of_official_deeplab(shared):
 
 def test_one_and_eight_devices_draw_the_same():
   image, label = coordinates(8, 32, 32)
-  color = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
-  alone = run(image, label, **color)
+  options = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
+  alone = run(image, label, **options)
   mesh = sharding.make_mesh()
   put = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "space"))) for x in (image, label)]
-  sharded = run(*put, **color)
+  sharded = run(*put, **options)
   np.testing.assert_allclose(sharded[0], alone[0], atol=2e-2)  # Grey levels: XLA fuses each batch size differently.
   np.testing.assert_array_equal(sharded[1], alone[1])
 
@@ -176,23 +177,21 @@ def test_each_colour_option_changes_the_image_stays_in_range_and_spares_padding(
 
 def test_hue_by_a_third_turns_red_into_green_and_a_full_turn_changes_nothing():
   red = jnp.array([[[200.0, 50.0, 50.0]]])
-  np.testing.assert_allclose(augment.shift_hue(red, 1 / 3)[0, 0], [50, 200, 50], atol=1e-3)
+  np.testing.assert_allclose(color.shift_hue(red, 1 / 3)[0, 0], [50, 200, 50], atol=1e-3)
   image = jnp.asarray(np.random.default_rng(0).uniform(0, 255, (5, 5, 3)), jnp.float32)
-  np.testing.assert_allclose(augment.shift_hue(image, 1.0), image, atol=1e-2)
+  np.testing.assert_allclose(color.shift_hue(image, 1.0), image, atol=1e-2)
 
 
 def test_grey_has_no_hue_or_saturation_to_change():
   grey = jnp.full((3, 3, 3), 90.0)
   options = augment.Augmentation(saturation=0.9, hue=0.5, hsv=(0.4, 0.4, 0.0))
-  np.testing.assert_allclose(
-    augment.jitter_color(jax.random.key(0), grey, jnp.ones((3, 3), bool), options), grey, atol=1e-3
-  )
+  np.testing.assert_allclose(color.jitter(jax.random.key(0), grey, jnp.ones((3, 3), bool), options), grey, atol=1e-3)
 
 
 def test_hsv_shifts_equal_colorsys():
   rng = np.random.default_rng(0)
   image = rng.uniform(0, 255, (4, 5, 3)).astype(np.float32)
-  got = np.asarray(augment.shift_hsv(jnp.asarray(image), 0.3, -0.2, 0.15))
+  got = np.asarray(color.shift_hsv(jnp.asarray(image), 0.3, -0.2, 0.15))
   for pixel, out in zip(image.reshape(-1, 3), got.reshape(-1, 3)):
     h, s, v = colorsys.rgb_to_hsv(*(pixel / 255))
     want = colorsys.hsv_to_rgb((h + 0.3) % 1, min(max(s - 0.2, 0), 1), min(max(v + 0.15, 0), 1))
