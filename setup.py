@@ -20,6 +20,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=[*setuptools.find_packages(include=["segjax", "segjax.*"]), "segjax.configs"],
+  package_data={"segjax": ["py.typed"]},
   package_dir={"segjax.configs": "configs"},  # At the top of the repository, and known by name (segjax/config/file.py).
   entry_points={"console_scripts": ["segjax = segjax.tools.verbs:main"]},
   python_requires=">=3.11",
@@ -48,14 +49,27 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "tensorflow": TENSORFLOW,  # Else grain loads the data. No wheels for Python 3.14 yet.
     "tflite": ["ai-edge-litert>=2.1"],  # Reads .tflite files; see pretrained/tflite.py. Brings no TensorFlow.
+    "wandb": ["wandb>=0.20"],
+    "mlflow": ["mlflow-skinny>=3", "alembic", "sqlalchemy"],  # The latter two: its default store is an SQLite file.
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
+    "coco": ["pycocotools>=2.0.8"],  # segjax prepare coco.
+    "rasters": ["imagecodecs", "tifffile"],  # Images of many channels or 16 bits; see input_pipeline/rasters.py.
+    "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],  # The site: mkdocs build --strict.
     "test": [
       "ai-edge-litert>=2.1",
       "imagecodecs",
+      "mkdocs-material>=9.6,<10",
+      "mkdocstrings[python]>=1,<2",
+      "wandb>=0.20",
+      "mlflow-skinny>=3",
+      "alembic",
+      "sqlalchemy",
       "cityscapesscripts",  # The official score to compare with.
+      "pycocotools>=2.0.8",
       "pytest>=8",
       "pytest-xdist",  # Tests on all cores.
       "ruff==0.17.5",  # Pinned: another ruff formats differently and would fail CI by itself.
+      "tifffile",
       *TENSORFLOW,
     ],
   },

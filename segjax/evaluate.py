@@ -6,7 +6,7 @@ import jax
 
 from segjax import input_pipeline
 from segjax.experiment import Experiment
-from segjax.run import outputs, report, warm_start
+from segjax.run import image_statistics, outputs, report, warm_start
 from segjax.run.evaluation import Evaluation
 
 
@@ -25,6 +25,7 @@ def evaluate(config, workdir) -> dict[str, float]:
   """
   workdir = pathlib.Path(workdir)
   loaded = warm_start.load_unless_run(config, workdir)
+  config = image_statistics.resolved(config, workdir, measure=False)
   experiment = Experiment(config)
   split = config.data.eval_split
   results = outputs.output_path(workdir, f"eval_{split}")
@@ -49,7 +50,7 @@ def evaluate(config, workdir) -> dict[str, float]:
 def _write(folder: pathlib.Path, step: int, evaluation: Evaluation) -> str:
   """Writes scores and pictures, and tells where they are, or why they are not: the table must not be lost with them."""
   try:
-    writer = report.Writer(folder, tensorboard=False)
+    writer = report.Writer(folder)
     writer.scalars(step, evaluation.scalars)
     writer.pictures(step, evaluation.pictures)
   except OSError as error:

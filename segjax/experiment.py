@@ -15,7 +15,7 @@ from segjax import augment, input_pipeline, losses, models, sharding, state, ste
 from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.config import options as options_lib
-from segjax.input_pipeline import order
+from segjax.input_pipeline import images, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.models import layers
 from segjax.models.base import Network
@@ -38,7 +38,8 @@ class Experiment:
   """
 
   def __init__(self, config, *, mesh: Mesh | None = None, num_classes: int | None = None, labels: bool = True):
-    self.config, self._num_classes, self._labels = config, num_classes, labels
+    self.config, self._pixels = config, images.pixels_of(config.data)
+    self._num_classes, self._labels = num_classes, labels
     self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.space) if mesh is None else mesh
 
   # The data.
@@ -134,7 +135,7 @@ class Experiment:
   @property
   def _abstract_split(self) -> dict:
     canvas = input_pipeline.canvas_of(self.train_source, self.config.data)
-    return device_cache.abstract_split(self.mesh, len(self.train_source), canvas, self.weighs_borders)
+    return device_cache.abstract_split(self.mesh, self.train_source, canvas, self.weighs_borders)
 
   # Model, optimiser and state.
 
@@ -146,8 +147,9 @@ class Experiment:
         " head = 'softmax', or map the masks to two classes (data.label_map)."
       )
     num_classes, rngs = 1 if config.head == "sigmoid" else self.num_classes, nnx.Rngs(config.seed)
+    options = dict(config.model, statistics=self._pixels.statistics, dtype=config.dtype, remat=config.remat)
     try:
-      network = models.build(num_classes=num_classes, dtype=config.dtype, remat=config.remat, rngs=rngs, **config.model)
+      network = models.build(num_classes=num_classes, rngs=rngs, **options)
     except ValueError as error:  # Models know nothing of configs.
       raise ConfigError(f"The model cannot be built: {error}") from error
     if min(config.crop_size) < network.coarsest_stride:
@@ -230,10 +232,11 @@ class Experiment:
     init = self.config.init
     if not init.path:
       return self.init_state(), "init: scratch"
-    loaded = warm_start.load(init)  # First: it may fail.
-    new = self.init_state()
+    loaded, new = warm_start.load(init), self.init_state()  # In this order: the first may fail.
     own = new.variables()
-    variables, report_line = warm_start.merge(jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude)
+    variables, report_line = warm_start.merge(
+      jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude, self._pixels.count
+    )
     if init.unfold:
       variables = self._unfold(variables)
       report_line += f"; batch norm by the statistics of {len(self.train_source)} training images (init.unfold)"
@@ -248,14 +251,8 @@ class Experiment:
     config = self.config
     if not variables["batch_stats"]:
       raise ConfigError(f"init.unfold = True: {config.model.name} has no batch norm here. Set it to False.")
-    step = steps.make_moments_step(
-      self.graphdef,
-      self.mesh,
-      seed=config.seed,
-      augment_batch=self.augment_batch,
-      kernels=config.kernels,
-      matmul_precision=config.matmul_precision,
-    )
+    options = dict(seed=config.seed, kernels=config.kernels, matmul_precision=config.matmul_precision)
+    step = steps.make_moments_step(self.graphdef, self.mesh, augment_batch=self.augment_batch, **options)
     given, count = sharding.gather(variables, self.mesh), -(-len(self.train_source) // config.batch_size)
     batches = self.device_batches(0, count)
     measured = unfold.total(step(given, batch, number) for number, batch in enumerate(batches))
@@ -338,17 +335,16 @@ class Experiment:
     Args:
       canvas: (H, W) of the images. cut: whether larger ones are cut to it.
     """
-    batch = steps.abstract_batch(self.mesh, self.config.batch_size, canvas, self.weighs_borders, cut)
+    batch = steps.abstract_batch(self.mesh, self.config.batch_size, canvas, self._pixels, self.weighs_borders, cut)
     if self.config.data.cache == "device":
-      batch = {name: batch[name] for name in ("id", "origin", "share") if name in batch} | dict(
-        split=self._abstract_split
-      )
+      ids = {name: batch[name] for name in ("id", "origin", "share") if name in batch}
+      batch = ids | dict(split=self._abstract_split)
     return self.abstract_state, batch
 
   def abstract_eval_arguments(self, canvas: tuple[int, int], batch_size: int | None = None) -> tuple[dict, dict]:
     """The same of the eval step, whose variables are whole on every device; with another `batch_size` than the config's."""
     variables = state.with_sharding(self._shapes.eval_variables(), sharding.replicated(self.mesh))
-    return variables, steps.abstract_batch(self.mesh, batch_size or self.config.eval.batch_size, canvas)
+    return variables, steps.abstract_batch(self.mesh, batch_size or self.config.eval.batch_size, canvas, self._pixels)
 
   # What has to fit.
 
@@ -376,7 +372,7 @@ class Experiment:
       return model(model.preprocess(image), train=True)
 
     try:
-      image = jax.ShapeDtypeStruct((1, *config.crop_size, 3), jnp.float32)
+      image = jax.ShapeDtypeStruct((1, *config.crop_size, self._pixels.count), jnp.float32)
       jax.eval_shape(forward, self._shapes.variables(), image)
     except layers.NoVariance as error:
       choices = dict(frozen_bn=True, image_pooling=False, batch_norm=False)  # Of some of the models each.

@@ -28,7 +28,7 @@ def blank_padding(image: jax.Array, size: jax.Array, fill: Sequence[float]) -> j
   h, w = image.shape[1:3]
   rows = jnp.arange(h).reshape(1, h, 1, 1) < size[:, 0].reshape(-1, 1, 1, 1)
   cols = jnp.arange(w).reshape(1, 1, w, 1) < size[:, 1].reshape(-1, 1, 1, 1)
-  return jnp.where(rows & cols, image.astype(jnp.float32), jnp.asarray(fill, jnp.float32).reshape(1, 1, 1, 3))
+  return jnp.where(rows & cols, image.astype(jnp.float32), jnp.asarray(fill, jnp.float32).reshape(1, 1, 1, -1))
 
 
 def mirrored_padding(image: jax.Array, size: jax.Array) -> jax.Array:

@@ -43,9 +43,9 @@ from PIL import Image
 
 from segjax import config as config_lib
 from segjax.config import ConfigError
-from segjax.input_pipeline import DataError, order, unlabelled
+from segjax.input_pipeline import DataError, images, order, unlabelled
 from segjax.input_pipeline.canvas import pad_batch
-from segjax.run import commandline, outputs, pictures, prediction_info
+from segjax.run import commandline, image_statistics, outputs, pictures, prediction_info
 
 KINDS = ("ids", "colors", "overlays", "probability")
 TILE = 1025  # Pixels. 64 channels of such a square, a U-Net's first features, are 0.27 GB.
@@ -70,8 +70,9 @@ def predict(
     ConfigError: no run, checkpoint or weights, or those of another model; `out` cannot be written; too little memory.
     DataError: a folder without images, no usable image at all, or two images of one name.
   """
-  exif = prediction_info.exif_rule(config, workdir)
-  photos, problems = unlabelled.find_photos(inputs, [out / kind for kind in KINDS], exif)
+  config = image_statistics.resolved(config, workdir, measure=False)
+  exif, pixels = prediction_info.exif_rule(config, workdir), images.pixels_of(config.data)
+  photos, problems = unlabelled.find_photos(inputs, [out / kind for kind in KINDS], exif, pixels)
   if not photos:
     raise DataError("\n  ".join(["None of the images can be used:", *problems]))
   _check_outputs(out, photos)
@@ -151,8 +152,10 @@ def _results(
 
   from segjax.run import evaluation
 
-  tiles = _Tiles(group.canvas, experiment.network.coarsest_stride, experiment.network.margin, problems)
-  batches = tiles.batches(unlabelled.read_ahead(group.photos, group.ahead, exif), group.batch_size)
+  network, pixels = experiment.network, images.pixels_of(experiment.config.data)
+  tiles = _Tiles(group.canvas, network.coarsest_stride, network.margin, problems)
+  photos = unlabelled.read_ahead(group.photos, group.ahead, exif, pixels)
+  batches = tiles.batches(photos, group.batch_size, np.zeros((0, 0, pixels.count), pixels.dtype))
   try:
     for index, result in evaluation.predictions(experiment.eval_step, variables, batches, experiment.mesh):
       if whole := tiles.join(index, result):
@@ -190,7 +193,7 @@ class _Pictures:
   def __call__(self, photo: unlabelled.Photo, image: np.ndarray, result: dict[str, np.ndarray]) -> None:
     ids = result["prediction"]
     made = dict(ids=Image.fromarray(ids), colors=pictures.indexed_image(ids, self._colors))
-    made["overlays"] = Image.fromarray(pictures.paint(image, ids, self._palette))
+    made["overlays"] = Image.fromarray(pictures.paint(pictures.visible(image), ids, self._palette))
     if "probability" in result:
       made["probability"] = pictures.indexed_image(result["probability"], self._heat)
     for kind, picture in made.items():
@@ -229,13 +232,13 @@ class _Tiles:
     self._under_way = {}  # {tile's id: (its image, row part, column part)}.
 
   def batches(
-    self, images: Iterator[tuple[unlabelled.Photo, np.ndarray | DataError]], batch_size: int
+    self, images: Iterator[tuple[unlabelled.Photo, np.ndarray | DataError]], batch_size: int, blank: np.ndarray
   ) -> Iterator[dict]:
-    """Batches as of `input_pipeline.eval_batches`, with the ids that `join` takes."""
+    """Batches as of `input_pipeline.eval_batches`, with the ids that `join` takes; filled up with `blank` [0, 0, C]."""
     tiles = self._cut(images)
     while examples := list(itertools.islice(tiles, batch_size)):
-      blank = unlabelled.example(np.zeros((0, 0, 3), np.uint8), order.PADDING)
-      yield pad_batch(examples + [blank] * (batch_size - len(examples)), self._canvas)
+      filling = unlabelled.example(blank, order.PADDING)
+      yield pad_batch(examples + [filling] * (batch_size - len(examples)), self._canvas)
 
   def _cut(self, images) -> Iterator[dict]:
     ids = itertools.count()

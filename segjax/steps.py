@@ -13,6 +13,7 @@ from segjax import inference, metrics, sharding
 from segjax import kernels as kernels_lib
 from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL
+from segjax.input_pipeline.images import RGB, Pixels
 from segjax.kernels import compiler
 from segjax.models import resize
 from segjax.state import TrainState, overlay, without
@@ -22,10 +23,12 @@ THRESHOLDS = tuple(n / 20 for n in range(1, 20))  # Of the foreground's probabil
 
 
 def abstract_batch(
-  mesh: Mesh, batch_size: int, canvas: tuple[int, int], border: bool = False, cut: bool = False
+  mesh: Mesh, batch_size: int, canvas: tuple[int, int], pixels: Pixels = RGB, border: bool = False, cut: bool = False
 ) -> dict:
   """The shapes of a global batch on its canvas, see `input_pipeline`; what a step is compiled for."""
-  shapes = dict(image=((*canvas, 3), np.uint8), label=(canvas, np.uint8), size=((2,), np.int32), id=((), np.int32))
+  shapes = dict(
+    image=((*canvas, pixels.count), pixels.dtype), label=(canvas, np.uint8), size=((2,), np.int32), id=((), np.int32)
+  )
   shapes |= dict(border=(canvas, np.float16)) if border else {}
   shapes |= dict(origin=((2,), np.int32), share=((2,), np.float32)) if cut else {}
   return {
@@ -79,7 +82,7 @@ def make_train_step(
 
   Returns:
     train_step(state, batch) -> (state, metrics), jitted; the state is donated. `batch` has global arrays `image`
-    [B, H, W, 3] uint8, `label` [B, H, W] uint8 and `size` [B, 2] int32, and may have `border` [B, H, W], and `origin`
+    [B, H, W, C] (RGB uint8, but for `images.Pixels`), `label` [B, H, W] uint8 and `size` [B, 2] int32, and may have `border` [B, H, W], and `origin`
     and `share` [B, 2] of images that are cut (`augment.random_crop`). Metrics are scalars: `loss`, `grad_norm`,
     `pixel_accuracy` of the crops as trained on. A step whose loss or gradient is not finite leaves the state as it was
     but for `failed_step`.

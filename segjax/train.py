@@ -5,12 +5,13 @@ import pathlib
 import jax
 import numpy as np
 
+from segjax import config as config_lib
 from segjax import input_pipeline, sharding, steps
 from segjax import optimizer as optimizer_lib
 from segjax.experiment import Experiment
 from segjax.input_pipeline import order, scan
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.run import distributed, label_balance, prediction_info, report, streams
+from segjax.run import distributed, image_statistics, label_balance, prediction_info, report, streams, trackers
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.examples import check_examples
 from segjax.run.report import say
@@ -31,13 +32,15 @@ def train(config, workdir) -> dict[str, float]:
     The scores of the last evaluation, e.g. {"val/mean_iou": ...}; empty where the run was complete already.
 
   Raises:
-    ConfigError: `workdir` belongs to a run with another config (names the fields), or mesh, model, weights or class
+    ConfigError: `workdir` belongs to a run with another config (names the fields), or a tracker, mesh, model, weights or class
       weights do not fit.
     DataError: the data set cannot be used, or an example of the evaluation split, for which see the message.
     NonFiniteLoss: training diverged; the last good checkpoint is kept.
     workdir.WorkdirError: the workdir can no longer be written; its complete checkpoints are kept.
   """
+  trackers.check(config.trackers)
   workdir = pathlib.Path(workdir)
+  config = image_statistics.resolved(config, workdir, measure=True)
   # Mesh: one program for 1 to N devices.
   experiment = Experiment(config)
   say(f"devices: {report.devices(experiment.mesh)}")
@@ -51,6 +54,7 @@ def train(config, workdir) -> dict[str, float]:
     open_checkpoints(workdir, config.keep_checkpoints, say) as checkpoints,
     distributed.StopSignal() as stop,
     report.Profiler(workdir, config.profile_steps) as profiler,
+    trackers.Trackers(config.trackers, config_lib.fields(config), workdir, say) as tracked,
   ):
     if jax.process_index() == 0:
       prediction_info.of_split(experiment.eval_source, config.data).save(workdir)
@@ -71,10 +75,9 @@ def train(config, workdir) -> dict[str, float]:
     # The step, and its batches from `start` on.
     train_step = experiment.checked_train_step(class_weights)
     batches = experiment.device_batches(start, config.num_steps, bad)
-    writer = report.Writer(workdir, start_step=start, tensorboard=True, unscored=unscored)
+    writer = report.Writer(workdir, trackers=tracked, start_step=start, unscored=unscored)
     if before := bad.count(start):
       say(f"note: {before} bad examples before (bad_examples_*.jsonl); data.max_bad_examples = {bad.most}")
-    say("compiling the evaluation ...")
     validation.compile(experiment.abstract_state)
     progress = report.Progress(start, config.num_steps, config.batch_size)
     say(f"training from step {start} to {config.num_steps}; the first step compiles ...")

@@ -4,7 +4,9 @@ Its last line is JSON: how many were read, how many refused, what else happened,
 """
 
 import collections
+import contextlib
 import faulthandler
+import io
 import json
 import os
 import pathlib
@@ -265,6 +267,70 @@ def tasks(folder):
   return read
 
 
+def rasters(folder):
+  """Images of many channels, of every layout in `tests.test_rasters`."""
+  from segjax.input_pipeline import rasters
+  from segjax.input_pipeline.images import Reading
+  from tests.test_rasters import LAYOUTS, pixels_of
+
+  rng, sound = np.random.default_rng(0), []
+  for channels, depth, ending, write in LAYOUTS.values():
+    path = folder / f"a.{ending}"
+    write(path, pixels_of(channels, depth, rng.integers(0, 3, (33, 47), dtype=np.uint8), rng))
+    sound.append((path, path.read_bytes(), Reading(channels=channels, depth=depth)))
+
+  def read(draw):
+    path, content, reading = draw.choice(sound)
+    path.write_bytes(mutate(content, draw))
+    found = rasters.read(path, reading)
+    if found.ndim != 3 or (found.shape[2], found.dtype) != (reading.channels, reading.depth):
+      raise TypeError(f"{found.shape} {found.dtype}")
+
+  return read
+
+
+def annotations(folder):
+  """COCO's and LabelMe's JSON: damaged bytes, or sound JSON with other values."""
+  from segjax.tools import coco, labelme
+  from tests import test_annotations
+
+  photos = test_annotations.coco_folder(folder, test_annotations.coco_content())[1]
+  test_annotations.labelme_folder(folder, test_annotations.labelme_content())
+
+  def read(draw):
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    of_coco = draw.random() < 0.5
+    content = test_annotations.coco_content() if of_coco else test_annotations.labelme_content()
+    path = folder / ("instances.json" if of_coco else "in/a.json")
+    path.write_bytes(mutate(json.dumps(content).encode(), draw) if draw.random() < 0.3 else replaced(content, draw))
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+      if of_coco:
+        coco.prepare(path, photos, folder / "out", "train", draw.random() < 0.5)
+      else:
+        labelme.prepare(path.parent, None, folder / "out", "train", draw.random() < 0.5)
+
+  return read
+
+
+def replaced(tree, draw: random.Random) -> bytes:
+  """JSON of a tree in which one to three values, at any depth, are others."""
+  for _ in range(draw.randint(1, 3)):
+    part = tree
+    while True:
+      keys = list(range(len(part)) if isinstance(part, list) else part)
+      if not keys:
+        break
+      key = draw.choice(keys)
+      if isinstance(part[key], dict | list) and part[key] and draw.random() < 0.9:
+        part = part[key]
+        continue
+      part[key] = draw.choice(
+        [None, [], {}, "x", -1, 0, 7, 1e308, 10**400, [[1]], ["a", 2], True, "\ud800", 1.5, {"x": []}]
+      )
+      break
+  return json.dumps(tree).encode()
+
+
 KINDS = {
   "jpeg": pictures("JPEG", ".jpg"),
   "png": pictures("PNG", ".png"),
@@ -280,6 +346,8 @@ KINDS = {
   "frozen_graph": weights(".pb", _tensorflow),
   "checkpoint": checkpoints,
   "tflite": weights(".tflite", _tflite),
+  "rasters": rasters,
+  "annotations": annotations,
 }
 
 
@@ -292,7 +360,7 @@ def main(kind: str, count: int, folder: pathlib.Path) -> None:
     except (DataError, ConfigError):
       pass
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  if kind in ("jpeg", "png", "gif", "tiff"):
+  if kind in ("jpeg", "png", "gif", "tiff", "rasters"):
     resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
   for n in range(count):
     faulthandler.dump_traceback_later(SECONDS, exit=True)

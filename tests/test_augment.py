@@ -321,15 +321,16 @@ def test_gamma_is_a_power_of_the_value_with_exponents_over_the_configured_range(
   np.testing.assert_allclose(out, want, atol=0.02)
 
 
-def test_blur_equals_scipys_gaussian_and_takes_nothing_from_beyond_the_image():
+@pytest.mark.parametrize("channels, most", [(3, 255), (1, 1), (5, 65535)])
+def test_blur_equals_scipys_gaussian_and_takes_nothing_from_beyond_the_image(channels, most):
   rng = np.random.default_rng(0)
-  image = rng.uniform(0, 255, (20, 17, 3)).astype(np.float32)
+  image = rng.uniform(0, most, (20, 17, channels)).astype(np.float32)
   inside = np.zeros((20, 17), bool)
   inside[:14, :15] = True
   for deviation in (0.4, 1.7):
     got = np.asarray(color.blur(jnp.asarray(image), jnp.asarray(inside), deviation, 2.0))
     smooth = functools.partial(gaussian_filter, sigma=deviation, radius=6, mode="constant")
-    want = np.stack([smooth(image[..., c] * inside) for c in range(3)], -1) / smooth(inside * 1.0)[..., None]
+    want = np.stack([smooth(image[..., c] * inside) for c in range(channels)], -1) / smooth(inside * 1.0)[..., None]
     np.testing.assert_allclose(got[inside], want[inside], rtol=1e-4)
     np.testing.assert_array_equal(got[~inside], image[~inside])
   np.testing.assert_array_equal(color.blur(jnp.asarray(image), jnp.asarray(inside), 0.0, 2.0), image)

@@ -113,7 +113,7 @@ def test_config_of_another_version_is_refused(tmp_path):
 def test_model_and_source_options_are_their_constructors_arguments():
   for name, values in config_lib.MODELS.items():
     parameters = inspect.signature(models.MODELS[name].__init__).parameters
-    assert set(values) == set(parameters) - {"self", "num_classes", "dtype", "rngs"}, name
+    assert set(values) == set(parameters) - {"self", "num_classes", "channels", "dtype", "rngs"}, name
     for option, value in values.items():
       assert value == parameters[option].default, (name, option)
   for name, values in config_lib.SOURCES.items():

@@ -17,13 +17,12 @@ CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parents[1] / "configs")
 # model's: its constructor refuses what does not fit.
 ALWAYS = """
 seed num_steps batch_size accumulate_steps crop_size dtype log_every eval_every checkpoint_every keep_checkpoints head
-mesh.data mesh.space remat kernels profile_steps
+mesh.data mesh.space remat kernels profile_steps trackers
 data.name data.train_split data.eval_split data.loader data.workers data.canvas_size data.num_train data.num_val
 data.image_size data.images data.masks data.mask_suffix data.list data.classes data.colors data.label_map data.format
-data.cache data.exif data.sampling data.labels data.dataset data.image_feature data.mask_feature data.id_feature
-augment.scale augment.flip augment.brightness augment.contrast augment.saturation augment.hue augment.hsv augment.rotation
-augment.shear augment.shift augment.zoom augment.elastic augment.outside augment.flip_vertical augment.foreground augment.gamma
-augment.blur augment.noise
+data.cache data.exif data.sampling data.channels data.labels data.dataset data.image_feature data.mask_feature data.id_feature
+augment.scale augment.flip augment.rotation augment.shear augment.shift augment.zoom augment.elastic augment.outside
+augment.flip_vertical augment.foreground augment.blur
 loss.terms optimizer.name optimizer.base_lr optimizer.schedule optimizer.warmup_steps optimizer.momentum
 optimizer.weight_decay optimizer.freeze optimizer.lr_multipliers optimizer.clip_norm optimizer.ema_decay
 policy.metric policy.plateau_factor policy.early_stop
@@ -36,6 +35,7 @@ UNET, GENERATED = ("unet", "folder"), ("unet", "synthetic")
 FLAT = {"data.images": "images", "data.masks": "masks"}
 STEP = {"optimizer.schedule": "step", "optimizer.decay_every": 300}
 SIGMOID = {"head": "sigmoid", "loss.terms": ("bce",)}
+MEASURED = {"data.channels": 2, "data.mean": (1.0, 2.0), "data.std": (0.5, 0.25)}
 WEIGHTED = {"data.instances": "components", "loss.border_weight": 10.0}
 
 # Model and data, a config in which the field acts, and what keeps it from doing so.
@@ -66,6 +66,14 @@ CASES = [
     {"data.colors": ("000000", "FF0000"), "data.void_colors": ("FFFFFF",)},
     {"data.colors": ()},
   ),
+  ("data.depth", UNET, {"data.channels": 2, "data.depth": "uint16"}, {"data.channels": 0}),
+  ("data.mean", UNET, MEASURED, {"data.channels": 0}),
+  ("data.std", UNET, MEASURED, {"data.channels": 0}),
+  *(
+    (f"augment.{field}", UNET, {f"augment.{field}": value}, {"data.channels": 1})
+    for field, value in dict.fromkeys(("brightness", "contrast", "saturation", "hue", "gamma", "noise"), 0.1).items()
+  ),
+  ("augment.hsv", UNET, {"augment.hsv": (0.1, 0.1, 0.1)}, {"data.channels": 1}),
   ("data.instances", UNET, WEIGHTED, {"loss.border_weight": 0.0}),
   ("data.border_sigma", UNET, WEIGHTED | {"data.border_sigma": 3.0}, {"loss.border_weight": 0.0}),
   ("model.bn_momentum", UNET, {"model.bn_momentum": 0.99}, {"model.batch_norm": False}),

@@ -1,4 +1,4 @@
-"""2,000 damaged files through the readers that users' files go through: pytest -m fuzz -s. Seeded, so each is repeatable."""
+"""2,600 damaged files through the readers that users' files go through: pytest -m fuzz -s. Seeded, so each is repeatable."""
 
 import json
 import pathlib
@@ -25,11 +25,13 @@ COUNTS = dict(
   frozen_graph=100,
   checkpoint=50,
   tflite=100,
+  rasters=300,
+  annotations=300,
 )
 
 
-def test_counts_are_of_all_kinds_and_sum_to_2000():
-  assert COUNTS.keys() == KINDS.keys() and sum(COUNTS.values()) == 2000
+def test_counts_are_of_all_kinds_and_sum_to_2600():
+  assert COUNTS.keys() == KINDS.keys() and sum(COUNTS.values()) == 2600
 
 
 @pytest.mark.fuzz

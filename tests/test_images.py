@@ -268,7 +268,7 @@ def test_where_sizes_tell_nothing_exif_is_refused_or_an_option_decides(tmp_path,
     with pytest.raises(DataError, match=r"a\.jpg: EXIF gives it orientation \d.*data.exif=apply.*data.exif=ignore"):
       read(source(tmp_path))
   applied, ignored = (source(tmp_path, exif=rule)[0][0] for rule in ("apply", "ignore"))
-  np.testing.assert_array_equal(applied, images._UPRIGHT[orientation](ignored))
+  np.testing.assert_array_equal(applied, images.UPRIGHT[orientation](ignored))
 
 
 def test_a_mask_that_exif_turns_is_refused():

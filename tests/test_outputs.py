@@ -41,7 +41,7 @@ def test_every_writer_stays_in_its_folder_whatever_an_id_says(tmp_path, monkeypa
   out = tmp_path / "run/out"
   with pytest.raises(DataError, match="names no file below"):
     predict._check_outputs(out, [unlabelled.Photo(tmp_path / "a.png", name, (6, 8))])
-  writer = report.Writer(out, tensorboard=False)
+  writer = report.Writer(out)
   written = []
   monkeypatch.setattr(Image.Image, "save", lambda self, path: written.append(path))
   folder = writer.pictures(1, {named(name).describe(0): IMAGE})
@@ -82,7 +82,7 @@ def test_predict_refuses_names_that_become_too_long_before_the_work(tmp_path):
 def test_pictures_of_long_and_clashing_names_are_all_written(tmp_path):
   long = "images/val/" + "n" * 250
   names = (long + "1", long + "2", "a/b", "a_b", "ä" * 120, "plain")
-  folder = report.Writer(tmp_path, tensorboard=False).pictures(3, {name: IMAGE for name in names})
+  folder = report.Writer(tmp_path).pictures(3, {name: IMAGE for name in names})
   written = {path.name for path in folder.iterdir()}
   assert len(written) == 6 and {"a_b.png", "plain.png"} < written
   assert all(len(os.fsencode(name)) <= 143 for name in written)

@@ -11,10 +11,11 @@ from segjax import config as config_lib
 from segjax.config import file as config_file
 from segjax.run import commandline
 from segjax.tools import verbs
+from tests import archives, folder_of_images
 from tests import command as in_process
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", "docs/data.md", "docs/recipes.md", "docs/use.md", "docs/weights.md")
+PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
 TEXT = "\n".join((ROOT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&") if "-m segjax" in c]
@@ -27,7 +28,7 @@ def test_command_of_the_documentation_is_understood(command, monkeypatch):
   assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
   if words[2] == "segjax.prepare":
     _, known, _ = in_process.run(words[2], "--help")
-    assert words[3] in ("voc", "cityscapes", "nuclei")
+    assert words[3] in ("voc", "cityscapes", "nuclei", "coco", "labelme")
     assert all(re.search(rf"--(\[no\])?{word[2:].partition('=')[0]}\b", known) for word in words[4:])
     return
   names = [word.lstrip("-").partition("=")[0] for word in words[3:] if word.startswith("-")]
@@ -42,11 +43,47 @@ def test_command_of_the_documentation_is_understood(command, monkeypatch):
   commandline._ConfigFile(argv).parse(next(word for word in argv if word.startswith("--config=")).partition("=")[2])
 
 
+# What makes the runs of the commands small; they are given to each command, as the config of a workdir stays.
+TINY = """--config.batch_size=2 --config.crop_size=8,8 --config.model.width=2 --config.model.depth=1 --config.mesh.data=1
+--config.optimizer.warmup_steps=0 --config.eval_every=1000 --config.eval.batch_size=2""".split()
+GENERATED = "--config.data.image_size=16,16 --config.data.num_train=4 --config.data.num_val=2".split()
+
+
+RUNNABLE = r"python -m segjax\.(main|check_data|predict|prepare) .*(quickstart|=DATA |runs/mine|runs/a( |$)|voc --arch)"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+  "page, count",
+  [("README.md", 4), ("docs/data.md", 4), ("docs/use.md", 3), ("docs/profiles.md", 1), ("docs/papers.md", 1)],
+)
+def test_commands_of_a_page_that_need_no_large_data_run_one_after_another_as_typed(page, count, tmp_path, tiny_config):
+  """But for sizes: those of the quickstart, of one's own images, and of VOC's archives, both generated here."""
+  folder_of_images.folder_of_images(tiny_config, tmp_path / "DATA")
+  (tmp_path / "IMAGES").symlink_to(tmp_path / "DATA/images/val")
+  (tmp_path / "configs").symlink_to(ROOT / "configs")
+  (tmp_path / "ARCHIVES").mkdir()
+  archives.make_voc(tmp_path / "ARCHIVES")
+  blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+  lines = [line.rpartition("&& ")[2] for block in blocks for line in block.splitlines()]
+  commands = [line for line in lines if re.match(RUNNABLE, line)]
+  assert len(commands) == count
+  for command in commands:
+    module, *words = shlex.split(command.replace("=ground,cell", "=ground,cell,rim"))[2:]
+    if module == "segjax.prepare":
+      words.append("--allow_partial")
+    elif module != "segjax.predict":
+      words += TINY + GENERATED * (page != "docs/data.md" and "DATA" not in command)
+      words += ["--config.num_steps=4"] * ("num_steps" not in command and "--mode" not in command)
+    code, out, err = in_process.run(module, *words, cwd=tmp_path)
+    assert code == 0, f"{command}\n{out[-2000:]}\n{err[-2000:]}"
+
+
 def test_verbs_and_shipped_configs_that_the_documentation_names_exist():
   text = TEXT
   named = re.findall(r"`segjax ([\w-]+)", text)
   assert len(named) > 3 and set(named) <= set(verbs.VERBS)
-  assert set(re.findall(r"--config=(\w+)(?![\w/.])", text)) <= set(config_file.SHIPPED)
+  assert set(re.findall(r"--config=(\w+)(?![\w/.])", text)) - {"NAME"} <= set(config_file.SHIPPED)
 
 
 def test_options_that_the_documentation_names_exist():

@@ -103,7 +103,7 @@ def test_class_weights_by_rule_are_cached_and_by_list_checked(config, fake, tmp_
 
 
 def test_a_picture_that_cannot_be_written_is_named_and_the_others_are_written(tmp_path, capsys):
-  writer = report.Writer(tmp_path, tensorboard=False)
+  writer = report.Writer(tmp_path)
   (tmp_path / "overlays/step_000003/a.png").mkdir(parents=True)  # Where the first one would be written.
   folder = writer.pictures(3, {name: np.zeros((2, 2, 3), np.uint8) for name in "ab"})
   assert (folder / "b.png").is_file() and "note: no picture of 'a'" in capsys.readouterr().out

@@ -130,7 +130,7 @@ def random_crop(key, example: dict, *, crop_size: tuple[int, int], margin: int, 
   """One example at random scale, position and side, turned and bent at random.
 
   Args:
-    example: canvases `image` [H, W, 3] uint8 and `label` [H, W] uint8, and `size` [2] int32, the image's own height and
+    example: canvases `image` [H, W, C] (RGB uint8, but for `images.Pixels`) and `label` [H, W] uint8, and `size` [2] int32, the image's own height and
       width. It may have `border` [H, W], pixel weights that go with the label; and, of `canvas.cut_window`, `origin` [2]
       int32, the pixel of the image that is the canvas' first, with `share` [2] float32, see `crop_axis`.
     crop_size: (h, w) of the label.
@@ -242,7 +242,7 @@ def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin,
     key: of this step.
     batch: arrays [B, ...], each example as of `random_crop`.
     crop_size, margin: as in `random_crop`.
-    fill: (r, g, b) of the padding.
+    fill: of each channel, the padding.
     ignore_label: the label of the padding.
     classes: [K] float, for options.foreground: how probable each class is to be in such a crop. None without it.
 
@@ -259,7 +259,7 @@ def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin,
     )
     shown = jnp.ones_like(inside) if margin else inside  # With a margin, what is outside is mirrored.
     image = color.jitter(color_key, image, shown, options)
-    image = jnp.where(shown[..., None], image, jnp.asarray(fill, jnp.float32).reshape(1, 1, 3))
+    image = jnp.where(shown[..., None], image, jnp.asarray(fill, jnp.float32).reshape(1, 1, -1))
     inside = inside[margin : margin + h, margin : margin + w]
     return image, jnp.where(inside, label, ignore_label), None if border is None else jnp.where(inside, border, 0)
 

@@ -13,11 +13,11 @@ def jitter(key, image, inside, options: Augmentation):
   blur and noise.
 
   Args:
-    image: [H, W, 3] float in [0, 255].
+    image: [H, W, 3] float in [0, 255]; for blur alone also of other channels and ranges.
     inside: [H, W] bool, the pixels whose mean grey contrast refers to, and that blur mixes.
 
   Returns:
-    [H, W, 3] in [0, 255]; a strength of 0 leaves its property untouched.
+    The same; a strength of 0 leaves its property untouched.
   """
   keys = jax.random.split(key, 4)
 
@@ -50,7 +50,7 @@ def jitter(key, image, inside, options: Augmentation):
 
 
 def blur(image, inside, deviation, largest: float):
-  """[H, W, 3] convolved with a Gaussian, cut off at three times the largest deviation.
+  """[H, W, C] convolved with a Gaussian, cut off at three times the largest deviation.
 
   Only pixels `inside` count: at the edge of what there is, the weights that remain are divided by their sum.
 
@@ -66,7 +66,7 @@ def blur(image, inside, deviation, largest: float):
     padded = jnp.pad(total, [(reach, reach) if n == axis else (0, 0) for n in range(3)])
     shifted = (jax.lax.slice_in_dim(padded, n, n + total.shape[axis], axis=axis) for n in range(2 * reach + 1))
     total = sum(weight * part for weight, part in zip(weights, shifted))
-  return jnp.where(inside > 0, total[..., :3] / jnp.where(inside > 0, total[..., 3:], 1), image)
+  return jnp.where(inside > 0, total[..., :-1] / jnp.where(inside > 0, total[..., -1:], 1), image)
 
 
 def _grey(image):

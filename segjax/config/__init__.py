@@ -30,6 +30,7 @@ SOURCES = {name: options.defaults(of_source) for name, of_source in options.sour
 # schedule, and what is evaluated how often through a plateau policy, which then starts to count again; both are printed).
 HARMLESS = (
   *("num_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "profile_steps"),
+  "trackers",
   *("mesh", "shard_state", "remat", "kernels", "eval", "init", "policy.early_stop"),
   *(f"data.{field}" for field in ("dir", "eval_split", "loader", "workers", "cache", "max_bad_examples", "format")),
 )

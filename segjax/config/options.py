@@ -65,6 +65,11 @@ RUN = dict(
     '"auto": kernels that are fast on the mesh\'s platform (segjax/kernels); "plain": textbook code alone.'
     " Results differ by rounding.",
   ),
+  trackers=Option(
+    ("tensorboard",),
+    'where curves and pictures go beside metrics.jsonl and overlays/: any of "tensorboard" (event files in the workdir), "wandb",'
+    ' "mlflow" (each an extra); what they read of the environment: docs/use.md. One that fails is left, and never stops the run.',
+  ),
   profile_steps=Option(
     (0, 0),
     "steps (first, last) to trace, into WORKDIR/profile, for TensorBoard or ui.perfetto.dev; (0, 0): none. Not the first one,"
@@ -177,7 +182,7 @@ INIT = dict(
   ),
 )
 # Arguments with a default that are no options, or those of all data sources, above.
-_NONE = ("dtype", "dir", "exif", "details")
+_NONE = ("dtype", "dir", "exif", "details", "channels")
 
 
 def sections() -> dict[str, dict[str, Option]]:
@@ -207,6 +212,11 @@ def networks() -> dict[str, str]:
 def loss_terms() -> tuple[str, ...]:
   """What `loss.terms` may name, `losses.TERMS`."""
   return ast.literal_eval(_assigned(_parse("losses"), "TERMS"))
+
+
+def trackers() -> tuple[str, ...]:
+  """What `trackers` may name, `run.trackers.TRACKERS`."""
+  return tuple(_table("run.trackers", "TRACKERS"))
 
 
 def models() -> dict[str, dict[str, Option]]:

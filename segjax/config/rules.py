@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import config_dict
 
-from segjax.config import ConfigError, default_config, fields, options, patterns, schema_problem
+from segjax.config import ConfigError, default_config, fields, options, patterns, schema_problem, suggest
 
 CHOICES = {
   "dtype": ("float32", "bfloat16", "float64"),
@@ -16,6 +16,7 @@ CHOICES = {
   "data.loader": ("tf_data", "grain"),
   "data.sampling": ("uniform", "class_balanced"),
   "data.exif": ("refuse", "apply", "ignore"),
+  "data.depth": ("uint8", "uint16", "float32"),
   "data.cache": ("none", "memory", "disk", "device"),
   "data.format": ("tree", "tfds"),  # Of the sources that have it, and so below.
   "data.labels": {"cityscapes": ("gtFine", "gtCoarse"), "kitti_road": ("road", "lane")},
@@ -84,6 +85,11 @@ ACTS = (
     for field in ("holdout", "folds", "split_seed", "group")),
   Acts("data.holdout", ("data.folds",), lambda c: c.data.folds == 0, "set data.folds to 0"),
   Acts("data.fold", ("data.folds",), lambda c: c.data.folds > 0, "set data.folds to the number of parts"),
+  *(Acts(f"data.{field}", ("data.channels",), lambda c: c.data.channels > 0, "set data.channels")
+    for field in ("depth", "mean", "std")),
+  *(Acts(f"augment.{field}", ("data.channels",), lambda c: c.data.channels == 0,
+         "it is defined for RGB of 8 bits: set data.channels to 0")
+    for field in ("brightness", "contrast", "saturation", "hue", "hsv", "gamma", "noise")),
   Acts("data.void_colors", ("data.colors",), lambda c: bool(c.data.colors), "name the classes' colours too"),
   *(Acts(f"data.{field}", ("loss.border_weight",), lambda c: c.loss.border_weight > 0,
          "set loss.border_weight, e.g. to 10") for field in ("instances", "border_sigma")),
@@ -221,6 +227,9 @@ def _run(config) -> Rules:
   yield config.mesh.space >= 1, "mesh.space", "must be at least 1."
   yield config.mesh.data >= 1 or config.mesh.data == -1, "mesh.data", "must be at least 1, or -1 for all devices."
   yield _is_size(config.crop_size, 1), "crop_size", "must be (H, W) in pixels."
+  known = options.trackers()
+  for name in config.trackers:
+    yield name in known, "trackers", f"choose of {', '.join(known)}.{suggest(name, known)}"
   steps = config.profile_steps
   traced = len(steps) == 2 and (steps == (0, 0) or 1 <= steps[0] <= min(steps[1], config.num_steps))
   yield traced, "profile_steps", "must be (first, last), from 1 to num_steps, or (0, 0) for none."
@@ -248,6 +257,14 @@ def _data(data) -> Rules:
     yield data.folds == 0 or data.folds >= 2, "data.folds", "must be 0 (none) or at least 2."
     yield data.folds == 0 or 0 <= data.fold < data.folds, "data.fold", "must lie in [0, data.folds)."
     yield data.split_seed >= 0, "data.split_seed", "must be 0 or more."
+  if "channels" in data:
+    yield data.channels >= 0, "data.channels", "must be 0 (RGB of 8 bits) or the number of channels."
+  if "channels" in data and data.channels > 0:
+    for field in ("mean", "std"):
+      fits = len(data[field]) in (0, data.channels) and all(isinstance(n, int | float) for n in data[field])
+      yield fits, f"data.{field}", "needs a number for each channel, or none."
+    yield len(data.std) == len(data.mean), "data.std", "needs as many numbers as data.mean."
+    yield all(isinstance(n, str) or n > 0 for n in data.std), "data.std", "must be above 0."
   if data.name == "folder":
     yield data.border_sigma > 0, "data.border_sigma", "must be above 0 pixels."
 

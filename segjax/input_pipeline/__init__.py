@@ -6,7 +6,7 @@ examples a step sees. A loader reads them:
 
     batches(positions, load, canvas_size, batch_size, num_workers) -> iterator of dicts
 
-Batches hold this host's rows: `image` [b, H, W, 3] uint8 and `label` [b, H, W] uint8 on the split's canvas, padded at
+Batches hold this host's rows: `image` [b, H, W, C] (RGB uint8, but for `images.Pixels`) and `label` [b, H, W] uint8 on the split's canvas, padded at
 the bottom and right; where asked for, `border` [b, H, W] float16; `size` [b, 2] int32, each image's own height and
 width; `id` [b] int32.
 """
@@ -74,7 +74,7 @@ def describe_canvases(train_source, eval_source, data, window, batch_size: int) 
     return f"{size[0]}x{size[1]}, {100 * canvas.padding_share(sizes, size):.0f} % of it padding"
 
   def memory(size):
-    return f"{4 * batch_size * size[0] * size[1] / 2**20:,.1f} MiB a batch"
+    return f"{train_source.pixels.bytes * batch_size * size[0] * size[1] / 2**20:,.1f} MiB a batch"
 
   lines = [f"canvas: in training {with_share(size, sizes)} ({memory(size)})"]
   if size != whole:
@@ -158,7 +158,7 @@ def load_example(source, canvas_size: tuple[int, int], index: int, border: bool 
     DataError: an image larger than the canvas (a file that changed since start-up), or what the source raises.
   """
   if index == order.PADDING:
-    pixels, classes = np.zeros((0, 0, 3), np.uint8), np.zeros((0, 0), np.uint8)
+    pixels, classes = np.zeros((0, 0, source.pixels.count), source.pixels.dtype), np.zeros((0, 0), np.uint8)
   else:
     pixels, classes = source[int(index)]
   h, w = classes.shape

@@ -131,7 +131,7 @@ class Cached:
   """
 
   def __init__(self, source, cache: str):
-    self._source, self._cache = source, cache
+    self._source, self._cache, self.pixels = source, cache, source.pixels
 
   def __len__(self) -> int:
     return len(self._source)
@@ -163,7 +163,9 @@ def check_room(cache: str, sources: Sequence) -> None:
   """
   if cache == "none":
     return
-  examples = [(source, index, 4 * h * w) for source in sources for index, (h, w) in enumerate(source.sizes)]
+  examples = [
+    (source, index, source.pixels.bytes * h * w) for source in sources for index, (h, w) in enumerate(source.sizes)
+  ]
   if cache == "disk":
     folder = user_cache.folder("examples")
     there = {path.name for path in folder.iterdir()}

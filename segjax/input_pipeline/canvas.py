@@ -18,7 +18,7 @@ def pad_batch(examples: Sequence[dict], canvas_size: tuple[int, int]) -> dict[st
   Straight into the batch: a canvas per example would be one more copy.
 
   Args:
-    examples: `image` [h, w, 3] uint8, `label` [h, w] uint8, `size` [2] int32, `id` int32, and all or none `border`
+    examples: `image` [h, w, C], `label` [h, w] uint8, `size` [2] int32, `id` int32, and all or none `border`
       [h, w]; h and w at most the canvas'.
     canvas_size: (H, W).
   """

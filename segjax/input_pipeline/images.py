@@ -47,7 +47,7 @@ MAX_PIXELS = 2**28
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 # What EXIF calls the orientation of the stored pixels: how to stand them upright.
-_UPRIGHT = {
+UPRIGHT = {
   2: lambda a: a[:, ::-1],
   3: lambda a: a[::-1, ::-1],
   4: lambda a: a[::-1],
@@ -93,6 +93,10 @@ def opened(path: pathlib.Path | str, file: BinaryIO | None, failure: str) -> Ite
   try:
     if file is None:
       check_regular(path)
+    if str(path).lower().endswith(".npy"):
+      raise DataError(
+        f"{path}: an array of NumPy, which is an image only where data.channels is set, and never a mask."
+      )
     with Image.open(file or path, formats=FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:
         raise DataError(
@@ -135,6 +139,55 @@ def is_deep(image: ImageFile.ImageFile) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pixels:
+  """What the pixels of a data set's images hold.
+
+  Attributes:
+    channels: of each image file: PNG, TIFF (GeoTIFF, without its georeference) or NPY, as stored, see `rasters`. 0: RGB of 8
+      bits, which files of other kinds are converted to.
+    depth: of the numbers in them, where `channels` is set: "uint8", "uint16", or "float32", which other numbers are rounded
+      to. Files of another depth are refused.
+    mean, std: of each channel, in the files' units; images are standardised by them instead of the model's own numbers. ():
+      measured in the training images when a run begins, and kept in the run's config.
+  """
+
+  channels: int = 0
+  depth: str = "uint8"
+  mean: tuple = ()
+  std: tuple = ()
+
+  @property
+  def count(self) -> int:
+    """Channels of a batch."""
+    return self.channels or 3
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Of a batch."""
+    return np.dtype(self.depth if self.channels else "uint8")
+
+  @property
+  def bytes(self) -> int:
+    """That a pixel takes with its label."""
+    return self.count * self.dtype.itemsize + 1
+
+  @property
+  def statistics(self) -> tuple[tuple, tuple] | None:
+    """(mean, std) in place of the model's own; None for its own. Where none are measured yet, 0 and 1: for shapes alone."""
+    if not self.channels:
+      return None
+    return tuple(self.mean) or (0.0,) * self.channels, tuple(self.std) or (1.0,) * self.channels
+
+
+RGB = Pixels()
+
+
+def pixels_of(data) -> Pixels:
+  """From `config.data`; of a source that has RGB alone, `RGB`."""
+  return Pixels(**{field.name: data[field.name] for field in dataclasses.fields(Pixels)}) if "channels" in data else RGB
+
+
+@dataclasses.dataclass(frozen=True)
 class Reading:
   """How a store reads its files.
 
@@ -142,11 +195,14 @@ class Reading:
     exif: one of `EXIF_RULES`.
     by_color: whether palette masks are read as the colours that they show, instead of as numbers.
     same_colors: numbers whose colours must agree in all palettes of a split.
+    channels, depth: of images, see `Pixels`.
   """
 
   exif: str = "refuse"
   by_color: bool = False
   same_colors: Sequence[int] = ()
+  channels: int = 0
+  depth: str = "uint8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +262,7 @@ def header_of(path: pathlib.Path | str, image: ImageFile.ImageFile) -> Header:
       orientation = image.getexif()[_ORIENTATION] if _ORIENTATION in image.getexif() else 1
     except Exception:  # Unreadable EXIF turns nothing in viewers either; Pillow raises whatever its parser meets.
       orientation = 1
-  return Header(path, (image.height, image.width), orientation if orientation in _UPRIGHT else 1)
+  return Header(path, (image.height, image.width), orientation if orientation in UPRIGHT else 1)
 
 
 def read_header(path: pathlib.Path | str, file: BinaryIO | None = None) -> Header:
@@ -268,7 +324,8 @@ def read_image(
   with opened(path, file, "damaged or truncated") as image:
     if is_deep(image):
       raise DataError(
-        f"{path}: its {image.mode} pixels have more than 8 bits per channel. Convert the image to 8 bits."
+        f"{path}: its {image.mode} pixels have more than 8 bits per channel. Convert the image to 8 bits, or, of your own"
+        " folders, set data.channels and data.depth."
       )
     header = header_of(path, image)
     turn = header.must_turn(exif, mask_size)
@@ -276,7 +333,7 @@ def read_image(
       pixels = _decode_jpeg(image)
     else:
       pixels = decode(image) if image.mode == "RGB" else np.asarray(image.convert("RGB"))
-    return np.ascontiguousarray(_UPRIGHT[header.orientation](pixels)) if turn else pixels
+    return np.ascontiguousarray(UPRIGHT[header.orientation](pixels)) if turn else pixels
 
 
 def listed(names) -> str:

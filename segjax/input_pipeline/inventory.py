@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from segjax.input_pipeline.images import DataError, printable
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".ppm", ".pgm", ".npy")
 _LITTER = ("Thumbs.db", "desktop.ini", "@eaDir", "__MACOSX")  # Of Windows, Synology and macOS; hidden like .DS_Store.
 
 

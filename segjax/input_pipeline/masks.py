@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageFile
 
+from segjax.input_pipeline import rasters
 from segjax.input_pipeline.images import (
   JPEGS,
   DataError,
@@ -160,7 +161,7 @@ def read_sizes(examples: Iterable[tuple], reading: Reading) -> tuple[list[tuple[
   masks, sizes, rules, problems = MaskHeaders(reading.same_colors), [], set(), []
   for image_path, image_file, mask_path, mask_file in examples:
     try:
-      header = read_header(image_path, image_file)
+      header = rasters.read_header(image_path, reading) if reading.channels else read_header(image_path, image_file)
       mask_size = masks.size(mask_path, mask_file) if mask_path else None
       size = header.size_by(reading.exif, mask_size)
       if mask_size and size != mask_size:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import images, inventory
+from segjax.input_pipeline import images, inventory, rasters
 from segjax.input_pipeline.images import DataError
 
 ROUNDING = 64  # Pixels between canvases of images that have their own, so that few programs are compiled.
@@ -35,19 +35,22 @@ class Photo:
   size: tuple[int, int]
 
 
-def find_photos(inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: str) -> tuple[list[Photo], list[str]]:
+def find_photos(
+  inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: str, pixels: images.Pixels = images.RGB
+) -> tuple[list[Photo], list[str]]:
   """The images that `inputs` name, and what cannot be used, one line each. Reads headers only.
 
   Args:
     inputs: files, whatever their extension, and folders, searched with their subfolders for images. A file that several
       of them name counts once.
     exif: how to treat EXIF's orientation; see `images.Reading`.
+    pixels: what the images hold.
     outputs: folders that results go to: no search enters them, so that results of an earlier call are no inputs.
 
   Raises:
     DataError: a folder without images, or two images of one name.
   """
-  outputs = {_real(folder) for folder in outputs}
+  outputs, reading = {_real(folder) for folder in outputs}, _reading(exif, pixels)
   named, problems = {}, []  # {real path: (path, name)}
   for given in map(pathlib.Path, inputs):
     found = {given: given.name}
@@ -76,7 +79,8 @@ def find_photos(inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: st
     try:
       if not os.path.exists(path):
         raise DataError(f"{path}: no such file or folder.")
-      return Photo(path, name, images.read_header(path).size_by(exif))
+      header = rasters.read_header(path, reading) if reading.channels else images.read_header(path)
+      return Photo(path, name, header.size_by(reading.exif))
     except DataError as error:
       return str(error)
 
@@ -85,19 +89,26 @@ def find_photos(inputs: Sequence[str], outputs: Sequence[pathlib.Path], exif: st
   return [s for s in seen if isinstance(s, Photo)], problems + [s for s in seen if isinstance(s, str)]
 
 
+def _reading(exif: str, pixels: images.Pixels) -> images.Reading:
+  return images.Reading(exif, channels=pixels.channels, depth=pixels.depth)
+
+
 def _real(path: pathlib.Path) -> pathlib.Path:
   return pathlib.Path(os.path.realpath(path))  # Path.resolve() raises for links in a circle.
 
 
-def read_ahead(photos: Sequence[Photo], workers: int, exif: str) -> Iterator[tuple[Photo, np.ndarray | DataError]]:
-  """Each photo with its pixels [h, w, 3] uint8, or what is wrong with it; the next `workers` are being read meanwhile.
+def read_ahead(
+  photos: Sequence[Photo], workers: int, exif: str, pixels: images.Pixels = images.RGB
+) -> Iterator[tuple[Photo, np.ndarray | DataError]]:
+  """Each photo with its pixels [h, w, C], or what is wrong with it; the next `workers` are being read meanwhile.
 
-  `exif`: see `find_photos`.
+  `exif`, `pixels`: see `find_photos`.
   """
+  reading = _reading(exif, pixels)
 
   def read(photo):
     try:
-      image = images.read_image(photo.path, exif=exif)
+      image = rasters.read(photo.path, reading)
     except DataError as error:
       return error
     if image.shape[:2] != photo.size:

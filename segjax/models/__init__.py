@@ -14,12 +14,15 @@ MODELS = {
 }
 
 
-def build(name: str, *, num_classes: int, dtype="float32", remat: bool = False, rngs: nnx.Rngs, **options) -> Network:
+def build(
+  name: str, *, num_classes: int, statistics=None, dtype="float32", remat: bool = False, rngs: nnx.Rngs, **options
+) -> Network:
   """Builds a model; call under `jax.jit` or `jax.eval_shape`, as eager initialisation takes seconds.
 
   Args:
     name: a key of `MODELS`.
     num_classes: channels of the logits.
+    statistics: see `base.Network`; their number is that of the image's channels.
     dtype: of the computation.
     remat: whether the backward pass computes the inner results of each block again instead of keeping them.
     options: of the model's constructor.
@@ -29,7 +32,10 @@ def build(name: str, *, num_classes: int, dtype="float32", remat: bool = False, 
   """
   if name not in MODELS:
     raise ValueError(f"model.name = {name!r}: choose one of {', '.join(MODELS)}.")
-  model = MODELS[name](num_classes=num_classes, dtype=jnp.dtype(dtype), rngs=rngs, **options)
+  channels = {} if statistics is None else dict(channels=len(statistics[0]))
+  model = MODELS[name](num_classes=num_classes, dtype=jnp.dtype(dtype), rngs=rngs, **channels, **options)
+  if statistics is not None:
+    model.mean, model.statistics = statistics[0], statistics
   if remat:
     model.set_attributes(remat=True)
   return model

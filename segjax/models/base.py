@@ -9,7 +9,7 @@ from segjax.models import layers, resize
 class Network(layers.Block):
   """A network for semantic segmentation, for images of any size.
 
-  A subclass has `preprocess(image)`, raw RGB in [0, 255], [B, H, W, 3] -> float, and `scores`, see `__call__`.
+  A subclass has `normalize(image)`, raw RGB in [0, 255], [B, H, W, 3] -> float, and `scores`, see `__call__`.
 
   Attributes:
     mean: the raw pixel that pads crops; `preprocess` maps it to 0.
@@ -17,10 +17,17 @@ class Network(layers.Block):
     margin: pixels that it needs around a training crop; 0 but for an unpadded U-Net.
     align_corners: the convention of resizing its logits (`models/resize.py`).
     dtype: of the computation.
+    statistics: (mean, deviation) of each channel where images are not RGB, or are to be standardised by their own; then
+      `mean` is that one. None: `normalize`.
   """
 
   margin = 0
   align_corners = True
+  statistics = None
+
+  def preprocess(self, image: jax.Array) -> jax.Array:
+    """Raw image [B, H, W, C] -> float; `mean` becomes 0."""
+    return self.normalize(image) if self.statistics is None else layers.standardize(image, *self.statistics)
 
   def __call__(
     self,

@@ -82,6 +82,7 @@ class DeepLabV3Plus(base.Network):
     auxiliary: a second classifier, on the features before a ResNet's last block, for a second loss in training. Its
       logits are the end point "auxiliary", of those features' size.
     details: fields of `deeplab_details.Details` that differ from the official code, for weights that were trained so.
+    channels: of the image.
     dtype: of the computation.
 
   `coarsest_stride` is that of the encoder, `align_corners` the convention of all resizing.
@@ -109,6 +110,7 @@ class DeepLabV3Plus(base.Network):
     frozen_bn=False,
     auxiliary=False,
     details: Mapping = DETAILS,
+    channels=3,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -124,6 +126,7 @@ class DeepLabV3Plus(base.Network):
       bn_momentum=bn_momentum,
       frozen_bn=frozen_bn,
       auxiliary=auxiliary,
+      channels=channels,
       dtype=dtype,
       rngs=rngs,
     )
@@ -142,7 +145,7 @@ class DeepLabV3Plus(base.Network):
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, kernel_init=small, dtype=dtype, rngs=rngs)
     self.auxiliary = dilated_fcn.AuxiliaryHead(self.backbone, num_classes, options=options) if auxiliary else None
 
-  def preprocess(self, image: jax.Array) -> jax.Array:
+  def normalize(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float32 as the backbone wants it: in [-1, 1], a ResNet standardised."""
     return backbones.normalize(image, self.normalization)
 

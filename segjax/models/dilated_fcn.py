@@ -45,6 +45,7 @@ class DilatedFCN(base.Network):
     bn_momentum, frozen_bn: as of DeepLabV3Plus.
     auxiliary: a second classifier, as of DeepLabV3Plus.
     align_corners: convention of the resizing (`models/resize.py`).
+    channels: of the image.
     dtype: of the computation.
 
   Raises:
@@ -62,6 +63,7 @@ class DilatedFCN(base.Network):
     frozen_bn=False,
     auxiliary=False,
     align_corners=True,
+    channels=3,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -72,6 +74,7 @@ class DilatedFCN(base.Network):
       bn_momentum=bn_momentum,
       frozen_bn=frozen_bn,
       auxiliary=auxiliary,
+      channels=channels,
       dtype=dtype,
       rngs=rngs,
     )
@@ -83,7 +86,7 @@ class DilatedFCN(base.Network):
     self.dropout, self.dtype, self.coarsest_stride, self.align_corners = dropout, dtype, output_stride, align_corners
     self.mean = backbones.MEANS[self.backbone.normalization]
 
-  def preprocess(self, image: jax.Array) -> jax.Array:
+  def normalize(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float32 as the backbone wants it."""
     return backbones.normalize(image, self.backbone.normalization)
 

@@ -35,6 +35,7 @@ class FCN(base.Network):
       published crops.
     normalization: "imagenet": mean and deviation, as torchvision's weights expect. "caffe": the mean only.
     dropout: rate after fc6 and fc7.
+    channels: of the image.
 
   Layers are called `score_fc7`, `score_pool4`, `score_pool3`, and `upscore_fc7`, `upscore_pool4` (from stride 32 to 16
   to 8), `upscore` (to the image). Score layers begin with zeros (section 4.3), those of "features" with
@@ -59,6 +60,7 @@ class FCN(base.Network):
     geometry="same",
     normalization="imagenet",
     dropout=0.5,
+    channels=3,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -86,7 +88,7 @@ class FCN(base.Network):
     self.skips = SKIPS[stride]
     options = dict(dtype=dtype, rngs=rngs)
     self.backbone = vgg.VGG16(
-      width=width, dropout=dropout, fc6_padding="valid" if geometry == "caffe" else "same", **options
+      channels=channels, width=width, dropout=dropout, fc6_padding="valid" if geometry == "caffe" else "same", **options
     )
     small = nnx.initializers.truncated_normal(0.01)
     scored = dict(use_bias=True, kernel_init=nnx.initializers.zeros if fuse == "score" else small, **options)
@@ -105,7 +107,7 @@ class FCN(base.Network):
     fixed = upsampling != "learned"
     self.upscore = None if fixed else layers.ConvTranspose(below, num_classes, stride, kernel_init=bilinear, **options)
 
-  def preprocess(self, image: jax.Array) -> jax.Array:
+  def normalize(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean over ImageNet; see `normalization`."""
     return layers.standardize(image, self.mean, self.deviation)
 

@@ -303,8 +303,8 @@ def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
 
 
 def standardize(image: jax.Array, mean: tuple, std: tuple) -> jax.Array:
-  """(image - mean) / std per channel of [B, H, W, 3]. The mean pixel, which pads crops, becomes exactly 0."""
-  mean, std = (np.asarray(v, np.float32).reshape(1, 1, 1, 3) for v in (mean, std))
+  """(image - mean) / std per channel of [B, H, W, C]. The mean pixel, which pads crops, becomes exactly 0."""
+  mean, std = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (mean, std))
   return (image - mean) / std
 
 

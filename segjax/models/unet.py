@@ -50,6 +50,7 @@ class UNet(base.Network):
       on ImageNet first, and the expanding path that of segmentation_models_pytorch (`unet_decoder`): 256, 128, 64, 32, 16
       channels, nearest neighbours, 3x3 convolution to the logits. Of the options above, `dropout` and `bn_momentum` then
       act, and `width`, `depth`, `up`, `padding` and `batch_norm` keep their defaults.
+    channels: of the image.
     dtype: of the computation.
 
   As published: padding="valid", batch_norm=False, dropout=0.5.
@@ -75,6 +76,7 @@ class UNet(base.Network):
     batch_norm=True,
     bn_momentum=0.9,
     encoder="none",
+    channels=3,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -101,32 +103,32 @@ class UNet(base.Network):
           f"model.{name} = {given[name]!r}: a U-Net on an encoder has none, leave it at {CLASSIC[name]!r}, or set"
           ' model.encoder to "none".'
         )
-      self._on_encoder(encoder, num_classes, bn_momentum, dtype, rngs)
+      self._on_encoder(encoder, num_classes, bn_momentum, dict(channels=channels, dtype=dtype, rngs=rngs))
     else:
       options = dict(padding=padding, batch_norm=batch_norm, bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
-      self._classic(num_classes, width, options)
+      self._classic(num_classes, width, channels, options)
 
-  def _on_encoder(self, encoder, num_classes, bn_momentum, dtype, rngs):
+  def _on_encoder(self, encoder, num_classes, bn_momentum, options):
     if encoder not in backbones.BACKBONES:
       raise ValueError(f"model.encoder = {encoder!r}: choose one of none, {', '.join(backbones.BACKBONES)}.")
-    options = dict(dtype=dtype, rngs=rngs)
     detail = TORCH_MOBILENET if encoder == "mobilenet_v2" else backbones.OFFICIAL
     self.backbone = backbones.build(
       encoder, output_stride=32, detail=detail, bn_momentum=bn_momentum, frozen_bn=False, **options
     )
     self.normalization = self.backbone.normalization if detail.normalization == "auto" else detail.normalization
     self.mean = backbones.MEANS[self.normalization]
+    del options["channels"]
     self.decoder = unet_decoder.Decoder(self.backbone, dict(norm=dict(momentum=bn_momentum), **options))
     self.logits = layers.Conv(unet_decoder.FEATURES[-1], num_classes, use_bias=True, **options)
 
-  def _classic(self, num_classes, width, options):
+  def _classic(self, num_classes, width, channels, options):
     self.backbone, self.normalization = None, "imagenet"
     depth, up, dtype, rngs = self.depth, self.up, options["dtype"], options["rngs"]
     features = [width * 2**level for level in range(depth + 1)]
     if up == "bilinear":
       features[-1] //= 2  # Resizing keeps the channels, so that what is concatenated is as wide as with "transposed".
 
-    self.down0 = DoubleConv(3, width, width, **options)
+    self.down0 = DoubleConv(channels, width, width, **options)
     for level in range(1, depth + 1):
       setattr(self, f"down{level}", DoubleConv(features[level - 1], features[level], features[level], **options))
     below = features[-1]
@@ -140,7 +142,7 @@ class UNet(base.Network):
       below = out
     self.logits = layers.Conv(below, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
 
-  def preprocess(self, image: jax.Array) -> jax.Array:
+  def normalize(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet; an encoder as it wants it."""
     return backbones.normalize(image, self.normalization)
 

@@ -22,10 +22,10 @@ from segjax.state import with_sharding
 _AXES = ("data", "space")
 
 
-def abstract_split(mesh: Mesh, count: int, canvas_size: tuple[int, int], border: bool) -> dict:
-  """The shapes of what `load` gives: `count` examples and at least one without pixels, the last, for `order.PADDING`."""
-  rows = -(-(count + 1) // mesh.size) * mesh.size
-  arrays = steps.abstract_batch(mesh, rows, canvas_size, border)
+def abstract_split(mesh: Mesh, source, canvas_size: tuple[int, int], border: bool) -> dict:
+  """The shapes of what `load` gives: the examples of `source` and at least one without pixels, the last, for `order.PADDING`."""
+  rows = -(-(len(source) + 1) // mesh.size) * mesh.size
+  arrays = steps.abstract_batch(mesh, rows, canvas_size, source.pixels, border)
   del arrays["id"]
   return with_sharding(arrays, NamedSharding(mesh, PartitionSpec(_AXES)))
 
@@ -100,8 +100,9 @@ def fetch(batch: dict, mesh: Mesh, canvas_size: tuple[int, int]) -> dict:
       if origin is not None and name in canvas.FILL:
         cut = (*canvas_size, *x.shape[3:])
         x = jax.vmap(lambda x, first: jax.lax.dynamic_slice(x, (*first, *(0,) * (x.ndim - 2)), cut))(x, origin)
+      x, restore = _summable(x)
       x = jnp.where(here.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))  # One device has it.
-      return jax.lax.psum(jax.lax.psum_scatter(x, "data", tiled=True), "space")
+      return restore(jax.lax.psum(jax.lax.psum_scatter(x, "data", tiled=True), "space"))
 
     return {name: of_batch(name, x) for name, x in split.items()}
 
@@ -114,6 +115,15 @@ def fetch(batch: dict, mesh: Mesh, canvas_size: tuple[int, int]) -> dict:
   )
   # The barrier keeps the look-up out of the augmentation's fusions, which so round as they do without it.
   return jax.lax.optimization_barrier(rest | look_up(split, rest["id"], origin))
+
+
+def _summable(x: jax.Array):
+  """Pixels in a type whose sums with zeros keep every bit on every platform, and what brings that back."""
+  if x.dtype == jnp.uint16:  # NCCL sums none.
+    return x.astype(jnp.int32), lambda x: x.astype(jnp.uint16)
+  if x.dtype == jnp.float32:  # -0 + 0 is 0.
+    return jax.lax.bitcast_convert_type(x, jnp.int32), lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
+  return x, lambda x: x
 
 
 def check_room(needed: int, split: int, mesh: Mesh) -> None:

@@ -50,7 +50,7 @@ class Evaluator:
     """Compiles the step that all calls use, for abstract variables, so that a lack of memory shows at once."""
     abstract = with_sharding(variables, sharding.replicated(self.mesh))
     for canvas, batch_size in batch_shapes(self.config, self.source, self.mesh):
-      batch = steps.abstract_batch(self.mesh, batch_size, canvas)
+      batch = steps.abstract_batch(self.mesh, batch_size, canvas, self.source.pixels)
       self.programs[canvas] = self.step.lower(abstract, batch).compile()
 
   def __call__(self, variables: dict) -> "Evaluation":
@@ -82,7 +82,9 @@ class Evaluator:
     ):
       if index >= 0 and len(pictures) < self.config.eval.num_overlays:
         crop = np.s_[: size[0], : size[1]]
-        picture = pictures_lib.overlay(image[crop], label[crop], classes[crop], self.source.palette)
+        picture = pictures_lib.overlay(
+          pictures_lib.visible(image[crop]), label[crop], classes[crop], self.source.palette
+        )
         pictures[self.source.describe(int(index))] = picture
 
 

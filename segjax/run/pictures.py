@@ -36,6 +36,18 @@ def indexed_image(values: np.ndarray, table: np.ndarray) -> Image.Image:
   return image
 
 
+def visible(image: np.ndarray) -> np.ndarray:
+  """An image [H, W, C] of any depth for people, [H, W, 3] uint8: RGB of 8 bits as it is.
+
+  Else its first three channels, or of fewer the first in grey, each from black at its 2nd percentile to white at its 98th.
+  """
+  if image.dtype == np.uint8 and image.shape[-1] == 3:
+    return image
+  shown = image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, -1)
+  low, high = np.percentile(shown, (2, 98), axis=(0, 1))
+  return np.round(255 * ((shown - low) / np.where(high > low, high - low, 1)).clip(0, 1)).astype(np.uint8)
+
+
 def paint(image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
   """Class ids [H, W] over their image [H, W, 3] uint8, like it: the classes' colours over the faded image; void in cream.
 

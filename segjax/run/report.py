@@ -13,6 +13,7 @@ from segjax import input_pipeline, metrics
 from segjax.files import atomic
 from segjax.input_pipeline import inventory
 from segjax.run import distributed, outputs
+from segjax.run.trackers import Trackers
 from segjax.state import without
 
 
@@ -96,21 +97,23 @@ def _percent(share: float | None) -> str:
 class Writer:
   """Scalars and pictures of a run, under its workdir.
 
-  `metrics.jsonl` gets one JSON object a line: "step" and any number of names. The same goes to TensorBoard's events.
+  `metrics.jsonl` gets one JSON object a line: "step" and any number of names. The same goes to the trackers.
   Of several processes the first writes, the others nothing.
 
   Args:
     workdir: created if missing.
-    tensorboard: whether it writes events too. The scores of one evaluation make no curve.
+    trackers: of a run, started here. None: the scores of one evaluation make no curve.
     start_step: lines of later steps are dropped: a run that resumes from an older checkpoint writes them again.
       None keeps all.
     unscored: drops the scores of that step too: it is to be evaluated again.
   """
 
-  def __init__(self, workdir, *, tensorboard: bool, start_step: int | None = None, unscored: bool = False):
+  def __init__(
+    self, workdir, *, trackers: Trackers | None = None, start_step: int | None = None, unscored: bool = False
+  ):
     self._workdir = pathlib.Path(workdir)
     self._path = self._workdir / "metrics.jsonl"
-    self._events = None
+    self._trackers = trackers
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
@@ -119,10 +122,8 @@ class Writer:
       lines = self._path.read_text(errors="replace").splitlines()
       lines = [line for line in lines if _step_of(line) <= (start_step, not unscored)]
       atomic.write_text(self._path, "".join(line + "\n" for line in lines))
-    if tensorboard:
-      from segjax.run.events import EventFile  # 0.2 s of imports, for training only.
-
-      self._events = EventFile(self._workdir)
+    if trackers:
+      trackers.start()
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Appends a line; NaN (a class that does not occur) becomes null, as JSON has no NaN."""
@@ -132,8 +133,8 @@ class Writer:
     clean = {name: value if np.isfinite(value) else None for name, value in values.items()}
     with self._path.open("a") as file:
       file.write(json.dumps(dict(step=step, **clean)) + "\n")
-    if self._events:
-      self._events.scalars(step, {n: v for n, v in values.items() if np.isfinite(v)})
+    if self._trackers:
+      self._trackers.scalars(step, {n: v for n, v in values.items() if np.isfinite(v)})
 
   def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
     """Writes {name: [H, W, 3] uint8} as overlays/step_N/NAME.png (`outputs.flat_names`); returns the folder.
@@ -148,10 +149,10 @@ class Writer:
       try:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / files[name])
-        if self._events:
-          self._events.picture(step, f"overlays/{name}", picture)
       except (OSError, ValueError) as error:
         print(f"note: no picture of {name!r}: {error}", flush=True)
+    if self._trackers:
+      self._trackers.pictures(step, pictures)
     return folder
 
 

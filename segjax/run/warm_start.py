@@ -5,7 +5,7 @@ import pathlib
 from segjax import config as config_lib
 from segjax import pretrained
 from segjax.config import ConfigError
-from segjax.pretrained import files
+from segjax.pretrained import channels, files
 from segjax.run import checkpoint
 from segjax.run.checkpoint import Checkpoints
 
@@ -56,16 +56,18 @@ def load_unless_run(config, workdir: pathlib.Path | None) -> tuple[dict, str] | 
   return None
 
 
-def merge(variables: dict, loaded: tuple[dict, str], exclude: tuple[str, ...]) -> tuple[dict, str]:
+def merge(variables: dict, loaded: tuple[dict, str], exclude: tuple[str, ...], count: int = 3) -> tuple[dict, str]:
   """`variables` with the loaded weights in their types, strictly but for `exclude`, and the line to report.
 
   Args:
     variables: {"params", "batch_stats"} of the model, or their abstract shapes; what is excluded stays as it is.
     loaded: from `load`.
+    count: channels of the images, for which a first layer of RGB is adapted, see `channels.adapt`.
 
   Raises:
     ConfigError: weights that do not fit, all of them listed.
   """
   imported, origin = loaded
-  merged, taken, count = pretrained.merge_variables(variables, imported, exclude, origin)
-  return merged, f"init: imported {taken} of {count} tensors from {origin}"
+  imported, adapted = channels.adapt(variables, imported, count)
+  merged, taken, total = pretrained.merge_variables(variables, imported, exclude, origin)
+  return merged, f"init: imported {taken} of {total} tensors from {origin}{adapted and f' ({adapted})'}"

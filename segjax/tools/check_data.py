@@ -1,7 +1,7 @@
 """Checks a data set before training on it: python -m segjax.check_data --config=configs/x.py
 
 Reads every image and mask of the training and evaluation splits, prints class names with their share of the pixels,
-and every problem with its file and remedy. Images that are twice in a split, or in both, are problems too, and so is
+and every problem with its file and remedy; where images have data.channels, also their mean and deviation. Images that are twice in a split, or in both, are problems too, and so is
 what lies in the folders and is not used; hidden entries, notes and what no split names are only named. Exits with 1
 where there is a problem.
 """
@@ -90,6 +90,8 @@ def check(config) -> int:
         print(f"  note: {note}")
       if not split.problems:
         print("  canvas {} x {} (height x width)".format(*input_pipeline.canvas_of(source, config.data)))
+        if source.pixels.channels and name == config.data.train_split:
+          print(_statistics(source))
     for _, problem in split.problems:
       print(f"  PROBLEM in {name}: {problem}")
 
@@ -101,6 +103,11 @@ def check(config) -> int:
   total = len(found.others) + sum(len(split.problems) for split in found.splits.values())
   print("no problems found" if not total else f"{total} problem(s) found")
   return total
+
+
+def _statistics(source) -> str:
+  mean, std = (",".join(map(repr, values)) for values in scan.image_statistics(source))
+  return f"  mean and deviation, which a run measures too, and keeps: --config.data.mean={mean} --config.data.std={std}"
 
 
 def main(argv: list[str]) -> None:

@@ -5,16 +5,19 @@
   python -m segjax.prepare cityscapes --archives=DIR --out=DIR     the zips of cityscapes-dataset.com
   python -m segjax.prepare nuclei --archives=DIR --out=DIR         stage1_train.zip of Kaggle's data-science-bowl-2018,
                                                                    or the folder stage1_train, already unpacked
+  python -m segjax.prepare coco --annotations=FILE.json --images=DIR --out=DIR    COCO's JSON, by the rules of coco.py
+  python -m segjax.prepare labelme --annotations=DIR --out=DIR     LabelMe's JSON files, by the rules of labelme.py
 
 With --tfds=DIR, VOC or Cityscapes is also stored there as TFDS's ArrayRecord shards. Every file is written under a
 temporary name and renamed, and none that is there already is written again: after an interruption, run the same
-command.
+command. The last two write a split's images and masks at once, at the end.
 """
 
 import functools
 import importlib
 import io
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -29,7 +32,7 @@ from segjax.input_pipeline import DataError, images, masks
 from segjax.input_pipeline.sources import cityscapes, datasets, voc
 from segjax.input_pipeline.sources.holdout import HoldOut
 from segjax.run import commandline
-from segjax.tools import unpacking
+from segjax.tools import coco, labelme, unpacking
 
 _ARCHIVES = commandline.define_path("archives", None, "Folder of the archives as downloaded.")
 _OUT = commandline.define_path("out", None, "Folder to unpack to; default: that of the archives.")
@@ -39,6 +42,12 @@ _TFDS = commandline.define_path("tfds", None, "TFDS's data directory, to store t
 _PARTIAL = flags.DEFINE_bool(
   "allow_partial", False, "Accept other numbers of images than the official ones, and say which."
 )
+_ANNOTATIONS = commandline.define_path("annotations", None, "coco: the JSON file; labelme: the folder of JSON files.")
+_IMAGES = commandline.define_path(
+  "images", None, "coco, labelme: folder of the images; labelme's default: where they say."
+)
+_SPLIT = flags.DEFINE_string("split", "", "coco, labelme: the split that they are, e.g. train; default: there is one.")
+_CLIP = flags.DEFINE_bool("clip", False, "coco, labelme: cut shapes off at the image's border, which are refused else.")
 
 VOC_TAR, VOC_TEST_TAR, SBD_TGZ = "VOCtrainval_11-May-2012.tar", "VOC2012test.tar", "benchmark.tgz"
 CITYSCAPES_ZIPS = ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip")
@@ -289,6 +298,7 @@ def main(argv: list[str]) -> None:
   """The command line."""
   with commandline.readable_errors():
     names = dict(voc=_main_voc, cityscapes=_main_cityscapes, nuclei=_main_nuclei)
+    names |= {name: functools.partial(_main_annotations, name) for name in ("coco", "labelme")}
     if len(argv) != 2 or argv[1] not in names:
       raise ConfigError(f"Name one data set: {' or '.join(names)}.")
     names[argv[1]]()
@@ -333,6 +343,18 @@ def _main_nuclei() -> None:
     raise DataError(f"{archive}: no such file. Download it from kaggle.com/c/data-science-bowl-2018/data")
   prepare_nuclei(stage1, out, _PARTIAL.value)
   print(f"train on it: --config=unet_nuclei --config.data.dir={out}")
+
+
+def _main_annotations(name: str) -> None:
+  if not (_ANNOTATIONS.value and _OUT.value and (_IMAGES.value or name == "labelme")):
+    raise ConfigError("Give --annotations and --out, and for coco --images.")
+  if not re.fullmatch(r"[\w-]*", _SPLIT.value):
+    raise ConfigError(f"--split={_SPLIT.value}: a split's name has letters, digits, - and _.")
+  annotations, out = pathlib.Path(_ANNOTATIONS.value), pathlib.Path(_OUT.value)
+  folder = pathlib.Path(_IMAGES.value) if _IMAGES.value else None
+  dict(coco=coco, labelme=labelme)[name].prepare(annotations, folder, out, _SPLIT.value, _CLIP.value)
+  fixed = "" if _SPLIT.value else " --config.data.images=images --config.data.masks=masks"
+  print(f"train on it: --config=folder --config.data.dir={out}{fixed}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from segjax import inference, input_pipeline, sharding, steps
 from segjax.experiment import Experiment
+from segjax.input_pipeline import images as images_lib
 from segjax.tools import flops, programs, torch_process
 
 TRAINING = 3  # A backward pass costs about two forward passes, so a step of training counts as three.
@@ -64,7 +65,7 @@ def of_train(config, mesh) -> Measured:
 
   margin = experiment.network.margin
   size, context = tuple(n + 2 * margin for n in config.crop_size), dict(context=True) if margin else {}
-  image = jax.ShapeDtypeStruct((config.batch_size, *size, 3), jnp.float32)
+  image = jax.ShapeDtypeStruct((config.batch_size, *size, images_lib.pixels_of(config.data).count), jnp.float32)
   forward = _count(experiment, lambda model, image: model(model.preprocess(image), **context), image)
   wait_share = (lambda seconds: _wait_share(batches(), run, seconds)) if at_hand else None
   return Measured(tuple(config.crop_size), config.batch_size, program, forward, run, wait_share)
@@ -91,7 +92,8 @@ def of_eval(config, mesh) -> Measured:
   def run(batch=batch):
     jax.block_until_ready(program.compiled(variables, batch))
 
-  image, protocol = jax.ShapeDtypeStruct((batch_size, *size, 3), jnp.float32), experiment.protocol
+  image = jax.ShapeDtypeStruct((batch_size, *size, images_lib.pixels_of(config.data).count), jnp.float32)
+  protocol = experiment.protocol
   forward = _count(experiment, lambda model, image: inference.class_scores(model, image, **protocol), image)
   wait_share = (lambda seconds: _wait_share(batches(), run, seconds)) if at_hand else None
   return Measured(size, batch_size, program, forward, run, wait_share)
@@ -107,8 +109,9 @@ def _at_hand(data) -> bool:
 
 def _noise(experiment: Experiment, batch_size: int, border: bool = False) -> dict:
   rng, size = np.random.default_rng(0), experiment.config.crop_size
+  pixels = images_lib.pixels_of(experiment.config.data)
   batch = dict(
-    image=rng.integers(0, 256, (batch_size, *size, 3), np.uint8),
+    image=rng.integers(0, 256, (batch_size, *size, pixels.count)).astype(pixels.dtype),
     label=rng.integers(0, experiment.num_classes, (batch_size, *size), np.uint8),
     size=np.full((batch_size, 2), size, np.int32),
     id=np.arange(batch_size, dtype=np.int32),

@@ -14,7 +14,7 @@ from PIL import Image
 from segjax import input_pipeline
 from segjax.config import ConfigError
 from segjax.experiment import Experiment
-from segjax.run import distributed, evaluation, outputs, pictures, report, warm_start
+from segjax.run import distributed, evaluation, image_statistics, outputs, pictures, report, warm_start
 
 
 def submit(config, workdir) -> pathlib.Path:
@@ -33,6 +33,7 @@ def submit(config, workdir) -> pathlib.Path:
   """
   workdir = pathlib.Path(workdir)
   loaded = warm_start.load_unless_run(config, workdir)
+  config = image_statistics.resolved(config, workdir, measure=False)
   experiment = Experiment(config, labels=False)
   split, source, mesh = config.data.eval_split, experiment.eval_source, experiment.mesh
   final, archive = outputs.output_path(workdir, f"predict_{split}"), f"results.{source.submission.archive}"

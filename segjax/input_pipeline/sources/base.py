@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import cache, images, inventory, masks
+from segjax.input_pipeline import cache, images, inventory, masks, rasters
 from segjax.input_pipeline.images import DataError
 from segjax.input_pipeline.sources import datasets
 
@@ -76,16 +76,16 @@ class Files:
     return "|".join([*paths, repr(self._reading)]), " ".join(map(cache.file_state, paths))
 
   def read(self, index: int) -> tuple[str, np.ndarray, str, np.ndarray | None]:
-    """Image's path and pixels [H, W, 3] uint8, mask's path and stored numbers [H, W] (RGB: [H, W, 3]) or None."""
+    """Image's path and pixels [H, W, C], mask's path and stored numbers [H, W] (RGB: [H, W, 3]) or None."""
     image_path, mask_path = self._pairs[index]
     mask = masks.read_mask(mask_path, by_color=self._reading.by_color) if mask_path else None
     mask_size = None if mask is None else mask.shape[:2]
-    image = images.read_image(image_path, exif=self._reading.exif, mask_size=mask_size)
+    image = rasters.read(image_path, self._reading, mask_size)
     return str(image_path), image, str(mask_path), mask
 
 
 class Source:
-  """Random access to the examples of a store.
+  """Random access to the examples of a store, whose images are as `pixels` says.
 
   Args:
     store: `Files` or `tfds_store.Records`.
@@ -97,6 +97,8 @@ class Source:
     notes: what a user should know about this split, e.g. that it is not complete.
     submission: how predictions are written.
   """
+
+  pixels = images.RGB
 
   def __init__(
     self,
@@ -168,7 +170,7 @@ class Source:
     return images.printable(self._store.names[index])
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """image [H, W, 3] uint8, label [H, W] uint8, ids in [0, len(classes)) or 255.
+    """image [H, W, C] as of `pixels` (RGB: [H, W, 3] uint8), label [H, W] uint8, ids in [0, len(classes)) or 255.
 
     Raises:
       DataError: damaged files, other label values or colours, an image and a mask of different sizes.

@@ -13,7 +13,7 @@ from scipy import ndimage
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline import borders, inventory
 from segjax.input_pipeline import images as images_lib
-from segjax.input_pipeline.images import DataError
+from segjax.input_pipeline.images import DataError, Pixels
 from segjax.input_pipeline.masks import read_mask, size_problem
 from segjax.input_pipeline.sources.base import Files, Source
 from segjax.input_pipeline.sources.holdout import HoldOut
@@ -57,6 +57,7 @@ class FolderSource(Source):
       connected components of all classes but the first. Empty: none.
     border_sigma: pixels; how far apart instances may be for the ground between them to weigh more.
     exif: see `images.Reading`.
+    pixels: what the images hold.
 
   Raises:
     DataError: missing folder, list, image or mask, an empty split, or options that contradict each other; each with the
@@ -75,6 +76,7 @@ class FolderSource(Source):
     mask_labels: MaskLabels = MaskLabels(),
     instances: str = "",
     border_sigma: float = 5.0,
+    pixels: Pixels = Pixels(),
   ):
     self._root = pathlib.Path(dir).expanduser()
     if not self._root.is_dir():
@@ -91,8 +93,10 @@ class FolderSource(Source):
       own = (self._root / name for name in (*lists, "classes.txt"))
       return inventory.without(others() | self._other_instances(), own)
 
-    store = Files(names, pairs, meaning.reading(exif), all_others)
+    reading = dataclasses.replace(meaning.reading(exif), channels=pixels.channels, depth=pixels.depth)
+    store = Files(names, pairs, reading, all_others)
     super().__init__(store, meaning.classes, meaning.palette, meaning.to_label, meaning=meaning.key)
+    self.pixels = pixels
 
   @functools.cached_property
   def border_files(self) -> list[pathlib.Path]:

@@ -15,7 +15,7 @@ from segjax.models.backbones.vgg_bn import VGG16BN
 from segjax.models.backbones.xception import Xception
 from segjax.models.deeplab_details import Details
 
-# Constructors, of keywords alone: output_stride, multi_grid, detail, bn_momentum, frozen_bn, dtype, rngs; a MobileNetV2's
+# Constructors, of keywords alone: output_stride, multi_grid, detail, bn_momentum, frozen_bn, channels, dtype, rngs; a MobileNetV2's
 # also depth_multiplier.
 BACKBONES = {
   "xception_41": functools.partial(Xception, 41),
@@ -47,11 +47,13 @@ def build(
   detail: Details = OFFICIAL,
   depth_multiplier: float = 1.0,
   auxiliary: bool = False,
+  channels: int = 3,
 ) -> base.Backbone:
   """A backbone.
 
   Args:
     auxiliary: whether it must have features for an auxiliary head.
+    channels: of the image.
 
   Raises:
     ValueError: an option out of range, with the values that are in it.
@@ -75,6 +77,7 @@ def build(
     detail=detail,
     bn_momentum=bn_momentum,
     frozen_bn=frozen_bn,
+    channels=channels,
     dtype=dtype,
     rngs=rngs,
     **(dict(depth_multiplier=depth_multiplier) if name == "mobilenet_v2" else {}),

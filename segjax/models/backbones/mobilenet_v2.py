@@ -71,6 +71,7 @@ class MobileNetV2(base.Backbone):
     multi_grid: it has none: (1, 1, 1).
     detail: dilate_first, and those of a MobileNetV2.
     bn_momentum, frozen_bn: of batch norm; official: momentum 0.997.
+    channels: of the image.
 
   Raises:
     ValueError: another multi-grid.
@@ -85,6 +86,7 @@ class MobileNetV2(base.Backbone):
     bn_momentum,
     frozen_bn,
     depth_multiplier=1.0,
+    channels=3,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -100,7 +102,9 @@ class MobileNetV2(base.Backbone):
     divisor = detail.mobilenet_divisor or (8 if depth_multiplier == 1 else 1)
     in_features, *widths = (divisible(n * depth_multiplier, divisor) for n in (32, *(n for n, _ in RESIDUALS)))
     first = "valid" if padding == "early" else padding
-    self.layer_1 = layers.ConvNorm(3, in_features, 3, stride=2, padding=first, activation=jax.nn.relu6, **options)
+    self.layer_1 = layers.ConvNorm(
+      channels, in_features, 3, stride=2, padding=first, activation=jax.nn.relu6, **options
+    )
     self.low_levels, ends, sampled = {}, {}, 2  # By stride, its last layer.
     placed = strides.strides_to_rates([stride for _, stride in RESIDUALS], output_stride // 2, detail.dilate_first)
     for n, (features, (stride, rate)) in enumerate(zip(widths, placed), start=2):

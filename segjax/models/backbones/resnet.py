@@ -91,13 +91,24 @@ class ResNet(base.Backbone):
     multi_grid: factors of the rates in the last block's three units (arXiv 1706.05587, section 3.2.1).
     detail: resnet_deep_stem, dilate_first. On, with an output stride of 16 and multi-grid 1, 2, 4, is that paper's 2, 4, 8.
     bn_momentum, frozen_bn: of batch norm.
+    channels: of the image.
   """
 
   auxiliary = 16
   normalization = "imagenet"
 
   def __init__(
-    self, depth, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn, dtype, rngs: nnx.Rngs
+    self,
+    depth,
+    *,
+    output_stride,
+    multi_grid,
+    detail: Details,
+    bn_momentum,
+    frozen_bn,
+    channels=3,
+    dtype,
+    rngs: nnx.Rngs,
   ):
     norm = dict(momentum=bn_momentum, epsilon=EPSILON, frozen=frozen_bn)
     options = dict(norm=norm, dtype=dtype, rngs=rngs)
@@ -106,9 +117,9 @@ class ResNet(base.Backbone):
     self.pyramid = {2: ("conv1", 64)}
     self.pyramid |= {2 ** (block + 1): (f"block{block}", width * 2 ** (block - 1)) for block in range(1, 5)}
     if detail.resnet_deep_stem:
-      self.stem, widths = ("conv1_1", "conv1_2", "conv1"), (3, 32, 32, 64)
+      self.stem, widths = ("conv1_1", "conv1_2", "conv1"), (channels, 32, 32, 64)
     else:
-      self.stem, widths = ("conv1",), (3, 64)
+      self.stem, widths = ("conv1",), (channels, 64)
     for n, name in enumerate(self.stem):
       kernel_size, stride = 3 if detail.resnet_deep_stem else 7, 1 if n else 2
       conv = layers.ConvNorm(*widths[n : n + 2], kernel_size, stride=stride, padding="fixed", **options)

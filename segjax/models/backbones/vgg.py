@@ -21,20 +21,21 @@ class VGG16(layers.Block):
     dropout: rate after fc6 and after fc7.
     fc6_padding: "same": one result per pixel of pool5, the one in the middle of 7x7 pixels being the fully connected
       layer's. "valid": only where all 7x7 pixels are there (Caffe's FCN).
+    channels: of the image.
 
   `features` is the number of channels of fc7, and `pool_features` those of pool1 ... pool5 by name.
   """
 
   normalization = "imagenet"
 
-  def __init__(self, *, width=64, dropout=0.5, fc6_padding="same", dtype=jnp.float32, rngs: nnx.Rngs):
+  def __init__(self, *, width=64, dropout=0.5, fc6_padding="same", channels=3, dtype=jnp.float32, rngs: nnx.Rngs):
     options = dict(use_bias=True, dtype=dtype, rngs=rngs)
     self.dropout, self.dtype, self.features = dropout, dtype, 64 * width
     self.pool_features = {f"pool{stage}": factor * width for stage, (_, factor) in enumerate(STAGES, start=1)}
     self.stages = tuple(
       tuple(f"conv{stage}_{n}" for n in range(1, count + 1)) for stage, (count, _) in enumerate(STAGES, start=1)
     )
-    below = 3
+    below = channels
     for names, (_, factor) in zip(self.stages, STAGES):
       for name in names:
         setattr(self, name, layers.Conv(below, factor * width, **options))

@@ -20,6 +20,7 @@ class VGG16BN(base.Backbone, layers.Block):
     multi_grid: it has none: (1, 1, 1).
     detail: none of its fields.
     bn_momentum, frozen_bn: of batch norm.
+    channels: of the image.
 
   The features of a stride are those before the next pooling; of stride 32 there is the last pooling's result alone.
 
@@ -31,7 +32,16 @@ class VGG16BN(base.Backbone, layers.Block):
   ends_pooled = True
 
   def __init__(
-    self, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn, dtype=jnp.float32, rngs: nnx.Rngs
+    self,
+    *,
+    output_stride,
+    multi_grid,
+    detail: Details,
+    bn_momentum,
+    frozen_bn,
+    channels=3,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
   ):
     if multi_grid != (1, 1, 1):
       raise ValueError(f"model.multi_grid = {multi_grid!r}: vgg16_bn has none, leave it at (1, 1, 1).")
@@ -39,7 +49,7 @@ class VGG16BN(base.Backbone, layers.Block):
     self.output_stride = output_stride
     self.pyramid = {2**n: (f"stage{n + 1}", 64 * STAGES[n][1]) for n in range(1, 5)} | {32: ("pool5", 512)}
     self.low_levels = {"stage3": 256}
-    below = 3
+    below = channels
     for stage, (count, factor) in enumerate(STAGES, start=1):
       rate = max(2 ** (stage - 1) // output_stride, 1)
       for n in range(1, count + 1):

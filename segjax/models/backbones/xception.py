@@ -77,17 +77,28 @@ class Xception(base.Backbone):
     multi_grid: factors of the rates of the last block's three convolutions.
     detail: dilate_first.
     bn_momentum, frozen_bn: of batch norm; official: momentum 0.9997.
+    channels: of the image.
 
   The last features at a stride lie inside the next striding block, before its third convolution. Those of stride 4 a
   decoder may take before their ReLU, as officially, or behind.
   """
 
   def __init__(
-    self, depth, *, output_stride, multi_grid, detail: Details, bn_momentum, frozen_bn, dtype, rngs: nnx.Rngs
+    self,
+    depth,
+    *,
+    output_stride,
+    multi_grid,
+    detail: Details,
+    bn_momentum,
+    frozen_bn,
+    channels=3,
+    dtype,
+    rngs: nnx.Rngs,
   ):
     norm = dict(momentum=bn_momentum, epsilon=1e-3, frozen=frozen_bn)
     options = dict(norm=norm, kernel_init=nnx.initializers.truncated_normal(0.09), dtype=dtype, rngs=rngs)
-    self.conv1_1 = layers.ConvNorm(3, 32, 3, stride=2, padding="fixed", **options)
+    self.conv1_1 = layers.ConvNorm(channels, 32, 3, stride=2, padding="fixed", **options)
     self.conv1_2 = layers.ConvNorm(32, 64, 3, **options)
     table, in_features = blocks(depth), 64
     strides_and_rates = strides.strides_to_rates([block[3] for block in table], output_stride // 2, detail.dilate_first)
