@@ -29,6 +29,7 @@ setuptools.setup(
     "flax>=0.12.8,<0.13",  # The NNX state API changed in 0.10, 0.11 and 0.12.
     "grain>=0.2.18,<0.3",  # Still 0.x: names move between minor releases.
     "importlib-resources",  # TFDS imports it when it builds a data set of one's own, and names it for old Python only.
+    "jinja2>=3.1",  # Fills in HTML pages.
     "jax>=0.10",  # The first release this was measured on; also tested on 0.12.
     "ml-collections>=1.1",
     "numpy>=2.0",

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from segjax import augment, kernels, losses, metrics, steps
+from segjax import kernels, losses, metrics, steps
+from segjax.augment import color
 from segjax.kernels import compiler, convolution, depthwise
 from segjax.models import layers, resize
 from segjax.models.backbones import resnet
@@ -196,11 +197,11 @@ def turning_hue(size, batch=16):
   """A row of the costliest of the augmentation's colours, as bytes: nobody takes its gradients."""
 
   def by_remainder(image):
-    sector, chroma, value = augment._hue_chroma_value(image)
+    sector, chroma, value = color._hue_chroma_value(image)
     k = (jnp.array([5.0, 3.0, 1.0], image.dtype).reshape(1, 1, 1, 3) + sector[..., None] + 6 * 0.1) % 6
     return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
-  ours = jax.vmap(lambda image: augment.shift_hue(image, 0.1))
+  ours = jax.vmap(lambda image: color.shift_hue(image, 0.1))
   forms = {"segjax": ours, "remainder": by_remainder}
   return (
     "hue",

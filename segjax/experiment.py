@@ -15,12 +15,12 @@ from segjax import augment, input_pipeline, losses, models, sharding, state, ste
 from segjax import optimizer as optimizer_lib
 from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.config import options as options_lib
-from segjax.input_pipeline import images, scan
+from segjax.input_pipeline import images, order
 from segjax.input_pipeline.bad_examples import BadExamples
 from segjax.models import layers
 from segjax.models.base import Network
 from segjax.pretrained import unfold
-from segjax.run import device_cache, distributed, warm_start
+from segjax.run import device_cache, label_balance, warm_start
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.evaluation import Evaluator
 from segjax.state import TrainState
@@ -63,8 +63,15 @@ class Experiment:
     return self.config.loss.border_weight > 0
 
   @functools.cached_property
+  def balance(self) -> order.ClassBalance | None:
+    """See `label_balance.balance`; None too for a data set that need not be there."""
+    return label_balance.balance(self.train_source, self.config.data) if self._num_classes is None else None
+
+  @functools.cached_property
   def crop_window(self):
-    """See `augment.crop_window`."""
+    """See `augment.crop_window`; None with augment.foreground, whose pixels may lie anywhere in an image."""
+    if self.config.augment.foreground:
+      return None
     return augment.crop_window(self.config.crop_size, self.network.margin, self.augmentation)
 
   @property
@@ -81,6 +88,7 @@ class Experiment:
       margin=self.network.margin,
       fill=self.network.mean,
       ignore_label=IGNORE_LABEL,
+      classes=label_balance.of_crops(self.num_classes, self.balance) if self.augmentation.foreground else None,
     )
 
     def augment_batch(key, batch):
@@ -107,7 +115,7 @@ class Experiment:
     config = self.config
     rows = sharding.local_rows(self.mesh, config.batch_size) if rows is None else rows
     options = dict(seed=config.seed, batch_size=config.batch_size, rows=rows, start_step=start, num_steps=stop)
-    return options | dict(bad=bad, window=self.crop_window)
+    return options | dict(bad=bad, window=self.crop_window, balance=self.balance)
 
   def device_batches(self, start: int, stop: int, bad: BadExamples | None = None) -> Iterator[dict]:
     """What the train step takes in the steps [start, stop): global batches, or, with data.cache = "device", batches of ids."""
@@ -375,21 +383,5 @@ class Experiment:
       ) from error
 
   def class_weights(self, workdir: pathlib.Path) -> np.ndarray | None:
-    """[K] float32 or None, from `config.loss.class_weights`; statistics of the labels are cached in the workdir.
-
-    Raises:
-      ConfigError: another number of weights than classes, or a class that never occurs.
-    """
-    weights, source = self.config.loss.class_weights, self.train_source
-    if not weights:
-      return None
-    if not isinstance(weights[0], str):
-      if len(weights) != len(source.classes):
-        raise ConfigError(f"loss.class_weights has {len(weights)} numbers for {len(source.classes)} classes.")
-      return np.asarray(weights, np.float32)
-    cache = workdir / "label_statistics.json"
-    pixels, images_with_class = map(np.asarray, distributed.on_first(lambda: scan.cached_statistics(source, cache)))
-    try:
-      return losses.class_weights(weights[0], pixels, images_with_class)
-    except ValueError as error:
-      raise ConfigError(str(error)) from error
+    """[K] float32 or None, see `label_balance.class_weights`."""
+    return label_balance.class_weights(self.train_source, self.config.loss.class_weights, workdir)

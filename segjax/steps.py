@@ -45,6 +45,12 @@ def merge(graphdef: nnx.GraphDef, variables: dict) -> nnx.Module:
   return nnx.merge(graphdef, variables["params"], variables["batch_stats"], copy=True)
 
 
+def keys_of(seed: int, step) -> tuple[jax.Array, jax.Array]:
+  """The keys of augmentation and of dropout in a training step, counted from 0."""
+  augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+  return augment_key, dropout_key
+
+
 def make_train_step(
   graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
@@ -88,7 +94,7 @@ def make_train_step(
   @kernels_lib.on(platform)
   @jax.default_matmul_precision(matmul_precision)
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    augment_key, dropout_key = keys_of(seed, state.step)
     crops = augment_batch(augment_key, batch)
     gradient, batch_stats, value, accuracy = gradient_of(state, crops, dropout_key)
     grad_norm = optax.tree.norm(gradient)
@@ -203,7 +209,7 @@ def make_moments_step(
   @jax.default_matmul_precision(matmul_precision)
   def moments_step(variables: dict, batch: dict, number: jax.Array) -> dict:
     network = merge(graphdef, variables)
-    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+    key, _ = keys_of(seed, number)
     image = sharding.split_height(augment_batch(key, batch)[0])
     network.set_attributes(measures=True)
     network(network.preprocess(image), context=network.margin > 0)

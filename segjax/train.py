@@ -11,7 +11,7 @@ from segjax import optimizer as optimizer_lib
 from segjax.experiment import Experiment
 from segjax.input_pipeline import order, scan
 from segjax.input_pipeline.bad_examples import BadExamples
-from segjax.run import distributed, image_statistics, prediction_info, report, streams, trackers
+from segjax.run import distributed, image_statistics, label_balance, prediction_info, report, streams, trackers
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.examples import check_examples
 from segjax.run.report import say
@@ -78,7 +78,6 @@ def train(config, workdir) -> dict[str, float]:
     writer = report.Writer(workdir, trackers=tracked, start_step=start, unscored=unscored)
     if before := bad.count(start):
       say(f"note: {before} bad examples before (bad_examples_*.jsonl); data.max_bad_examples = {bad.most}")
-    say("compiling the evaluation ...")
     validation.compile(experiment.abstract_state)
     progress = report.Progress(start, config.num_steps, config.batch_size)
     say(f"training from step {start} to {config.num_steps}; the first step compiles ...")
@@ -138,6 +137,8 @@ def open_data(experiment: Experiment) -> dict[str, object]:
   kept = [experiment.train_source] * (data.cache != "device") + [experiment.eval_source]
   input_pipeline.cache.check_room(data.cache, kept)
   say(scan.probe(experiment.train_source, border=experiment.weighs_borders, most_bad=data.max_bad_examples))
+  if experiment.balance is not None:
+    say(label_balance.line(experiment.train_source, experiment.balance))
   return splits
 
 
@@ -201,7 +202,7 @@ def check_finite(experiment: Experiment, state: TrainState, checkpoints: Checkpo
   if failed < 0:
     return
   config = experiment.config
-  ids = order.train_ids(config.seed, failed, config.batch_size, len(experiment.train_source))
+  ids = order.train_ids(config.seed, failed, config.batch_size, len(experiment.train_source), experiment.balance)
   checkpoints.wait()
   # The others wait: the end of one of them would end process 0 while it writes.
   batch = distributed.on_first(lambda: save_batch(experiment, failed, checkpoints.folder.parent, bad))

@@ -38,6 +38,8 @@ def make_config(model: str, dtype: str = "float64"):
     config.model.update(width=2, fuse="features")  # Whose score layers do not begin with zeros.
     config.crop_size = (40, 36)
     config.augment.update(rotation=20.0, shear=5.0, shift=0.1, zoom=0.1, elastic=1.0, hsv=(0.1, 0.1, 0.1))
+    config.augment.update(class_mix=0.5, flip_vertical=True, foreground=0.5, gamma=0.2, blur=1.0, noise=0.05)
+    config.data.sampling = "class_balanced"
   elif model == "deeplab":
     config.model.update(backbone="mobilenet_v2", output_stride=8, atrous_rates=(1, 2, 3), bn_momentum=0.9)
     config.crop_size = (32, 33)
@@ -121,6 +123,7 @@ def run(config, mesh, num_steps: int = 5) -> dict:
         rows=sharding.local_rows(mesh, config.batch_size),
         start_step=0,
         num_steps=num_steps,
+        balance=Experiment(config, mesh=mesh).balance,
       )
     )
     found = dict(ids=np.stack([batch["id"] for batch in batches]))

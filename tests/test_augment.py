@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from scipy.ndimage import gaussian_filter
 
 from segjax import augment, sharding
+from segjax.augment import color
 
 FILL = (10.0, 20.0, 30.0)
 
@@ -145,11 +147,11 @@ def test_resampling_equals_the_resize_of_official_deeplab(shared):
 
 def test_one_and_eight_devices_draw_the_same():
   image, label = coordinates(8, 32, 32)
-  color = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
-  alone = run(image, label, **color)
+  options = dict(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.2)
+  alone = run(image, label, **options)
   mesh = sharding.make_mesh()
   put = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "space"))) for x in (image, label)]
-  sharded = run(*put, **color)
+  sharded = run(*put, **options)
   np.testing.assert_allclose(sharded[0], alone[0], atol=2e-2)  # Grey levels: XLA fuses each batch size differently.
   np.testing.assert_array_equal(sharded[1], alone[1])
 
@@ -176,23 +178,21 @@ def test_each_colour_option_changes_the_image_stays_in_range_and_spares_padding(
 
 def test_hue_by_a_third_turns_red_into_green_and_a_full_turn_changes_nothing():
   red = jnp.array([[[200.0, 50.0, 50.0]]])
-  np.testing.assert_allclose(augment.shift_hue(red, 1 / 3)[0, 0], [50, 200, 50], atol=1e-3)
+  np.testing.assert_allclose(color.shift_hue(red, 1 / 3)[0, 0], [50, 200, 50], atol=1e-3)
   image = jnp.asarray(np.random.default_rng(0).uniform(0, 255, (5, 5, 3)), jnp.float32)
-  np.testing.assert_allclose(augment.shift_hue(image, 1.0), image, atol=1e-2)
+  np.testing.assert_allclose(color.shift_hue(image, 1.0), image, atol=1e-2)
 
 
 def test_grey_has_no_hue_or_saturation_to_change():
   grey = jnp.full((3, 3, 3), 90.0)
   options = augment.Augmentation(saturation=0.9, hue=0.5, hsv=(0.4, 0.4, 0.0))
-  np.testing.assert_allclose(
-    augment.jitter_color(jax.random.key(0), grey, jnp.ones((3, 3), bool), options), grey, atol=1e-3
-  )
+  np.testing.assert_allclose(color.jitter(jax.random.key(0), grey, jnp.ones((3, 3), bool), options), grey, atol=1e-3)
 
 
 def test_hsv_shifts_equal_colorsys():
   rng = np.random.default_rng(0)
   image = rng.uniform(0, 255, (4, 5, 3)).astype(np.float32)
-  got = np.asarray(augment.shift_hsv(jnp.asarray(image), 0.3, -0.2, 0.15))
+  got = np.asarray(color.shift_hsv(jnp.asarray(image), 0.3, -0.2, 0.15))
   for pixel, out in zip(image.reshape(-1, 3), got.reshape(-1, 3)):
     h, s, v = colorsys.rgb_to_hsv(*(pixel / 255))
     want = colorsys.hsv_to_rgb((h + 0.3) % 1, min(max(s - 0.2, 0), 1), min(max(v + 0.15, 0), 1))
@@ -277,3 +277,85 @@ def test_a_border_map_goes_with_the_label():
     _, classes, weight = run_all(image, label, border=border, crop=(32, 32), **warp)
     want = np.where(classes == 255, 0, (classes / 64).astype(np.float16))
     np.testing.assert_array_equal(weight, want)
+
+
+def straight(seed=0, **options):
+  """Crops that are the whole image, of 200 examples, but for what `options` do; and image and label."""
+  image, label = coordinates(200, 16, 16)
+  label[:, 3, :5] = 255
+  return run(image, label, crop=(16, 16), scale=(1.0, 1.0), flip=False, seed=seed, **options), image, label
+
+
+def test_a_vertical_flip_mirrors_half_of_the_examples_exactly():
+  (out, classes), image, label = straight(flip_vertical=True)
+  mirrored = out[:, 0, 0, 0] > out[:, -1, 0, 0]
+  assert 70 < mirrored.sum() < 130
+  for i in range(200):
+    side = np.s_[::-1] if mirrored[i] else np.s_[:]
+    np.testing.assert_array_equal(out[i], image[i][side])
+    np.testing.assert_array_equal(classes[i], label[i][side])
+
+
+def test_quarter_turns_are_numpys_each_alike():
+  (out, classes), image, label = straight(quarter_turns=True)
+  counts = np.zeros(4, int)
+  for i in range(200):
+    (turn,) = (n for n in range(4) if (out[i] == np.rot90(image[i], n)).all())
+    np.testing.assert_array_equal(classes[i], np.rot90(label[i], turn))
+    counts[turn] += 1
+  assert counts.min() > 30
+
+
+def test_turned_crops_with_a_margin_keep_label_and_image_together():
+  image, label = coordinates(40, 30, 30)
+  out, classes = run(image, label, crop=(8, 8), margin=5, scale=(1.0, 1.0), quarter_turns=True, flip_vertical=True)
+  row, col = out[:, 5:-5, 5:-5, 0] / 4, out[:, 5:-5, 5:-5, 1] / 4
+  np.testing.assert_array_equal(row // 8 * 8 + col // 8, classes)
+
+
+def test_gamma_is_a_power_of_the_value_with_exponents_over_the_configured_range():
+  (out, _), image, _ = straight(gamma=0.5)
+  exponents = np.log(out[:, 9, 9, 2] / 255) / np.log(77 / 255)
+  assert exponents.min() < 0.55 and exponents.max() > 1.45
+  want = 255 * (image / 255.0) ** exponents.reshape(-1, 1, 1, 1)
+  np.testing.assert_allclose(out, want, atol=0.02)
+
+
+@pytest.mark.parametrize("channels, most", [(3, 255), (1, 1), (5, 65535)])
+def test_blur_equals_scipys_gaussian_and_takes_nothing_from_beyond_the_image(channels, most):
+  rng = np.random.default_rng(0)
+  image = rng.uniform(0, most, (20, 17, channels)).astype(np.float32)
+  inside = np.zeros((20, 17), bool)
+  inside[:14, :15] = True
+  for deviation in (0.4, 1.7):
+    got = np.asarray(color.blur(jnp.asarray(image), jnp.asarray(inside), deviation, 2.0))
+    smooth = functools.partial(gaussian_filter, sigma=deviation, radius=6, mode="constant")
+    want = np.stack([smooth(image[..., c] * inside) for c in range(channels)], -1) / smooth(inside * 1.0)[..., None]
+    np.testing.assert_allclose(got[inside], want[inside], rtol=1e-4)
+    np.testing.assert_array_equal(got[~inside], image[~inside])
+  np.testing.assert_array_equal(color.blur(jnp.asarray(image), jnp.asarray(inside), 0.0, 2.0), image)
+
+
+def test_noise_is_normal_with_deviations_over_the_configured_range():
+  grey = np.full((200, 16, 16, 3), 128, np.uint8)
+  out, classes = run(grey, np.zeros((200, 16, 16), np.uint8), crop=(16, 20), scale=(1.0, 1.0), flip=False, noise=0.1)
+  shown = (out - 128)[:, :, :16]
+  deviations = shown.std((1, 2, 3))
+  assert deviations.min() < 2 and 23 < deviations.max() < 28 and np.histogram(deviations, 4, (0, 25.5))[0].min() > 25
+  normalised = shown / deviations.reshape(-1, 1, 1, 1)
+  assert np.abs(normalised.mean((0, 1, 2))).max() < 0.02 and abs((np.abs(normalised) < 1).mean() - 0.6827) < 0.01
+  correlation = np.corrcoef(normalised.reshape(-1, 3).T)
+  assert np.abs(correlation - np.eye(3)).max() < 0.02
+  assert (out[:, :, 16:] == FILL).all() and (classes[:, :, 16:] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["flip_vertical", "quarter_turns", "gamma", "blur", "noise"])
+def test_a_device_more_or_less_changes_no_bit_of_what_is_new(name):
+  """But for the rounding of gamma and blur, whose fusions differ with the number of examples on a device."""
+  image, label = coordinates(8, 16, 16)
+  options = {name: True if "flip" in name or "turn" in name else 0.5}
+  alone = run(image, label, crop=(16, 16), **options)
+  put = [jax.device_put(x, NamedSharding(sharding.make_mesh(), PartitionSpec("data"))) for x in (image, label)]
+  split = run(*put, crop=(16, 16), **options)
+  np.testing.assert_array_equal(split[1], alone[1])
+  np.testing.assert_allclose(split[0], alone[0], atol=2e-2 if name in ("gamma", "blur") else 1e-3)

@@ -20,9 +20,9 @@ seed num_steps batch_size accumulate_steps crop_size dtype log_every eval_every 
 mesh.data mesh.space remat kernels profile_steps trackers
 data.name data.train_split data.eval_split data.loader data.workers data.canvas_size data.num_train data.num_val
 data.image_size data.images data.masks data.mask_suffix data.list data.classes data.colors data.label_map data.format
-data.cache data.exif data.channels data.labels data.dataset data.image_feature data.mask_feature data.id_feature
-augment.scale augment.flip augment.rotation
-augment.shear augment.shift augment.zoom augment.elastic augment.outside
+data.cache data.exif data.sampling data.channels data.labels data.dataset data.image_feature data.mask_feature data.id_feature
+augment.scale augment.flip augment.rotation augment.shear augment.shift augment.zoom augment.elastic augment.outside
+augment.flip_vertical augment.foreground augment.blur
 loss.terms optimizer.name optimizer.base_lr optimizer.schedule optimizer.warmup_steps optimizer.momentum
 optimizer.weight_decay optimizer.freeze optimizer.lr_multipliers optimizer.clip_norm optimizer.ema_decay
 policy.metric policy.plateau_factor policy.early_stop
@@ -44,6 +44,15 @@ CASES = [
   ("shard_state", UNET, {"shard_state": True}, {"mesh.data": 1}),
   ("data.dir", UNET, {"data.dir": "/data"}, GENERATED),
   ("data.max_bad_examples", UNET, {"data.max_bad_examples": 2}, GENERATED),
+  (
+    "data.sampling_temperature",
+    UNET,
+    {"data.sampling": "class_balanced", "data.sampling_temperature": 0.1},
+    {"data.sampling": "uniform"},
+  ),
+  ("augment.quarter_turns", UNET, {"augment.quarter_turns": True}, {"crop_size": (256, 128)}),
+  ("augment.class_mix", UNET, {"augment.class_mix": 0.5}, {"batch_size": 1}),
+  ("augment.class_mix", UNET, {"augment.class_mix": 0.5}, {"model.padding": "valid"}),
   ("data.holdout", UNET, FLAT | {"data.holdout": 20.0}, {"data.images": "images/{split}"}),
   ("data.folds", UNET, FLAT | {"data.folds": 5}, {"data.masks": "{split}annot"}),
   ("data.split_seed", UNET, FLAT | {"data.split_seed": 1}, {"data.list": "{split}.txt"}),
@@ -62,8 +71,9 @@ CASES = [
   ("data.std", UNET, MEASURED, {"data.channels": 0}),
   *(
     (f"augment.{field}", UNET, {f"augment.{field}": value}, {"data.channels": 1})
-    for field, value in dict(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.1, hsv=(0.1, 0.1, 0.1)).items()
+    for field, value in dict.fromkeys(("brightness", "contrast", "saturation", "hue", "gamma", "noise"), 0.1).items()
   ),
+  ("augment.hsv", UNET, {"augment.hsv": (0.1, 0.1, 0.1)}, {"data.channels": 1}),
   ("data.instances", UNET, WEIGHTED, {"loss.border_weight": 0.0}),
   ("data.border_sigma", UNET, WEIGHTED | {"data.border_sigma": 3.0}, {"loss.border_weight": 0.0}),
   ("model.bn_momentum", UNET, {"model.bn_momentum": 0.99}, {"model.batch_norm": False}),

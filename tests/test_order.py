@@ -1,6 +1,7 @@
 """The order of examples: golden values, permutations, and independence of hosts."""
 
 import numpy as np
+import pytest
 
 from segjax.input_pipeline import order
 
@@ -43,3 +44,41 @@ def test_evaluation_shows_every_example_once_and_pads_the_last_batch():
   steps = order.num_eval_steps(4, 10)
   ids = np.concatenate([order.eval_ids(step, 4, 10) for step in range(steps)])
   assert steps == 3 and ids.tolist() == [*range(10), order.PADDING, order.PADDING]
+
+
+def counts_of(shares, num_examples=40):
+  """[N, K] pixels per class: class c is in the examples whose number its period divides, and has that share of the pixels."""
+  counts = np.zeros((num_examples, len(shares)), np.int64)
+  for c, (share, period) in enumerate(shares):
+    held = np.arange(num_examples) % period == 0
+    counts[held, c] = 1_000_000 * share / held.sum()
+  return counts
+
+
+SHARES = ((0.9, 1), (0.08, 2), (0.02, 20))
+
+
+def test_class_balanced_draws_are_what_they_were_when_written():
+  """Golden values, as of the order of epochs."""
+  balance = order.ClassBalance(counts_of(SHARES), 0.05)
+  assert order.train_ids(7, 3, 6, 40, balance).tolist() == [0, 0, 26, 20, 0, 20]
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_classes_are_drawn_as_daformer_draws_them_and_their_examples_alike(temperature):
+  counts = counts_of(SHARES)
+  balance = order.ClassBalance(counts, temperature)
+  frequency = np.array([share for share, _ in SHARES])
+  want = np.exp((1 - frequency) / temperature) / np.exp((1 - frequency) / temperature).sum()
+  np.testing.assert_allclose(balance.probabilities, want, rtol=1e-4)
+  ids = np.concatenate([order.train_ids(0, step, 100, 40, balance) for step in range(200)])
+  drawn = np.bincount(ids, minlength=40) / len(ids)
+  expected = ((counts > 0) / (counts > 0).sum(0)) @ want
+  np.testing.assert_allclose(drawn, expected, atol=4 * np.sqrt(expected.max() / len(ids)))
+
+
+def test_class_balanced_steps_follow_from_seed_and_step_alone():
+  balance, again = (order.ClassBalance(counts_of(SHARES), 0.05) for _ in range(2))
+  whole = balance.draw(3, np.arange(24))
+  np.testing.assert_array_equal(order.train_ids(3, 2, 8, 40, again), whole[16:])
+  assert order.train_ids(4, 2, 8, 40, again).tolist() != whole[16:].tolist()

@@ -102,6 +102,15 @@ DATA = dict(
     "training examples that may become unreadable during a run; each is all void in its step, and counted. One more stops the"
     " run. Evaluation always stops at the first.",
   ),
+  sampling=Option(
+    "uniform",
+    'which examples train: "uniform", each once an epoch; "class_balanced", a class is drawn, the rarer the more often, and one'
+    " of the examples that hold it (DAFormer, arXiv 2111.14887, section 3.3). Then all labels are read once before training.",
+  ),
+  sampling_temperature=Option(
+    0.01,
+    "T of class_balanced: a class of share f of the labelled pixels is drawn in proportion to exp((1 - f) / T). Large: all alike.",
+  ),
   exif=Option(
     "refuse",
     "images that EXIF wants turned, where the mask's size does not show whether it was drawn on the turned image, and in"
@@ -181,7 +190,7 @@ def sections() -> dict[str, dict[str, Option]]:
   return {
     "": RUN,
     "mesh": MESH,
-    "augment": signature("augment.Augmentation"),
+    "augment": signature("augment.options.Augmentation"),
     "loss": signature("losses.make_loss") | LOSS,
     "optimizer": OPTIMIZER | signature("optimizer.make_schedule") | signature("optimizer.make_optimizer"),
     "policy": POLICY | signature("optimizer.update_policy"),

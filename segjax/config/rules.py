@@ -14,6 +14,7 @@ CHOICES = {
   "matmul_precision": ("default", "highest"),
   "kernels": ("auto", "plain"),
   "data.loader": ("tf_data", "grain"),
+  "data.sampling": ("uniform", "class_balanced"),
   "data.exif": ("refuse", "apply", "ignore"),
   "data.depth": ("uint8", "uint16", "float32"),
   "data.cache": ("none", "memory", "disk", "device"),
@@ -77,6 +78,8 @@ ACTS = (
        "take a config of the source that reads it, e.g. configs/folder.py"),
   Acts("data.max_bad_examples", ("data.name",), lambda c: c.data.name != "synthetic",
        "take a source that reads files; generated examples are never bad"),
+  Acts("data.sampling_temperature", ("data.sampling",), lambda c: c.data.sampling == "class_balanced",
+       "set data.sampling to class_balanced"),
   *(Acts(f"data.{field}", ("data.images", "data.masks", "data.list"), _holds_out,
          "take {split} out of data.images and data.masks, and name no data.list, so that images are held out")
     for field in ("holdout", "folds", "split_seed", "group")),
@@ -85,8 +88,8 @@ ACTS = (
   *(Acts(f"data.{field}", ("data.channels",), lambda c: c.data.channels > 0, "set data.channels")
     for field in ("depth", "mean", "std")),
   *(Acts(f"augment.{field}", ("data.channels",), lambda c: c.data.channels == 0,
-         "colours are defined for RGB of 8 bits: set data.channels to 0")
-    for field in ("brightness", "contrast", "saturation", "hue", "hsv")),
+         "it is defined for RGB of 8 bits: set data.channels to 0")
+    for field in ("brightness", "contrast", "saturation", "hue", "hsv", "gamma", "noise")),
   Acts("data.void_colors", ("data.colors",), lambda c: bool(c.data.colors), "name the classes' colours too"),
   *(Acts(f"data.{field}", ("loss.border_weight",), lambda c: c.loss.border_weight > 0,
          "set loss.border_weight, e.g. to 10") for field in ("instances", "border_sigma")),
@@ -111,6 +114,11 @@ ACTS = (
        lambda c: len(c.augment.scale) != 2
        or c.augment.scale[1] - c.augment.scale[0] >= (1 - 1e-6) * c.augment.scale_step,
        "only the smallest scale would be drawn: choose a step within the range, or widen augment.scale"),
+  Acts("augment.quarter_turns", ("crop_size",), lambda c: len(set(c.crop_size)) == 1,
+       "only square crops keep their size when turned: set crop_size to e.g. 512,512; or take augment.rotation"),
+  Acts("augment.class_mix", ("batch_size",), lambda c: c.batch_size > 1, "set batch_size to 2 or more"),
+  Acts("augment.class_mix", ("model.padding",), lambda c: c.model.padding != "valid",
+       "what surrounds an unpadded network's crop has no labels to mix by: set model.padding to same"),
   *(Acts(f"loss.{field}", ("loss.terms",), functools.partial(_names_term, term), f"name {term} in loss.terms")
     for term in options.loss_terms() for field in options.signature("losses.make_loss") if field.startswith(f"{term}_")),
   Acts("loss.border_weight", ("loss.terms",), lambda c: bool(_terms(c) & {"cross_entropy", "bce"}),
@@ -240,6 +248,7 @@ def _data(data) -> Rules:
     for field in ("num_train", "num_val"):
       yield data[field] >= 1, f"data.{field}", "must be at least 1."
   yield data.max_bad_examples >= 0, "data.max_bad_examples", "must be 0 (stop at the first) or more."
+  yield data.sampling_temperature > 0, "data.sampling_temperature", "must be above 0; DAFormer has 0.01."
   yield data.workers >= 0, "data.workers", "must be 0 (one per core) or more."
   if "holdout" in data:
     holdout = data.holdout
@@ -252,12 +261,8 @@ def _data(data) -> Rules:
     yield data.channels >= 0, "data.channels", "must be 0 (RGB of 8 bits) or the number of channels."
   if "channels" in data and data.channels > 0:
     for field in ("mean", "std"):
-      numbers = all(isinstance(n, int | float) for n in data[field])
-      yield (
-        numbers and len(data[field]) in (0, data.channels),
-        f"data.{field}",
-        "needs a number for each channel, or none.",
-      )
+      fits = len(data[field]) in (0, data.channels) and all(isinstance(n, int | float) for n in data[field])
+      yield fits, f"data.{field}", "needs a number for each channel, or none."
     yield len(data.std) == len(data.mean), "data.std", "needs as many numbers as data.mean."
     yield all(isinstance(n, str) or n > 0 for n in data.std), "data.std", "must be above 0."
   if data.name == "folder":
@@ -268,13 +273,15 @@ def _augmentation(augment) -> Rules:
   scale = augment.scale
   yield len(scale) == 2 and 0 < scale[0] <= scale[-1], "augment.scale", "must be (smallest, largest), above 0."
   yield augment.scale_step >= 0, "augment.scale_step", "must be 0 (continuous) or more."
-  for field in ("brightness", "contrast", "saturation"):
+  for field in ("brightness", "contrast", "saturation", "noise", "foreground", "class_mix"):
     yield 0 <= augment[field] <= 1, f"augment.{field}", "must lie in [0, 1]."
   yield 0 <= augment.hue <= 0.5, "augment.hue", "must lie in [0, 0.5], a share of the colour circle."
   hsv = augment.hsv
   yield len(hsv) == 3 and all(0 <= s <= 1 for s in hsv), "augment.hsv", "needs three numbers in [0, 1]."
   for field, limit in (("rotation", 180), ("shear", 80), ("shift", 1), ("zoom", 0.9)):
     yield 0 <= augment[field] <= limit, f"augment.{field}", f"must lie in [0, {limit}]."
+  yield 0 <= augment.gamma < 1, "augment.gamma", "must lie in [0, 1)."
+  yield 0 <= augment.blur <= 20, "augment.blur", "must lie in [0, 20] pixels."
   yield augment.elastic >= 0, "augment.elastic", "must be 0 (off) or more pixels."
 
 

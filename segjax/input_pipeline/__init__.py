@@ -129,6 +129,25 @@ def classes_and_canvas(data, split: str, window=None) -> tuple[int, tuple[int, i
   return num_classes, size, f"not at hand ({why})"
 
 
+def class_balance(source, data, counts: np.ndarray) -> order.ClassBalance:
+  """How often the examples of a split are drawn with data.sampling = "class_balanced".
+
+  Args:
+    counts: of `scan.class_counts`.
+
+  Raises:
+    ConfigError: a class that no label holds.
+  """
+  try:
+    return order.ClassBalance(counts, data.sampling_temperature)
+  except ValueError as error:
+    absent = ", ".join(source.classes[number] for number in error.args[0])
+    raise config_lib.ConfigError(
+      f"data.sampling = class_balanced: no training label holds {absent}, so no example can be drawn for it. Take it out of"
+      " data.classes, check data.label_map, or set data.sampling to uniform."
+    ) from error
+
+
 def load_example(source, canvas_size: tuple[int, int], index: int, border: bool = False) -> dict[str, np.ndarray]:
   """Example `index` at its own size; `order.PADDING` gives one without pixels, which is all void on the canvas.
 
@@ -219,7 +238,7 @@ def _batches(
 
 
 def train_batches(
-  source, data, *, seed, batch_size, rows, start_step, num_steps, border=False, bad=None, window=None
+  source, data, *, seed, batch_size, rows, start_step, num_steps, border=False, bad=None, window=None, balance=None
 ) -> Iterator[dict[str, np.ndarray]]:
   """Training batches of steps start_step .. num_steps - 1, the same for every loader and number of hosts.
 
@@ -231,11 +250,12 @@ def train_batches(
     bad: the `BadExamples` of a run, whose unreadable examples are all void, up to a number. None: the first one raises.
     window: of `augment.crop_window`, to which large images are cut where the canvas would be mostly padding; batches then
       have `origin` and `share`, see `canvas.cut_window`. None: never.
+    balance: of `class_balance`.
   """
   size = train_canvas(source, data, window)
 
   def ids(step):
-    return order.train_ids(seed, step, batch_size, len(source))
+    return order.train_ids(seed, step, batch_size, len(source), balance)
 
   def cut(example, step, row):
     return canvas.cut_window(example, size, window[1], (seed, step, row))
@@ -246,7 +266,7 @@ def train_batches(
 
 
 def id_batches(
-  source, data, *, seed, batch_size, rows, start_step, num_steps, unreadable, bad=None, window=None
+  source, data, *, seed, batch_size, rows, start_step, num_steps, unreadable, bad=None, window=None, balance=None
 ) -> Iterator[dict[str, np.ndarray]]:
   """What `train_batches` gives, where all pixels are at hand already: `id` [b] int32, `order.PADDING` for a bad example.
 
@@ -265,7 +285,7 @@ def id_batches(
     )
   size, known = train_canvas(source, data, window), bad if bad is not None else ()
   for step in range(start_step, num_steps):
-    ids = order.train_ids(seed, step, batch_size, len(source))
+    ids = order.train_ids(seed, step, batch_size, len(source), balance)
     for row, index in enumerate(ids.tolist()):
       if index in unreadable and (step, row) not in known:
         bad.add(step, row, source.describe(index), unreadable[index])

@@ -12,6 +12,7 @@ import tqdm
 
 from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.files import atomic
+from segjax.input_pipeline import cache
 from segjax.input_pipeline.images import DataError
 
 
@@ -55,20 +56,20 @@ def scan(
   return np.stack(counts), list(checksums), [problem for problem in problems if problem]
 
 
-def cached_statistics(source, cache: pathlib.Path) -> tuple[list[int], list[int]]:
+def cached_statistics(source, path: pathlib.Path) -> tuple[list[int], list[int]]:
   """`label_statistics`, kept in a JSON file.
 
   Raises:
     ConfigError: the file is damaged.
   """
-  if cache.exists():
+  if path.exists():
     try:
-      saved = json.loads(cache.read_text())
+      saved = json.loads(path.read_text())
       return list(saved["pixels"]), list(saved["images_with_class"])
     except (ValueError, KeyError, TypeError) as error:
-      raise ConfigError(f"{cache}: damaged ({error}). Remove it: it is made again from the labels.") from error
+      raise ConfigError(f"{path}: damaged ({error}). Remove it: it is made again from the labels.") from error
   pixels, images_with_class = (counts.tolist() for counts in label_statistics(source))
-  atomic.write_text(cache, json.dumps(dict(pixels=pixels, images_with_class=images_with_class)))
+  atomic.write_text(path, json.dumps(dict(pixels=pixels, images_with_class=images_with_class)))
   return pixels, images_with_class
 
 
@@ -78,11 +79,27 @@ def label_statistics(source) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     DataError: the first example that cannot be read.
   """
-  counts, _, problems = scan(source, range(len(source)), "class weights")
+  counts = _count(source, "class weights")
+  return counts.sum(0), ((counts > 0) * counts.sum(1, keepdims=True)).sum(0)
+
+
+def class_counts(source) -> np.ndarray:
+  """[N, K] int64, the pixels of each class in each label, for data.sampling; kept in the user's cache folder.
+
+  Raises:
+    DataError: the first example that cannot be read.
+    ConfigError: the cache folder cannot be made or trusted.
+  """
+  names, states = zip(*map(source.identity, range(len(source))))
+  name = "|".join((*source.classes, *names))
+  return cache.arrays("class_counts", name, " ".join(states), lambda: (_count(source, "class counts"),))[0]
+
+
+def _count(source, progress: str) -> np.ndarray:
+  counts, _, problems = scan(source, range(len(source)), progress)
   if problems:
     raise DataError(problems[0])
-  counts = counts[:, : len(source.classes)]
-  return counts.sum(0), ((counts > 0) * counts.sum(1, keepdims=True)).sum(0)
+  return counts[:, : len(source.classes)]
 
 
 def image_statistics(source, most_bad: int = 0) -> tuple[tuple[float, ...], tuple[float, ...]]:

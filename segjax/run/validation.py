@@ -101,6 +101,7 @@ class Validation:
 
   def compile(self, abstract: TrainState) -> None:
     """Compiles the evaluation before training begins, so that its failure costs nothing."""
+    self._say("compiling the evaluation ...")
     self._evaluator.compile(abstract.eval_variables())
 
   def __call__(self, state: TrainState, checkpoints: Checkpoints, writer: report.Writer) -> dict[str, float]:

@@ -8,44 +8,99 @@ where there is a problem.
 
 import collections
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
 
 from segjax import input_pipeline
 from segjax.input_pipeline import DataError, images, inventory, scan
 from segjax.run import commandline
 
 
-def check(config) -> int:
-  """Scans both splits and prints what it finds; returns the number of problems."""
-  total, sources, occurrences = 0, {}, collections.defaultdict(list)
-  for split in dict.fromkeys((config.data.train_split, config.data.eval_split)):
+class Split(NamedTuple):
+  """What is in a split.
+
+  Attributes:
+    source: of its examples; None, and nothing else, where it cannot be opened or read at all.
+    counts: [N, 256] label values of each example.
+    checksums: of each image; None where the example cannot be read.
+    problems: (number of its example, or None, text) of each.
+  """
+
+  source: object | None
+  counts: np.ndarray | None
+  checksums: list[bytes | None]
+  problems: list[tuple[int | None, str]]
+
+
+class Findings(NamedTuple):
+  """What is in a data set: its splits; problems beside them; and what is only named."""
+
+  splits: dict[str, Split]
+  others: list[str]
+  notes: list[str]
+
+
+def examine(config, tell: Callable[[str, Split], None] = lambda name, split: None) -> Findings:
+  """Reads both splits.
+
+  Args:
+    tell: called with each as soon as it is read.
+  """
+  splits, occurrences = {}, collections.defaultdict(list)
+  for name in dict.fromkeys((config.data.train_split, config.data.eval_split)):
+    splits[name] = split = _examine(config, name)
+    for index, checksum in enumerate(split.checksums):
+      if checksum:
+        occurrences[checksum].append((name, split.source.describe(index)))
+    tell(name, split)
+  beside = inventory.unused({name: split.source for name, split in splits.items() if split.source is not None})
+  lines = [(f"{images.printable(str(path))} is not used: {why}", bool(why.remedy)) for path, why in beside.items()]
+  problems = [line for line, serious in lines if serious]
+  return Findings(splits, problems + scan.repeated(occurrences), [line for line, serious in lines if not serious])
+
+
+def _examine(config, name: str) -> Split:
+  source = None
+  try:
+    source = input_pipeline.make_source(config.data, name)
+    border = config.loss.border_weight > 0 and name == config.data.train_split
+    counts, checksums, texts = scan.scan(source, range(len(source)), f"checking {name}", border)
+  except DataError as error:
+    return Split(None, None, [], [(None, str(error))])
+  unread = [index for index, checksum in enumerate(checksums) if checksum is None]
+  problems = list(zip(unread, texts)) + [(None, text) for text in scan.warnings(source, counts)]
+  if not problems:  # Otherwise the canvas would raise the same errors again.
     try:
-      source = input_pipeline.make_source(config.data, split)
-      border = config.loss.border_weight > 0 and split == config.data.train_split
-      counts, checksums, found = scan.scan(source, range(len(source)), f"checking {split}", border)
-      sources[split] = source
-      for index, checksum in enumerate(checksums):
-        if checksum:
-          occurrences[checksum].append((split, source.describe(index)))
-      found += scan.warnings(source, counts)
-      print(f"{split}: {len(source)} examples\n{scan.share_table(source, counts)}")
+      input_pipeline.canvas_of(source, config.data)
+    except DataError as error:
+      problems.append((None, str(error)))
+  return Split(source, counts, checksums, problems)
+
+
+def check(config) -> int:
+  """Reads both splits and prints what is found; returns the number of problems."""
+
+  def tell(name: str, split: Split) -> None:
+    source = split.source
+    if source is not None:
+      print(f"{name}: {len(source)} examples\n{scan.share_table(source, split.counts)}")
       for note in source.notes:
         print(f"  note: {note}")
-      if not found:  # Otherwise the canvas would raise the same errors again.
+      if not split.problems:
         print("  canvas {} x {} (height x width)".format(*input_pipeline.canvas_of(source, config.data)))
-        if source.pixels.channels and split == config.data.train_split:
+        if source.pixels.channels and name == config.data.train_split:
           print(_statistics(source))
-    except DataError as error:
-      found = [str(error)]
-    for problem in found:
-      print(f"  PROBLEM in {split}: {problem}")
-    total += len(found)
-  beside = inventory.unused(sources)
-  for path, why in beside.items():
-    print(f"{'PROBLEM: ' if why.remedy else 'note: '}{images.printable(str(path))} is not used: {why}")
-  twice = scan.repeated(occurrences)
-  for problem in twice:
+    for _, problem in split.problems:
+      print(f"  PROBLEM in {name}: {problem}")
+
+  found = examine(config, tell)
+  for problem in found.others:
     print(f"PROBLEM: {problem}")
-  total += len(twice) + sum(bool(why.remedy) for why in beside.values())
+  for note in found.notes:
+    print(f"note: {note}")
+  total = len(found.others) + sum(len(split.problems) for split in found.splits.values())
   print("no problems found" if not total else f"{total} problem(s) found")
   return total
 

@@ -58,7 +58,7 @@ def dry_run(
 
   experiment = Experiment(config, mesh=mesh, num_classes=num_classes)
   window, whole = experiment.crop_window, canvas
-  if any(n > m for n, m in zip(whole, window[0])):
+  if window is not None and any(n > m for n, m in zip(whole, window[0])):
     _, canvas, _ = input_pipeline.classes_and_canvas(data, data.train_split, window)
   if canvas != whole:
     say(

@@ -14,6 +14,7 @@ VERBS = {
   "predict": ("segjax.predict", (), "predict any images with a run or weights"),
   "submit": ("segjax.main", ("--mode=submit",), "predict a split and pack it as its benchmark's server takes it"),
   "check": ("segjax.check_data", (), "read a whole data set and name every problem"),
+  "browse": ("segjax.browse", (), "show the training data as the network gets them, on one HTML page"),
   "prepare": ("segjax.prepare", (), "unpack VOC, Cityscapes or the nuclei; masks from the JSON of COCO or LabelMe"),
   "dry-run": ("segjax.main", ("--mode=dry_run",), "say what training would need: memory, work, communication"),
   "benchmark": ("segjax.benchmark", (), "measure the speed of the steps and of the input"),

@@ -1,4 +1,4 @@
-"""Training augmentation on the device, inside the jitted step: random scale, crop, flip, warp and colour.
+"""Training augmentation on the device, inside the jitted step: random scale, crop, flip, warp, colour and ClassMix.
 
 Hosts only decode; the random part is a pure function of (seed, step, position in the global batch), so any number of
 devices or hosts, and either loader, sees the same crops. Scale, crop and flip are one separable resample: each output
@@ -6,7 +6,6 @@ row looks at one (fractional) input row, each output column at one input column.
 are not, and gather pixel by pixel.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -14,53 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from segjax.augment import class_mix, color, foreground
+from segjax.augment.options import Augmentation
 from segjax.models import resize
 
 _LARGEST_NORMAL = 6  # Deviations; jax.random.normal gives at most 5.5 in float32.
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-  """What is drawn at random for each training crop, the fields of `config.augment`; 0 and False are off.
-
-  Scale, crop and flip:
-    scale: (smallest, largest) of the random resize, relative to the stored image.
-    scale_step: 0: continuous uniform, else the spacing of the values drawn, from the smallest on (official DeepLab: 0.25).
-    flip: mirrors left-right with probability 1/2.
-    outside: what crops show beyond the image. "mirror": image and label go on, mirrored. "void": the mean pixel, without a
-      label; but the image is mirrored for a model with a margin, as in its predictions.
-  Warp, see `warp_field`:
-    rotation: strength s, degrees; uniform in [-s, s] about the crop's centre. 0: off.
-    shift: strength s, share of the crop; uniform in [-s, s] for height and width. 0: off.
-    shear: strength s, degrees; uniform in [-s, s]; slants the columns. 0: off.
-    zoom: strength s; factors of height and width are uniform in [1 - s, 1 + s], each its own, beside `scale`. 0: off.
-    elastic: deviation in pixels of the normal displacements of a 3x3 grid over the crop, interpolated bicubically to
-      all pixels (U-Net, arXiv 1505.04597, section 3.1: 10). 0: off.
-  Colour, see `jitter_color`:
-    brightness, contrast, saturation: strength s; the factor is uniform in [1 - s, 1 + s]. 0: off.
-    hue: strength s; the shift is uniform in [-s, s] of the colour circle. 0: off.
-    hsv: strengths s of what is added to hue, saturation and value, uniform in [-s, s] of their range. 0: off.
-  """
-
-  scale: tuple[float, float] = (0.5, 2.0)
-  scale_step: float = 0.0
-  flip: bool = True
-  outside: str = "void"
-  rotation: float = 0.0
-  shift: float = 0.0
-  shear: float = 0.0
-  zoom: float = 0.0
-  elastic: float = 0.0
-  brightness: float = 0.0
-  contrast: float = 0.0
-  saturation: float = 0.0
-  hue: float = 0.0
-  hsv: tuple[float, float, float] = (0.0, 0.0, 0.0)
-
-  @property
-  def warps(self) -> bool:
-    """Whether crops are warped at all; without it resampling is separable."""
-    return any((self.rotation, self.shift, self.shear, self.zoom, self.elastic))
 
 
 def crop_window(crop_size: tuple[int, int], margin: int, options: Augmentation):
@@ -90,7 +47,7 @@ def crop_window(crop_size: tuple[int, int], margin: int, options: Augmentation):
   return tuple(sizes), tuple(arounds)
 
 
-def crop_axis(key, length, crop: int, scale, share=None):
+def crop_axis(key, length, crop: int, scale, share=None, pixel=None):
   """Resizes one axis, crops it at random, and says where a crop's pixels look.
 
   The axis is resized to trunc(length * scale) with align_corners, and cropped at a uniform offset, or, where shorter
@@ -102,6 +59,7 @@ def crop_axis(key, length, crop: int, scale, share=None):
     crop: pixels of the crop.
     scale: float scalar.
     share: float scalar in [0, 1), the offset as a share of all there are, instead of `key`; below 0: none. Or None.
+    pixel: int scalar, a pixel of the image that the crop shall hold; below 0: none. Or None.
 
   Returns:
     look(index) -> input positions, and whether they lie inside the image, for whole or fractional crop pixels `index`.
@@ -112,6 +70,10 @@ def crop_axis(key, length, crop: int, scale, share=None):
   if share is not None:
     offset = jnp.where(share < 0, offset, jnp.minimum((share * count).astype(jnp.int32), count - 1))
   step = (length - 1).astype(jnp.float32) / jnp.maximum(resized - 1, 1)
+  if pixel is not None:
+    place = jnp.round(pixel / jnp.maximum(step, 1e-6)).astype(jnp.int32)  # In the resized image.
+    first, last = jnp.clip(place - crop + 1, 0, count - 1), jnp.clip(place, 0, count - 1)
+    offset = jnp.where(pixel < 0, offset, jax.random.randint(key, (), first, last + 1))
 
   def look(index):
     index = index + offset
@@ -164,7 +126,7 @@ def bicubic_matrix(size: int) -> np.ndarray:
   return np.stack([cubic[i] @ knots[segment[i] : segment[i] + 4] for i in range(size)]).astype(np.float32)
 
 
-def random_crop(key, example: dict, *, crop_size: tuple[int, int], margin: int, options: Augmentation):
+def random_crop(key, example: dict, *, crop_size: tuple[int, int], margin: int, options: Augmentation, classes=None):
   """One example at random scale, position and side, turned and bent at random.
 
   Args:
@@ -173,6 +135,7 @@ def random_crop(key, example: dict, *, crop_size: tuple[int, int], margin: int, 
       int32, the pixel of the image that is the canvas' first, with `share` [2] float32, see `crop_axis`.
     crop_size: (h, w) of the label.
     margin: pixels of image around the label's crop.
+    classes: see `augment_batch`.
 
   Returns:
     image [h + 2 margin, w + 2 margin, 3] float32 in [0, 255] (bilinear); label [h, w] int32 and border [h, w] float32 or
@@ -183,8 +146,11 @@ def random_crop(key, example: dict, *, crop_size: tuple[int, int], margin: int, 
   mirrored = jax.random.bernoulli(flip_key) if options.flip else jnp.asarray(False)
   size = example["size"]
   origin, share = (example["origin"], example["share"]) if "origin" in example else ((0, 0), (None, None))
-  look_row = crop_axis(row_key, size[0], crop_size[0], scale, share[0])
-  look_col = crop_axis(col_key, size[1], crop_size[1], scale, share[1])
+  pixel = (None, None)
+  if options.foreground:
+    pixel = foreground.choose_pixel(jax.random.fold_in(key, 8), example["label"], classes, options.foreground)
+  look_row = crop_axis(row_key, size[0], crop_size[0], scale, share[0], pixel[0])
+  look_col = crop_axis(col_key, size[1], crop_size[1], scale, share[1], pixel[1])
 
   whole = tuple(n + 2 * margin for n in crop_size)
   frame = warp_field(warp_key[0], whole, options) if options.warps else (jnp.arange(n) for n in whole)
@@ -205,7 +171,21 @@ def random_crop(key, example: dict, *, crop_size: tuple[int, int], margin: int, 
     inside = in_rows[:, None] & in_cols[None, :]
   if options.outside == "mirror":
     inside = jnp.ones_like(inside)
-  return image, label.astype(jnp.int32), border[0].astype(jnp.float32) if border else None, inside
+  crop = image, label.astype(jnp.int32), border[0].astype(jnp.float32) if border else None, inside
+  return _turn(jax.random.fold_in(key, 9), crop, options)
+
+
+def _turn(key, arrays, options: Augmentation):
+  """The same of arrays [n, n, ...] (or [h, w, ...], without quarter turns), mirrored top-bottom and turned at random."""
+  mirror_key, turn_key = jax.random.split(key)
+  if options.flip_vertical:
+    mirrored = jax.random.bernoulli(mirror_key)
+    arrays = jax.tree.map(lambda x: jnp.where(mirrored, x[::-1], x), arrays)
+  if options.quarter_turns:
+    count = jax.random.randint(turn_key, (), 0, 4)  # Counter-clockwise.
+    turned = [jax.tree.map(lambda x, n=n: jnp.rot90(x, n), arrays) for n in range(4)]
+    arrays = jax.tree.map(lambda *x: jax.lax.select_n(count, *x), *turned)
+  return arrays
 
 
 def _draw_scale(key, options: Augmentation):
@@ -255,74 +235,7 @@ def _bilinear_pixels(image, row: _Neighbours, col: _Neighbours):
   return upper * (1 - down) + lower * down
 
 
-def jitter_color(key, image, inside, options: Augmentation):
-  """Random brightness, contrast, saturation and hue, in this order, with torchvision's definitions, then HSV shifts.
-
-  Args:
-    image: [H, W, 3] float in [0, 255].
-    inside: [H, W] bool, the pixels whose mean grey contrast refers to.
-
-  Returns:
-    [H, W, 3] in [0, 255]; a strength of 0 leaves its property untouched.
-  """
-  keys = jax.random.split(key, 4)
-
-  def blend(image, other, key, strength):
-    amount = jax.random.uniform(key, (), jnp.float32, 1 - strength, 1 + strength)
-    return jnp.clip(other + (image - other) * amount, 0, 255)
-
-  if options.brightness:
-    image = blend(image, 0.0, keys[0], options.brightness)
-  if options.contrast:
-    image = blend(image, jnp.mean(_grey(image)[..., 0], where=inside), keys[1], options.contrast)
-  if options.saturation:
-    image = blend(image, _grey(image), keys[2], options.saturation)
-  if options.hue:
-    image = shift_hue(image, jax.random.uniform(keys[3], (), jnp.float32, -options.hue, options.hue))
-  if any(options.hsv):
-    shifts = jax.random.uniform(jax.random.fold_in(key, 4), (3,), jnp.float32, -1, 1)
-    image = shift_hsv(image, *shifts * jnp.asarray(options.hsv, jnp.float32))
-  return image
-
-
-def _grey(image):
-  """ITU-R BT.601 luma, [H, W, 1]."""
-  return 0.299 * image[..., 0:1] + 0.587 * image[..., 1:2] + 0.114 * image[..., 2:3]
-
-
-def shift_hue(image: jax.Array, shift) -> jax.Array:
-  """Turns the hue of [H, W, 3] RGB by `shift` of the colour circle, keeping HSV saturation and value."""
-  sector, chroma, value = _hue_chroma_value(image)
-  return _from_hue_chroma_value(sector + 6 * shift, chroma, value)
-
-
-def shift_hsv(image: jax.Array, hue, saturation, value) -> jax.Array:
-  """Adds to hue (turning), saturation and value (clipping) of [H, W, 3] RGB in [0, 255]; shares of their range."""
-  sector, chroma, v = _hue_chroma_value(image)
-  moved = jnp.clip(v + 255 * value, 0, 255)
-  s = jnp.clip(chroma / jnp.where(v > 0, v, 1) + jnp.where(chroma > 0, saturation, 0), 0, 1)  # Grey has no hue to show.
-  return _from_hue_chroma_value(sector + 6 * hue, s * moved, moved)
-
-
-def _hue_chroma_value(image):
-  """Hue in [-1, 5], max - min, and max of [H, W, 3] RGB."""
-  value = image.max(-1)
-  chroma = value - image.min(-1)
-  safe = jnp.where(chroma > 0, chroma, 1)
-  r, g, b = image[..., 0], image[..., 1], image[..., 2]
-  # By comparisons: `value == r` may fail for the largest channel, as XLA computes a pixel twice with other roundings.
-  green_or_blue = jnp.where(g >= b, (b - r) / safe + 2, (r - g) / safe + 4)
-  return jnp.where((r >= g) & (r >= b), (g - b) / safe, green_or_blue), chroma, value
-
-
-def _from_hue_chroma_value(sector, chroma, value):
-  """The inverse: channel n = value - chroma * clip(min(k, 4 - k), 0, 1), k = (n + sector) mod 6, n = 5, 3, 1."""
-  k = jnp.array([5.0, 3.0, 1.0]).reshape(1, 1, 3) + sector[..., None]
-  k -= 6 * jnp.floor(k / 6)  # Not % 6: XLA:CPU calls fmod for one pixel after the other.
-  return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
-
-
-def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin, fill, ignore_label):
+def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin, fill, ignore_label, classes=None):
   """A batch of canvases to a batch of crops; example i draws from fold_in(key, i).
 
   Args:
@@ -331,6 +244,7 @@ def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin,
     crop_size, margin: as in `random_crop`.
     fill: of each channel, the padding.
     ignore_label: the label of the padding.
+    classes: [K] float, for options.foreground: how probable each class is to be in such a crop. None without it.
 
   Returns:
     image [B, h + 2 margin, w + 2 margin, 3] float32 in [0, 255], label [B, h, w] int32, border [B, h, w] float32 or
@@ -340,11 +254,14 @@ def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin,
 
   def one(index, example):
     crop_key, color_key = jax.random.split(jax.random.fold_in(key, index))
-    image, label, border, inside = random_crop(crop_key, example, crop_size=crop_size, margin=margin, options=options)
+    image, label, border, inside = random_crop(
+      crop_key, example, crop_size=crop_size, margin=margin, options=options, classes=classes
+    )
     shown = jnp.ones_like(inside) if margin else inside  # With a margin, what is outside is mirrored.
-    image = jitter_color(color_key, image, shown, options)
+    image = color.jitter(color_key, image, shown, options)
     image = jnp.where(shown[..., None], image, jnp.asarray(fill, jnp.float32).reshape(1, 1, -1))
     inside = inside[margin : margin + h, margin : margin + w]
     return image, jnp.where(inside, label, ignore_label), None if border is None else jnp.where(inside, border, 0)
 
-  return jax.vmap(one)(jnp.arange(batch["image"].shape[0]), batch)
+  crops = jax.vmap(one)(jnp.arange(batch["image"].shape[0]), batch)
+  return class_mix.mix(key, crops, options.class_mix, ignore_label) if options.class_mix else crops

@@ -1,0 +1,37 @@
+"""ClassMix within the batch (Olsson et al. 2021, "ClassMix: Segmentation-Based Data Augmentation", arXiv 2007.07936)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def mix(key, crops, probability: float, ignore_label: int):
+  """Pastes half of the classes (rounded down) that crop i + 1 of the global batch shows into crop i, with their labels.
+
+  The last one takes them from the first. The pair and the draw depend on the row of the global batch alone, so every mesh
+  mixes the same, bit for bit. It costs one exchange: each device gets one crop of its neighbour's, whatever the batch.
+  Classes are those of the true labels, where the paper has a teacher's; void is never pasted.
+
+  Args:
+    key: of this step.
+    crops: image [B, h, w, 3], label [B, h, w] int32, and border [B, h, w] or None.
+    probability: that a crop is given anything.
+
+  Returns:
+    The same.
+  """
+  label = crops[1]
+  given = jax.tree.map(lambda x: jnp.roll(x, -1, axis=0), crops)
+
+  def choose(index, label):
+    act_key, class_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, index), 2))
+    present = jnp.zeros(ignore_label + 1, bool).at[label.reshape(-1)].set(True).at[ignore_label].set(False)
+    # Ranks of random numbers, those of absent classes last.
+    order = jnp.argsort(jnp.where(present, jax.random.uniform(class_key, present.shape), 2.0))
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
+    pasted = (rank < present.sum() // 2) & jax.random.bernoulli(act_key, probability)
+    return pasted[label]
+
+  pasted = jax.vmap(choose)(jnp.arange(len(label)), given[1])
+  return jax.tree.map(
+    lambda new, old: jnp.where(pasted.reshape(*pasted.shape, *(1,) * (old.ndim - 3)), new, old), given, crops
+  )
