@@ -133,7 +133,13 @@ def blobs(rng, shape, num_classes, smooth):
   return np.argmax([scipy.ndimage.gaussian_filter(rng.normal(size=shape), smooth) for _ in range(num_classes)], axis=0)
 
 
-SIZES = [(40, 70), (75, 100), (1, 30), (120, 160), (90, 23)]  # 0.02 of their diagonals: 1.6, 2.5 (to even), 0.6, 4, 1.9.
+SIZES = [
+  (40, 70),
+  (75, 100),
+  (1, 30),
+  (120, 160),
+  (90, 23),
+]  # 0.02 of their diagonals: 1.6, 2.5 (to even), 0.6, 4, 1.9.
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +223,9 @@ def test_image_scores_are_the_means_of_what_sets_of_pixels_give(canvas):
   order = np.argsort([iou for iou, _ in own])
   assert [index for index, _ in images.worst()] == order[:2].tolist()
   assert images.worst()[0][1] == pytest.approx(own[order[0]][0])
-  assert [index for index, _ in images.median()] == order[2:4].tolist()  # The middle one, and the next that is not worst.
+  assert [index for index, _ in images.median()] == order[
+    2:4
+  ].tolist()  # The middle one, and the next that is not worst.
 
 
 def test_the_memory_of_image_scores_does_not_grow_and_no_order_alters_which_are_kept():
