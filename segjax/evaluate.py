@@ -6,7 +6,7 @@ import jax
 
 from segjax import input_pipeline
 from segjax.experiment import Experiment
-from segjax.run import image_statistics, outputs, report, warm_start
+from segjax.run import image_statistics, outputs, record, report, warm_start
 from segjax.run.evaluation import Evaluation
 
 
@@ -50,9 +50,7 @@ def evaluate(config, workdir) -> dict[str, float]:
 def _write(folder: pathlib.Path, step: int, evaluation: Evaluation) -> str:
   """Writes scores and pictures, and tells where they are, or why they are not: the table must not be lost with them."""
   try:
-    writer = report.Writer(folder)
-    writer.scalars(step, evaluation.scalars)
-    writer.pictures(step, evaluation.pictures)
+    record.write(report.Writer(folder), step, evaluation)
   except OSError as error:
     return f"NOT WRITTEN, scores and pictures in {folder}: {error}. The table above is all there is."
   return f"scores and pictures: {folder}"

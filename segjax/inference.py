@@ -110,6 +110,13 @@ def foreground_probability(
   return scores[..., 1] if several else jax.nn.sigmoid(scores[..., 1] - scores[..., 0])
 
 
+def confidence(scores: jax.Array, *, scales: Sequence[float] = (1.0,), flip: bool = False, **_) -> jax.Array:
+  """[B, H, W] float32, the probability of the most probable class, of what `class_scores` gives under the same protocol."""
+  top, scores = scores.max(-1).astype(jnp.float32), scores.astype(jnp.float32)
+  several = len(scales) > 1 or flip
+  return top if several else 1 / jnp.exp(scores - top[..., None]).sum(-1)
+
+
 def probabilities(scores: jax.Array, *, scales: Sequence[float] = (1.0,), flip: bool = False, **_) -> jax.Array:
   """[B, H, W, K] of what `class_scores` gives under the same protocol, float32."""
   several = len(scales) > 1 or flip

@@ -228,7 +228,6 @@ def make_eval_step(
   outside: str = "void",
   sigmoid: bool = False,
   threshold: float = 0.5,
-  probabilities: bool = False,
   kernels: str = "auto",
   matmul_precision: str = "default",
 ) -> Callable[[dict, dict], dict]:
@@ -238,14 +237,14 @@ def make_eval_step(
 
   Args:
     protocol, outside, sigmoid, threshold: of `inference.predict`.
-    probabilities: whether it returns those of all classes too.
     kernels: "auto" or "plain", see `kernels.target`.
     matmul_precision: of `jax.default_matmul_precision`.
 
   Returns:
-    eval_step(variables, batch) -> {"confusion": [K, K] int32, "prediction": [B, H, W] uint8}, jitted; `variables` are
-    {"params", "batch_stats"}. Of two classes also "probability", [B, H, W] uint8: the second's, 0 to 255 for 0 to 1.
-    Where asked for, "probabilities", [B, H, W, K] float32. Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
+    eval_step(variables, batch) -> {"prediction": [B, H, W] uint8} and what `metrics.Totals` adds up: "confusion", "boundary",
+    "images" (see `metrics.image_counts`), "reliability" and the batch's "id"; jitted. `variables` are {"params",
+    "batch_stats"}. Of two classes also "probability", [B, H, W] uint8: the second's, 0 to 255 for 0 to 1.
+    Under `sigmoid` also "sweep", [19, 2, 2] int32: the confusion at each of `THRESHOLDS`.
   """
   platform = kernels_lib.target(mesh, kernels)
 
@@ -263,19 +262,24 @@ def make_eval_step(
       threshold=threshold,
       protocol=protocol,
     )
-    out = dict(probabilities=inference.probabilities(scores, **protocol)) if probabilities else {}
+    out = {}
     if num_classes == 2:
       probability = inference.foreground_probability(scores, **protocol)
       out["probability"] = jnp.round(255 * probability).astype(jnp.uint8)
     if sigmoid:
       out["sweep"] = metrics.confusion_at_thresholds(batch["label"], probability, THRESHOLDS)
-    prediction = sharding.split_height(prediction)  # Whole images are put together from it, not from the scores.
-    confusion = metrics.confusion_matrix(batch["label"], prediction, num_classes)
-    return out | dict(confusion=confusion, prediction=prediction)
+      confidence = jnp.where(prediction == 1, probability, 1 - probability)
+    else:
+      confidence = inference.confidence(scores, **protocol)
+    # Whole images are put together from these, not from the scores.
+    prediction, confidence = sharding.split_height(prediction), sharding.split_height(confidence)
+    prediction = jax.lax.with_sharding_constraint(prediction, images)  # A boundary's surroundings are on other devices.
+    out["reliability"] = metrics.reliability_counts(batch["label"], prediction, confidence, num_classes)
+    counts = metrics.image_counts(batch["label"], prediction, batch["size"], num_classes)
+    return out | counts | dict(prediction=prediction, id=batch["id"])
 
-  images = sharding.batch_sharding(mesh)
-  out = dict(confusion=sharding.replicated(mesh), prediction=images)
+  images, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  out = dict.fromkeys(("confusion", "boundary", "images", "reliability", "id"), everywhere) | dict(prediction=images)
   out |= dict(probability=images) if num_classes == 2 else {}
-  out |= dict(probabilities=images) if probabilities else {}
-  out |= dict(sweep=sharding.replicated(mesh)) if sigmoid else {}
+  out |= dict(sweep=everywhere) if sigmoid else {}
   return jax.jit(eval_step, out_shardings=out, compiler_options=compiler.options("eval", platform))

@@ -299,11 +299,12 @@ def id_batches(
     yield batch
 
 
-def eval_batches(source, data, *, batch_size, rows, single=None) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(source, data, *, batch_size, rows, single=None, only=None) -> Iterator[dict[str, np.ndarray]]:
   """Batches that show every example once, each batch on one of `eval_canvases`, and filled up with void examples.
 
   Args:
     single: (batch_size, rows) of images that do not fit the first canvas, which may be large. None: as the others.
+    only: ids of the examples to show. None: all.
     Otherwise as above.
   """
   canvases = eval_canvases(source, data)
@@ -314,6 +315,7 @@ def eval_batches(source, data, *, batch_size, rows, single=None) -> Iterator[dic
     canvas_number = np.argmax(holds, axis=0)
   for number, size in enumerate(canvases):
     members = np.flatnonzero(canvas_number == number)
+    members = members if only is None else members[np.isin(members, list(only))]
     if number and single:
       batch_size, rows = single
 

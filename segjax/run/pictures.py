@@ -6,6 +6,8 @@ from PIL import Image
 from segjax.config import IGNORE_LABEL
 from segjax.input_pipeline.sources import datasets
 
+MISTAKE_COLOR = (230, 0, 126)
+PANEL = 512  # Pixels of the longer side of an image in `comparison`, at most.
 FOREGROUND_COLOR = (0, 255, 0)  # Of overlays of two classes instead of their palette, which is often black.
 
 
@@ -66,3 +68,17 @@ def _blend(image: np.ndarray, color: np.ndarray, percent: int) -> np.ndarray:
 def overlay(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
   """image | label | prediction, the latter two painted over the image, side by side: [H, 3W, 3] uint8."""
   return np.concatenate([image, paint(image, label, palette), paint(image, prediction, palette)], axis=1)
+
+
+def comparison(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """image | label | prediction | where it is wrong, side by side: [h, 4w, 3] uint8, made smaller to PANEL pixels.
+
+  The last panel is the image in grey with the wrong pixels in magenta; void ones are not wrong.
+  """
+  grey = np.asarray(Image.fromarray(image).convert("L"))[..., None].repeat(3, -1) // 2 + 96
+  wrong = np.where(((label != prediction) & (label != IGNORE_LABEL))[..., None], np.uint8(MISTAKE_COLOR), grey)
+  panels = image, paint(image, label, palette), paint(image, prediction, palette), wrong
+  made = [Image.fromarray(panel) for panel in panels]
+  for panel in made:
+    panel.thumbnail((PANEL, PANEL))
+  return np.concatenate([np.asarray(panel) for panel in made], axis=1)

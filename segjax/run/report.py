@@ -106,18 +106,22 @@ class Writer:
     start_step: lines of later steps are dropped: a run that resumes from an older checkpoint writes them again.
       None keeps all.
     unscored: drops the scores of that step too: it is to be evaluated again.
+
+  Attributes:
+    folder: the workdir.
+    writes: whether this process does.
   """
 
   def __init__(
     self, workdir, *, trackers: Trackers | None = None, start_step: int | None = None, unscored: bool = False
   ):
-    self._workdir = pathlib.Path(workdir)
-    self._path = self._workdir / "metrics.jsonl"
+    self.folder = pathlib.Path(workdir)
+    self._path = self.folder / "metrics.jsonl"
     self._trackers = trackers
-    self._writes = jax.process_index() == 0
-    if not self._writes:
+    self.writes = jax.process_index() == 0
+    if not self.writes:
       return
-    self._workdir.mkdir(parents=True, exist_ok=True)
+    self.folder.mkdir(parents=True, exist_ok=True)
     if start_step is not None and self._path.exists():
       lines = self._path.read_text(errors="replace").splitlines()
       lines = [line for line in lines if _step_of(line) <= (start_step, not unscored)]
@@ -127,7 +131,7 @@ class Writer:
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
     """Appends a line; NaN (a class that does not occur) becomes null, as JSON has no NaN."""
-    if not self._writes:
+    if not self.writes:
       return
     values = {name: float(value) for name, value in values.items()}
     clean = {name: value if np.isfinite(value) else None for name, value in values.items()}
@@ -141,8 +145,8 @@ class Writer:
 
     One that cannot be written is left out, with a note: it must not cost the run.
     """
-    folder = self._workdir / "overlays" / f"step_{step:06d}"
-    if not self._writes:
+    folder = self.folder / "overlays" / f"step_{step:06d}"
+    if not self.writes:
       return folder
     files = outputs.flat_names(pictures, ".png")
     for name, picture in pictures.items():
@@ -287,14 +291,25 @@ def class_table(classes: tuple[str, ...], confusion: np.ndarray) -> str:
   return "\n".join(lines)
 
 
-def score_scalars(split: str, classes: tuple[str, ...], confusion: np.ndarray) -> dict[str, float]:
-  """{"val/mean_iou": ..., "val/iou/Road": ...}; shares of 1. Two classes also have "val/foreground_iou" and _dice."""
-  scores = metrics.scores(confusion)
-  names = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "mean_dice")
-  scalars = {f"{split}/{name}": scores[name] for name in names}
+def score_scalars(split: str, classes: tuple[str, ...], totals: metrics.Totals) -> dict[str, float]:
+  """{"val/mean_iou": ..., "val/iou/Road": ...}; shares of 1. Two classes also have "val/foreground_iou", _dice, ..."""
+  scores = metrics.scores(totals.confusion) | metrics.boundary_scores(totals.boundary) | totals.images.scores()
+  scores |= metrics.calibration(totals.reliability)
+  names = ("mean_iou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "mean_dice", "boundary_iou")
+  scalars = {f"{split}/{name}": scores[name] for name in (*names, "image_iou", "image_dice", "calibration_error")}
   if len(classes) == 2:
-    scalars |= {f"{split}/foreground_{name}": scores[f"{name}_per_class"][1] for name in ("iou", "dice")}
+    foreground = ("iou", "dice", "boundary_iou", "image_iou", "image_dice")
+    scalars |= {f"{split}/foreground_{name}": scores[f"{name}_per_class"][1] for name in foreground}
   return scalars | {f"{split}/iou/{name}": iou for name, iou in zip(classes, scores["iou_per_class"])}
+
+
+def image_line(split: str, scalars: dict[str, float]) -> str:
+  """The means over images, boundary IoU and calibration, of `score_scalars`."""
+  boundary, iou, dice, error = (
+    f"{100 * scalars[f'{split}/{name}']:.2f}"
+    for name in ("boundary_iou", "image_iou", "image_dice", "calibration_error")
+  )
+  return f"  boundary IoU {boundary} | per image: IoU {iou}, Dice {dice} | calibration error {error}"
 
 
 def threshold_line(sweep: np.ndarray, thresholds: tuple[float, ...]) -> str:

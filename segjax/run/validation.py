@@ -12,14 +12,13 @@ import zlib
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 
 from segjax import config as config_lib
+from segjax import metrics, sharding
 from segjax import optimizer as optimizer_lib
-from segjax import sharding
 from segjax.config import ConfigError, suggest
 from segjax.input_pipeline import DataError
-from segjax.run import report
+from segjax.run import record, report
 from segjax.run.checkpoint import Checkpoints, Score
 from segjax.run.evaluation import Evaluator
 from segjax.state import TrainState
@@ -38,8 +37,9 @@ class Validation:
 
   def __init__(self, config, evaluator: Evaluator, say):
     p = config.policy
-    known = report.score_scalars("", evaluator.source.classes, np.zeros((len(evaluator.source.classes),) * 2, np.int64))
-    known = [name.removeprefix("/") for name in known]
+    classes = evaluator.source.classes
+    known = report.score_scalars("", classes, metrics.Totals(len(classes)))
+    known = [name.removeprefix("/") for name in known if name != "/calibration_error"]  # Of which less is better.
     if p.metric not in known:
       raise ConfigError(
         f"config.policy.metric = {p.metric!r}: choose one of {', '.join(known)}.{suggest(p.metric, known)}"
@@ -114,8 +114,7 @@ class Validation:
     checkpoints.wait()  # So that a failure here loses no training.
     with self._advice(step):
       evaluation = self._evaluator(sharding.gather(state.eval_variables(), self._mesh))
-    writer.scalars(step, evaluation.scalars)
-    writer.pictures(step, evaluation.pictures)
+    record.write(writer, step, evaluation)
     self._say(f"{self._config.data.eval_split} at step {step}:\n{evaluation.table}", flush=True)
     score = Score(float(evaluation.scalars[self._metric]), self._measure, self._regime)
     if math.isnan(score.value):
