@@ -12,12 +12,13 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from segjax.config import ConfigError, patterns
-from segjax.pretrained import milesial, mmseg, smp, tf_deeplab, timm, torchvision, vainf, wkentaro
+from segjax.pretrained import milesial, mmseg, native, smp, tf_deeplab, timm, torchvision, vainf, wkentaro
 from segjax.pretrained.peers import PEERS, build
 
 __all__ = ["PEERS", "SCHEMES", "assign", "build", "merge_variables"]
 
 SCHEMES = {
+  "segjax": native.convert,
   "tf_deeplab": tf_deeplab.convert,
   "torchvision": torchvision.convert,
   "timm": timm.convert,

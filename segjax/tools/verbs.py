@@ -12,6 +12,7 @@ VERBS = {
   "train": ("segjax.main", ("--mode=train",), "train a config, or go on with the run in --workdir"),
   "eval": ("segjax.main", ("--mode=eval",), "score a checkpoint of a run, or weights, on a split"),
   "predict": ("segjax.predict", (), "predict any images with a run or weights"),
+  "export": ("segjax.export", (), "write a trained network as files that run without segjax"),
   "submit": ("segjax.main", ("--mode=submit",), "predict a split and pack it as its benchmark's server takes it"),
   "check": ("segjax.check_data", (), "read a whole data set and name every problem"),
   "browse": ("segjax.browse", (), "show the training data as the network gets them, on one HTML page"),

@@ -1,74 +1,119 @@
-"""What is exported: evaluation's own function of one image at one scale, with the weights in it."""
+"""What is exported: evaluation's own function of an image, with the weights in it."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segjax import inference, sharding, steps
-from segjax.config import IGNORE_LABEL
-from segjax.input_pipeline import canvas as canvas_lib
-from segjax.run import prediction_info
+from segjax import inference, kernels, sharding, steps
+from segjax.config import ConfigError
+from segjax.experiment import Experiment
+from segjax.input_pipeline import DataError, images, unlabelled
+from segjax.input_pipeline.canvas import pad_batch
 from segjax.run.prediction_info import PredictionInfo
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A network of a run, to be exported.
+  """A network to be exported.
 
   Attributes:
     experiment: on a mesh of one device.
     variables: {"params", "batch_stats"} to predict with.
-    info: of the run: classes, colours, EXIF rule, and `canvas_size`, the (H, W) that images are laid on.
+    info: classes, colours and the canvas (H, W) that images are laid on, which is known.
     origin: where the weights come from, for people.
   """
 
-  experiment: object
+  experiment: Experiment
   variables: dict
   info: PredictionInfo
   origin: str
+
+  def replaced(self, variables: dict) -> "Program":
+    """The same of other variables."""
+    return dataclasses.replace(self, variables=sharding.gather(variables, self.experiment.mesh))
 
   @property
   def canvas(self) -> tuple[int, int]:
     return self.info.canvas_size
 
   @property
-  def channels(self) -> int:
-    """Of the images."""
-    return len(self.experiment.network.mean)
+  def pixels(self) -> images.Pixels:
+    return images.pixels_of(self.experiment.config.data)
 
-  @property
-  def protocol(self) -> dict:
-    """Evaluation's at a single scale, without the mirror image; with its sliding windows, if it has such."""
-    return self.experiment.protocol | dict(scales=(1.0,), flip=False)
+  def on_canvas(self) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """predict(image [B, H, W, C], size [B, 2]) -> class ids [B, H, W] uint8, probabilities [B, H, W, K] float32.
 
-  def function(self) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """predict(image [B, h, w, C] uint8) -> (class ids [B, h, w] uint8, probabilities [B, h, w, K] float32).
-
-    h and w are at most the canvas', and may be symbolic. Operations have their plain forms, which every platform computes.
+    The image lies in the canvas' upper left corner; `size` int32 is its (height, width), outside of which nothing counts.
+    Operations have their plain forms, which every platform computes, unless it is traced under `kernels.on`.
     """
-    config, experiment = self.experiment.config, self.experiment
+    config, graphdef, protocol = self.experiment.config, self.experiment.graphdef, self.experiment.protocol
     options = dict(outside=config.eval.outside, sigmoid=config.head == "sigmoid", threshold=config.eval.threshold)
     variables = jax.device_get(self.variables)  # Constants of the program, on no device.
 
     @jax.default_matmul_precision(config.matmul_precision)
-    def predict(image):
-      model = steps.merge(experiment.graphdef, jax.tree.map(jnp.asarray, variables))
-      b, h, w, _ = image.shape
-      around = ((0, 0), (0, self.canvas[0] - h), (0, self.canvas[1] - w), (0, 0))
-      size = jnp.broadcast_to(jnp.stack([jnp.asarray(n, jnp.int32) for n in (h, w)]).reshape(1, 2), (b, 2))
-      ids, scores = inference.predict(model, jnp.pad(image, around), size, protocol=self.protocol, **options)
-      return ids[:, :h, :w], inference.probabilities(scores, **self.protocol)[:, :h, :w]
+    def predict(image, size):
+      model = steps.merge(graphdef, jax.tree.map(jnp.asarray, variables))
+      ids, scores = inference.predict(model, image, size, protocol=protocol, **options)
+      return ids, inference.probabilities(scores, **protocol)
 
     return predict
 
+  def of_any_size(self) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """predict(image [B, h, w, C]) -> class ids [B, h, w], probabilities [B, h, w, K], of images up to the canvas.
+
+    B, h and w may be symbolic.
+    """
+    predict_on_canvas = self.on_canvas()
+
+    def predict(image):
+      b, h, w, _ = image.shape
+      around = ((0, 0), (0, self.canvas[0] - h), (0, self.canvas[1] - w), (0, 0))
+      size = jnp.broadcast_to(jnp.stack([jnp.asarray(n, jnp.int32) for n in (h, w)]), (b, 2))
+      ids, probabilities = predict_on_canvas(jnp.pad(image, around), size)
+      return ids[:, :h, :w], probabilities[:, :h, :w]
+
+    return predict
+
+  def laid(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An image [h, w, C] on the canvas, and its size, both as batches of one."""
+    batch = pad_batch([unlabelled.example(image, 0)], self.canvas)
+    return batch["image"], batch["size"]
+
+  @functools.cached_property
+  def _by_own_kernels(self) -> Callable:
+    mesh = self.experiment.mesh
+    own = kernels.on(kernels.target(mesh, self.experiment.config.kernels))(self.on_canvas())
+    return jax.jit(sharding.on(mesh)(own))
+
   def evaluated(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What segjax' own evaluation step gives for one image [h, w, C] uint8: ids [h, w] and probabilities [h, w, K]."""
+    """What segjax itself computes for an image [h, w, C]: the ids [h, w] of evaluation's compiled step, and probabilities
+    [h, w, K] by the same kernels."""
     h, w = image.shape[:2]
-    label = np.full((h, w), IGNORE_LABEL, np.uint8)
-    example = dict(image=image, label=label, size=np.array((h, w), np.int32), id=np.int32(0))
-    (batch,) = sharding.to_device(iter([canvas_lib.pad_batch([example], self.canvas)]), self.experiment.mesh)
-    out = self._step(self.variables, batch)
-    return np.asarray(out["prediction"])[0, :h, :w], np.asarray(out["probabilities"])[0, :h, :w]
+    batch = pad_batch([unlabelled.example(image, 0)] * self.experiment.config.eval.batch_size, self.canvas)
+    (on_device,) = sharding.to_device(iter([batch]), self.experiment.mesh)
+    ids = self.experiment.eval_step(self.variables, on_device)["prediction"]
+    _, probabilities = self._by_own_kernels(*self.laid(image))
+    return np.asarray(ids)[0, :h, :w], np.asarray(probabilities)[0, :h, :w]
+
+  def samples(self, count: int) -> tuple[list[np.ndarray], str]:
+    """Images [h, w, C] to check an export with, and what they are: of the evaluation's split, or noise where it is not there."""
+    data = self.experiment.config.data
+    try:
+      found = self._fitting(self.experiment.eval_source, count)
+    except (ConfigError, DataError):
+      found = []
+    if found:
+      return found, f"{len(found)} images of {data.eval_split}"
+    rng, pixels = np.random.default_rng(0), self.pixels
+    high = 256 if pixels.dtype == np.uint8 else 65536 if pixels.dtype == np.uint16 else 1
+    shape = (*self.canvas, pixels.count)
+    return [(high * rng.random(shape)).astype(pixels.dtype)], f"noise, as {data.eval_split} is not at hand"
+
+  def _fitting(self, source, count: int) -> list[np.ndarray]:
+    fitting = (i for i, size in enumerate(source.sizes) if all(n <= m for n, m in zip(size, self.canvas)))
+    return [source[index][0] for index in itertools.islice(fitting, count)]
