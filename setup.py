@@ -54,6 +54,7 @@ setuptools.setup(
     "png": ["imagecodecs"],  # Decodes PNGs faster; see input_pipeline/images.py.
     "coco": ["pycocotools>=2.0.8"],  # segjax prepare coco.
     "rasters": ["imagecodecs", "tifffile"],  # Images of many channels or 16 bits; see input_pipeline/rasters.py.
+    "hub": ["huggingface-hub>=1"],  # segjax export --push.
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],  # The site: mkdocs build --strict.
     "test": [
       "ai-edge-litert>=2.1",
@@ -64,6 +65,10 @@ setuptools.setup(
       "mlflow-skinny>=3",
       "alembic",
       "sqlalchemy",
+      "huggingface-hub>=1",
+      "onnx",
+      "onnx-ir",
+      "onnxruntime",
       "cityscapesscripts",  # The official score to compare with.
       "pycocotools>=2.0.8",
       "pytest>=8",

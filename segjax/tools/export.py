@@ -61,8 +61,8 @@ def export(config, workdir: pathlib.Path | None, out: pathlib.Path, formats: lis
       folder.mkdir()
       for name in formats:
         checks[name] = f"{_checked(FORMATS[name], name, folder, program, sample_images, expected)} on {what}."
-        size = (folder / FORMATS[name].file).stat().st_size / 1e6
-        print(f"{name}: {FORMATS[name].file}, {size:.1f} MB. {checks[name]}", flush=True)
+        size = (folder / FORMATS[name].file).stat().st_size
+        print(f"{name}: {FORMATS[name].file}, {size:,} bytes. {checks[name]}", flush=True)
       scores = record.newest(workdir) if workdir else None
       scores = scores if scores and scores["step"] == step else None
       page = card(program, (workdir or out).resolve().name, checks, scores, record.origin(), license)
@@ -120,7 +120,12 @@ def _checked(format, name: str, folder: pathlib.Path, program, sample_images, ex
       f"--format={name}: probabilities differ from segjax' own by up to {most:.2g}, more than {bound:g}, so it is not kept."
       " Choose another format, and report this network and these versions."
     )
-  return f"Probabilities within {most:.1e} of segjax' evaluation, {100 * other:.3g} % of the pixels of another class,"
+  same = (
+    "Probabilities as of segjax' evaluation bit for bit"
+    if not most
+    else f"Probabilities within {most:.1e} of segjax' own"
+  )
+  return f"{same}, {100 * other:.3g} % of the pixels of another class,"
 
 
 def push(out: pathlib.Path, address: str) -> None:

@@ -30,8 +30,8 @@ def card(program: Program, name: str, checks: dict[str, str], record: dict | Non
     (
       _header(license),
       f"# {name}",
-      f"{config.model.name}, trained with [segjax]({_HOME}) on {config.data.name} data"
-      f" ({config.data.train_split}), to tell {len(classes)} classes apart. {program.origin}.",
+      f"{config.model.name}, trained with segjax on {config.data.name} data"
+      f" ({config.data.train_split}), to tell {len(classes)} classes apart. Weights: {program.origin}.",
       "## Files\n\n" + "\n".join(_file(program, format, found) for format, found in checks.items()),
       "Ids count the classes below from 0. Images are as in their files, values not scaled; larger ones are to be cut"
       " into parts or shrunk before.",
@@ -43,9 +43,6 @@ def card(program: Program, name: str, checks: dict[str, str], record: dict | Non
       "## Licence\n\n" + (license or "Not stated. The terms of the data that it was trained on apply."),
     )
   ) + "\n"  # fmt: skip
-
-
-_HOME = "https://pypi.org/project/segjax"
 
 
 def _header(license: str) -> str:
