@@ -91,7 +91,7 @@ def test_one_file_takes_images_of_any_size_in_any_batch(run, exported):
       expected, likely = program.evaluated(images[n])
       np.testing.assert_allclose(probabilities[n], likely, atol=1e-5)
       assert (np.asarray(ids[n]) == expected).mean() > 0.999
-  with pytest.raises(ValueError, match="48"):
+  with pytest.raises(ValueError):
     call(np.zeros((1, 49, 64, 3), np.uint8))
 
 
@@ -228,6 +228,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     elif "/preupload/" in self.path:
       files = json.loads(content)["files"]
       answer = dict(files=[dict(path=f["path"], uploadMode="regular", shouldIgnore=False) for f in files])
+    elif "/validate-yaml" in self.path:
+      answer = dict(errors=[], warnings=[])
     else:
       for line in map(json.loads, content.splitlines()):
         if line["key"] == "file":

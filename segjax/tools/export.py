@@ -143,7 +143,7 @@ def push(out: pathlib.Path, address: str) -> None:
     api.upload_file(repo_id=f"{owner}/{name}", path_or_fileobj=out / "model_card.md", path_in_repo="README.md")
   except Exception as error:  # The library's, and those of its transport.
     raise ConfigError(
-      f"--push={address}: {type(error).__name__}: {str(error).splitlines()[0]}. The export stays in {out}; log in"
+      f"--push={address}: {type(error).__name__}: {str(error).splitlines()[0].rstrip('.')}. The export stays in {out}; log in"
       " (hf auth login), check the name, and upload it: hf upload."
     ) from error
   print(f"pushed: {address}", flush=True)
