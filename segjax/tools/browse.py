@@ -105,6 +105,12 @@ def _pair(image: np.ndarray, label: np.ndarray, source) -> tuple[_Picture, _Pict
   return _picture(image), _picture(painted)
 
 
+def _percent(share: float, digits: int) -> str:
+  """In %; what would round to 0, and is not, as below the least."""
+  least = 10.0**-digits
+  return f"< {least:g} %" if 0 < 100 * share < least / 2 else f"{100 * share:.{digits}f} %"
+
+
 def _shown(sample: Sample, source) -> dict:
   """What the page has of a sample."""
   counts = np.bincount(sample.label.ravel(), minlength=256)
@@ -116,7 +122,7 @@ def _shown(sample: Sample, source) -> dict:
     problem=sample.problem,
     size="{} x {}".format(*sample.label.shape),
     crop=_pair(sample.image, sample.label, source),
-    classes=[(number, f"{100 * counts[number] / counts.sum():.1f}") for number in present],
+    classes=[(number, _percent(counts[number] / counts.sum(), 1)) for number in present],
   )
   if not sample.problem:
     image, label = source[sample.index]
@@ -180,9 +186,11 @@ def _classes(source, counts: dict[str, np.ndarray], shown: Sequence[Sample]) -> 
   widest = max(max(share) for share in barred) or 1
   rows = {}
   for number, name in [*enumerate(source.classes), (IGNORE_LABEL, "void")]:
-    cells = [(f"{100 * share[number]:.2f} %", int(held[number])) for share, held in zip(shares, images_with)]
-    bars = [round(float(100 * share[number] / widest), 2) for share in barred]
-    rows[number] = _Class(name, "rgb({}, {}, {})".format(*colors[number]), cells[:-1], cells[-1], bars)
+    cells = [(_percent(share[number], 2), int(held[number])) for share, held in zip(shares, images_with)]
+    bars = [round(float(100 * share[number] / widest), 4) for share in barred]
+    unpainted = number == 0 and len(source.classes) == 2  # See `pictures.paint`.
+    color = "transparent" if unpainted else "rgb({}, {}, {})".format(*colors[number])
+    rows[number] = _Class(name, color, cells[:-1], cells[-1], bars)
   return rows
 
 
@@ -193,8 +201,8 @@ def _summary(config, source) -> list[str]:
   lines = [
     f"{len(source):,} training images ({config.data.train_split}), {kind}, {len(source.classes)} classes;"
     " crops of {} x {} (height x width)".format(*config.crop_size)
-    + f", {config.batch_size} to a step, drawn {config.data.sampling.replace('_', '-')}.",
-    f"augment: {acting}.",
+    + f", {config.batch_size} to a step.",
+    f"augment: {acting}; data.sampling {config.data.sampling}.",
   ]
   if source.pixels.channels:
     lines.append(
