@@ -156,7 +156,7 @@ def test_every_problem_of_the_data_check_stands_there_in_its_words_with_the_imag
       np.testing.assert_array_equal(pixels[0], images.read_image(root / f"{name}.png"))
   bad = [sample for sample in browse.samples(Experiment(config, mesh=experiment.mesh_of(1)), 12) if sample.problem]
   assert {sample.index for sample in bad} == {3, 5} and all((sample.label == 255).all() for sample in bad)
-  assert all(f"Void in this step: {' '.join(sample.problem.split())}" in shown.text for sample in bad)
+  assert all(f"data.max_bad_examples allows it. {' '.join(sample.problem.split())}" in shown.text for sample in bad)
 
 
 def test_of_many_problems_the_first_are_listed_and_the_others_counted(config, monkeypatch, tmp_path):

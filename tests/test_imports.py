@@ -93,7 +93,7 @@ def test_comments_and_documents_name_only_what_there_is():
       (path.name, n) for n in re.findall(files, text) if not (root / n).exists() and not (PACKAGE / n).exists()
     ]
     for module, name in re.findall(r"`(?!jax\.)(?:\w+\.)*([a-z_]+)\.([A-Za-z]\w*)[`(]", text):
-      known = f"{module}.{name}" in known_fields or name in ("py", "json", "jsonl", "tgz", "benchmark")
+      known = f"{module}.{name}" in known_fields or name in ("py", "json", "jsonl", "tgz", "html", "benchmark")
       if module in modules and module != "config" and not known:
         missing += [(path.name, f"{module}.{name}")] * (not any(binds(file, name) for file in modules[module]))
   assert missing == []
