@@ -56,7 +56,7 @@ def config(tiny_config, tmp_path):
 
 
 def page(config, count=3, **options):
-  text, problems = browse.page(config, count, **options)
+  text, problems, _ = browse.page(config, count, **options)
   return Page(text), problems
 
 
@@ -229,6 +229,9 @@ def test_the_command_writes_the_page_and_says_what_it_holds(config, tmp_path):
     err,
   )
   assert len(Page((tmp_path / "browse.html").read_text()).of("crop, ")) == 2
+  (tmp_path / "DATA/images/train/02.png").write_text("no image")
+  code, out, _ = command.run("segjax.browse", "--config=folder", *options, "--nocheck", cwd=tmp_path)
+  assert code == 0 and "not checked\nNo crops can be made yet: " in out and "02.png: not a readable image" in out
   code, _, err = command.run("segjax.browse", "--config=folder", *options, "--out=no/such/a.html", cwd=tmp_path)
   assert code == 2 and "--out=no/such/a.html: no file can be written there" in err
   code, _, err = command.run("segjax.browse", "--config=folder", *options, "--samples=0", cwd=tmp_path)

@@ -79,7 +79,7 @@ def test_browse_shows_the_same_page_of_folders_and_of_shards(stores, name):
   pages = []
   for format in ("tree", "tfds"):
     config = tiny(name, stores, format)
-    text, _ = browse.page(config, 9)
+    text, _, _ = browse.page(config, 9)
     pages.append(re.sub(r"<p class=.soft.>Note: .*|" + re.escape(config.data.dir), "", text))
   assert pages[0].count("<img") == 9 * 4 and pages[0] == pages[1]
 

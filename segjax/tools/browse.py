@@ -211,8 +211,8 @@ def _summary(config, source) -> list[str]:
   return lines
 
 
-def page(config, count: int, check: bool = True) -> tuple[str, int]:
-  """The page of `count` samples, and the number of problems that it names.
+def page(config, count: int, check: bool = True) -> tuple[str, int, str]:
+  """The page of `count` samples, the number of problems that it names, and why there are no samples, or "".
 
   Args:
     check: whether both splits are read whole.
@@ -253,7 +253,7 @@ def page(config, count: int, check: bool = True) -> tuple[str, int]:
     failure=failure,
     samples=[_shown(sample, source) for sample in shown],
   )
-  return text, len(listed)
+  return text.encode(errors="backslashreplace").decode(), len(listed), failure  # Paths need not be UTF-8.
 
 
 def browse(config, out: pathlib.Path, count: int, check: bool = True) -> None:
@@ -267,13 +267,15 @@ def browse(config, out: pathlib.Path, count: int, check: bool = True) -> None:
     raise ConfigError(
       f"--out={out}: no file can be written there. Name one in a folder that exists and can be written."
     )
-  text, problems = page(config, count, check)
+  text, problems, failure = page(config, count, check)
   try:
     atomic.write_text(out, text)
   except OSError as error:
     raise ConfigError(f"--out={out} cannot be written ({error}). Name another file.") from error
   found = f"{problems} problem(s) found, listed there" if problems else "no problems found"
   print(f"{out}: {len(text) / 1e6:.1f} MB; {found if check else 'not checked'}")
+  if failure:
+    print(f"No crops can be made yet: {failure}")
 
 
 def main(argv: list[str]) -> None:
@@ -281,6 +283,7 @@ def main(argv: list[str]) -> None:
   del argv
   with commandline.readable_errors():
     config = commandline.config()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Crops are soon made, and an accelerator that is here may be in use.
     commandline.enable_float64(config)
     browse(config, pathlib.Path(_OUT.value), _SAMPLES.value, _CHECK.value)
 
