@@ -20,6 +20,13 @@ from segjax.run import commandline
 from segjax.tools import step_speed
 
 
+def pointwise_as_convolution(x, kernel, *, stride, rate, padding):
+  """convolution._on_cpu without its own product for kernels of 1x1."""
+  options = dict(stride=stride, rate=rate, padding=padding)
+  fast = convolution._fast_forms(x, kernel, stride, rate, padding) if kernel.shape[0] > 1 else convolution.XLA
+  return convolution._by_forms(x, kernel, fast, tuple(options.items()))
+
+
 def gradient_by_autodiff(by, x, scale, bias, epsilon, activation):
   """Batch norm whose gradient is autodiff's."""
   return batch_norm._plain(x, scale, bias, epsilon, activation)
@@ -37,7 +44,8 @@ WITHOUT = {
     "ON_CPU",
     depthwise._Forms(depthwise._shifted, depthwise._kernel_gradient_by_sums),
   ),
-  "batch norm in one loop": (batch_norm, "IN_ONE_LOOP", batch_norm.WHOLE),
+  "batch norm in one loop": (batch_norm, "_FORMS", batch_norm._FORMS | {"cpu": batch_norm._IN_TWO_PASSES}),
+  "1x1 as one product": (convolution, "_on_cpu", pointwise_as_convolution),
   "batch norm's own gradient": (batch_norm, "_own_gradient", gradient_by_autodiff),
   "compiler's libraries and barriers": (compiler, "options", lambda kind, platform: {}),
 }

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import kernels_in_steps
 from segjax import kernels
 from segjax.config import default_config
 from segjax.experiment import Experiment
@@ -121,3 +122,7 @@ def test_a_function_traced_for_one_platform_is_not_taken_for_another():
   with kernels.on("cpu"):
     assert which(0) == 1
   assert which(0) == 0
+
+
+def test_what_the_benchmark_of_steps_takes_out_exists():
+  assert all(hasattr(module, name) for module, name, _ in kernels_in_steps.WITHOUT.values())
