@@ -1,6 +1,7 @@
 """From archives to submissions, with both loaders and both formats; and real VOC images through every command."""
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from segjax.config import default_config
 from segjax.config import rules as config_rules
 from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError, scan
-from segjax.tools import check_data, submission
+from segjax.tools import browse, check_data, submission
 from tests import archives, command
 from tests.test_loaders import assert_same
 from tests.test_train import assert_identical, checkpoint
@@ -71,6 +72,16 @@ def test_batches_do_not_depend_on_format_or_loader(stores, name, split):
   first = batches(name, stores, split, "tree", "tf_data")
   for format, loader in (("tree", "grain"), ("tfds", "tf_data"), ("tfds", "grain")):
     assert_same(first, batches(name, stores, split, format, loader))
+
+
+@pytest.mark.parametrize("name", ["voc", "cityscapes"])
+def test_browse_shows_the_same_page_of_folders_and_of_shards(stores, name):
+  pages = []
+  for format in ("tree", "tfds"):
+    config = tiny(name, stores, format)
+    text, _, _ = browse.page(config, 9)
+    pages.append(re.sub(r"<p class=.soft.>Note: .*|" + re.escape(config.data.dir), "", text))
+  assert pages[0].count("<img") == 9 * 4 and pages[0] == pages[1]
 
 
 def test_masks_keep_their_numbers_in_the_shards(stores):

@@ -93,7 +93,7 @@ def test_comments_and_documents_name_only_what_there_is():
       (path.name, n) for n in re.findall(files, text) if not (root / n).exists() and not (PACKAGE / n).exists()
     ]
     for module, name in re.findall(r"`(?!jax\.)(?:\w+\.)*([a-z_]+)\.([A-Za-z]\w*)[`(]", text):
-      known = f"{module}.{name}" in known_fields or name in ("py", "json", "jsonl", "tgz", "benchmark")
+      known = f"{module}.{name}" in known_fields or name in ("py", "json", "jsonl", "tgz", "html", "benchmark")
       if module in modules and module != "config" and not known:
         missing += [(path.name, f"{module}.{name}")] * (not any(binds(file, name) for file in modules[module]))
   assert missing == []
@@ -178,21 +178,25 @@ assert not any(name.split(".")[0] in ("flax", "orbax", "tensorflow") for name in
 
 def test_a_run_with_grain_imports_no_tensorflow(tmp_path):
   code = f"""
+import pathlib
 import sys
 for name in ("tensorflow", "tensorflow_datasets"):
   sys.modules[name] = None  # Any import of it now raises.
 from segjax.config import default_config
 from segjax.train import train
 from segjax.evaluate import evaluate
+from segjax.tools import browse
 config = default_config(data="synthetic")
 config.num_steps, config.batch_size, config.crop_size, config.data.loader = 2, 8, (8, 8), "grain"
 config.data.image_size, config.data.num_train, config.data.num_val = (8, 8), 4, 2
 config.model.width, config.model.depth = 2, 1
 train(config, {str(tmp_path / "run")!r})
 evaluate(config, {str(tmp_path / "run")!r})
+browse.browse(config, pathlib.Path({str(tmp_path / "browse.html")!r}), 2)
 """
   result = run(code)
   assert result.returncode == 0, result.stderr
+  assert (tmp_path / "browse.html").exists()
   assert (tmp_path / "run" / "metrics.jsonl").exists() and list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 

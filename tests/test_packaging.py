@@ -24,7 +24,7 @@ def test_pre_commit_has_the_ruff_of_the_tests():
 
 
 def test_types_are_part_of_the_package():
-  assert (ROOT / "segjax/py.typed").is_file() and '"segjax": ["py.typed"]' in SETUP
+  assert (ROOT / "segjax/py.typed").is_file() and '"segjax": ["py.typed", ' in SETUP
 
 
 def test_the_image_starts_what_the_jobset_starts_and_takes_extras_that_exist():

@@ -49,13 +49,22 @@ TINY = """--config.batch_size=2 --config.crop_size=8,8 --config.model.width=2 --
 GENERATED = "--config.data.image_size=16,16 --config.data.num_train=4 --config.data.num_val=2".split()
 
 
-RUNNABLE = r"python -m segjax\.(main|check_data|predict|prepare) .*(quickstart|=DATA |runs/mine|runs/a( |$)|voc --arch)"
+RUNNABLE = (
+  r"python -m segjax\.(main|check_data|browse|predict|prepare) .*(quickstart|=DATA |runs/mine|runs/a( |$)|voc --arch)"
+)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
   "page, count",
-  [("README.md", 4), ("docs/data.md", 4), ("docs/use.md", 3), ("docs/profiles.md", 1), ("docs/papers.md", 1)],
+  [
+    ("README.md", 4),
+    ("docs/data.md", 4),
+    ("docs/browse.md", 1),
+    ("docs/use.md", 3),
+    ("docs/profiles.md", 1),
+    ("docs/papers.md", 1),
+  ],
 )
 def test_commands_of_a_page_that_need_no_large_data_run_one_after_another_as_typed(page, count, tmp_path, tiny_config):
   """But for sizes: those of the quickstart, of one's own images, and of VOC's archives, both generated here."""

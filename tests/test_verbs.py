@@ -45,6 +45,7 @@ def test_a_verb_is_its_module_with_the_same_arguments(command):
   for verb, module in (
     ("predict", "predict"),
     ("check", "check_data"),
+    ("browse", "browse"),
     ("prepare", "prepare"),
     ("benchmark", "benchmark"),
   ):
@@ -55,7 +56,7 @@ def test_a_verb_is_its_module_with_the_same_arguments(command):
 def test_the_command_alone_lists_each_verb_on_a_line(arguments, command, capsys):
   assert command(*arguments) is None
   lines = capsys.readouterr().out.splitlines()
-  for verb in ("train", "eval", "predict", "submit", "check", "prepare", "dry-run", "benchmark", "config"):
+  for verb in ("train", "eval", "predict", "submit", "check", "browse", "prepare", "dry-run", "benchmark", "config"):
     assert sum(line.split()[:1] == [verb] and len(line.split()) > 3 for line in lines) == 1, verb
 
 
@@ -80,7 +81,7 @@ def test_help_of_every_verb_succeeds_with_its_own_flags(tmp_path):
   for verb in verbs.VERBS:
     code, texts[verb], err = in_process.run("segjax.verbs", verb, "--help", cwd=tmp_path)
     assert code == 0, (verb, err)
-  own = dict(train="workdir", config="config", predict="tile", prepare="archives", benchmark="what")
+  own = dict(train="workdir", config="config", predict="tile", prepare="archives", benchmark="what", browse="samples")
   for verb, flag in own.items():
     assert f"--{flag}:" in texts[verb], verb
 
@@ -113,6 +114,7 @@ def test_what_is_built_for_a_wheel_prints_a_shipped_config_as_json_from_an_empty
   assert built.returncode == 0, built.stderr
   have = {path.name for path in (tmp_path / "built/segjax/configs").iterdir()}
   assert have == {path.name for path in (ROOT / "configs").glob("*.py")}
+  assert (tmp_path / "built/segjax/tools/browse.html.jinja").is_file()
   (tmp_path / "empty").mkdir()
   arguments = ("config", "--config=deeplab_camvid_half", "--config.num_steps=700")
   result = run("-m", "segjax.verbs", *arguments, cwd=tmp_path / "empty", path=tmp_path / "built")

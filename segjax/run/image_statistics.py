@@ -36,7 +36,7 @@ def resolved(config, workdir: pathlib.Path | None, *, measure: bool):
     raise ConfigError("data.mean and data.std are not known without a run. Set both; segjax check prints them.")
   source = input_pipeline.make_source(config.data, config.data.train_split)
   mean, std = distributed.on_first(lambda: scan.image_statistics(source, config.data.max_bad_examples))
-  say(f"data.mean = {tuple(mean)}, data.std = {tuple(std)}: measured in {len(source)} training images, and kept")
+  say(f"data.mean = {tuple(mean)}, data.std = {tuple(std)}: measured in {len(source)} training images")
   return _with(config, mean, std)
 
 

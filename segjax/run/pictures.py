@@ -50,15 +50,20 @@ def visible(image: np.ndarray) -> np.ndarray:
   return np.round(255 * ((shown - low) / np.where(high > low, high - low, 1)).clip(0, 1)).astype(np.uint8)
 
 
+def painted_colors(palette: np.ndarray) -> np.ndarray:
+  """[256, 3] uint8, the colour in which `paint` shows every label value."""
+  return color_table(palette if len(palette) > 2 else np.array([palette[0], FOREGROUND_COLOR]))
+
+
 def paint(image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
   """Class ids [H, W] over their image [H, W, 3] uint8, like it: the classes' colours over the faded image; void in cream.
 
   Of two classes only the second is painted, in green, and the image left as it is elsewhere, as for KITTI's road.
   """
+  colors = painted_colors(palette)[classes]
   if len(palette) > 2:
-    return _blend(image, color_table(palette)[classes], 65)
-  table = color_table(np.array([palette[0], FOREGROUND_COLOR]))
-  return np.where((classes == 0)[..., None], image, _blend(image, table[classes], 50))
+    return _blend(image, colors, 65)
+  return np.where((classes == 0)[..., None], image, _blend(image, colors, 50))
 
 
 def _blend(image: np.ndarray, color: np.ndarray, percent: int) -> np.ndarray:

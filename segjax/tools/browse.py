@@ -2,13 +2,14 @@
 
 Writes one HTML page that needs nothing else: the first training crops with their labels painted over, made by the run's own
 loader and augmentation, beside the images and labels in the files; how often each class occurs; and what segjax.check_data
-complains about. It reads both splits once.
+complains about, for which it reads both splits once (--nocheck: not).
 """
 
 import base64
 import io
+import os
 import pathlib
-import tempfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +17,17 @@ from absl import flags
 
 from segjax.config import IGNORE_LABEL, ConfigError
 from segjax.files import atomic
-from segjax.input_pipeline import DataError, images
+from segjax.input_pipeline import DataError, images, rasters
 from segjax.run import commandline
 
 _OUT = commandline.define_path("out", "browse.html", "The page to write.")
-_SAMPLES = flags.DEFINE_integer("samples", 24, "How many training examples it shows.", lower_bound=1)
-_LARGEST = 720  # Pixels of the longer side of a picture; larger ones are shrunk.
-_MOST_COMPLAINTS = 100
+_SAMPLES = flags.DEFINE_integer("samples", 16, "How many training examples it shows.", lower_bound=1)
+_CHECK = flags.DEFINE_bool("check", True, "Whether both splits are read for the classes' shares and the problems.")
+
+_LARGEST, _THUMBNAIL = 720, 360  # Pixels of the longer side of a picture; larger ones are shrunk.
+_SMALL = 200  # Pixels of the longer side, below which single pixels are to be seen.
+_MOST_PROBLEMS = 100
+_OFF = (0, False, (0.0, 0.0, 0.0))  # Of the fields of config.augment.
 
 
 class Sample(NamedTuple):
@@ -31,16 +36,23 @@ class Sample(NamedTuple):
   Attributes:
     step, row: its place, the step from 1 as in a run's lines, the row of the global batch from 0.
     index: of the example in its source.
-    readable: whether its files could be read; it is all void otherwise.
-    image: [h + 2 margin, w + 2 margin, 3] float32 in [0, 255]. label: [h, w] int32.
+    problem: why its files cannot be read, so that it is all void; or "".
+    image: [h + 2 margin, w + 2 margin, C] float32 in the units of the files. label: [h, w] int32.
   """
 
   step: int
   row: int
   index: int
-  readable: bool
+  problem: str
   image: np.ndarray
   label: np.ndarray
+
+
+class _Unreadable(dict):
+  """What a loader needs of `BadExamples`: {(step, row): why it is void}, any number of them, without a record."""
+
+  def add(self, step: int, row: int, name: str, error: DataError) -> None:
+    self[step, row] = str(error)
 
 
 def samples(experiment, count: int) -> list[Sample]:
@@ -52,17 +64,13 @@ def samples(experiment, count: int) -> list[Sample]:
   import jax
 
   from segjax import sharding, steps
-  from segjax.input_pipeline.bad_examples import BadExamples
 
-  config, found = experiment.config, []
+  config, found, unreadable = experiment.config, [], _Unreadable()
   augmented = jax.jit(sharding.on(experiment.mesh)(experiment.augment_batch))
-  num_steps, rows = -(-count // config.batch_size), np.arange(config.batch_size)
-  with tempfile.TemporaryDirectory() as folder:
-    bad = BadExamples(folder, len(experiment.train_source))
-    for step, batch in enumerate(experiment.train_batches(0, num_steps, rows=rows, bad=bad)):
-      crops = jax.device_get(augmented(steps.keys_of(config.seed, step)[0], batch)[:2])
-      for row, (index, image, label) in enumerate(zip(batch["id"].tolist(), *crops)):
-        found.append(Sample(step + 1, row, index, (step, row) not in bad, image, label))
+  for step, batch in enumerate(experiment.train_batches(0, -(-count // config.batch_size), bad=unreadable)):
+    crops = jax.device_get(augmented(steps.keys_of(config.seed, step)[0], batch)[:2])
+    for row, (index, image, label) in enumerate(zip(batch["id"].tolist(), *crops)):
+      found.append(Sample(step + 1, row, index, unreadable.get((step, row), ""), image, label))
   return found[:count]
 
 
@@ -71,131 +79,203 @@ class _Picture(NamedTuple):
   small: bool  # Whether single pixels are to be seen.
 
 
-def _picture(pixels: np.ndarray) -> _Picture:
-  """[H, W, 3] in [0, 255] as a JPEG in a data URI, shrunk where large."""
+def _picture(pixels: np.ndarray, largest: int = _LARGEST) -> _Picture:
+  """[H, W, 3] uint8 in a data URI: a JPEG, shrunk where large; where small, a PNG with each pixel as it is."""
   from PIL import Image
 
-  image = Image.fromarray(np.round(pixels).astype(np.uint8))
-  image.thumbnail((_LARGEST, _LARGEST))
-  file = io.BytesIO()
-  image.save(file, "JPEG", quality=90, subsampling=0)
-  return _Picture(f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}", max(image.size) < 200)
+  image, file = Image.fromarray(pixels), io.BytesIO()
+  image.thumbnail((largest, largest))
+  if small := max(image.size) < _SMALL:
+    image.save(file, "PNG")
+  else:
+    image.save(file, "JPEG", quality=90, subsampling=0)
+  kind = "png" if small else "jpeg"
+  return _Picture(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", small)
 
 
-def _painted(image: np.ndarray, label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-  """`image` with the label of its middle painted over."""
+def _pair(image: np.ndarray, label: np.ndarray, source) -> tuple[_Picture, _Picture]:
+  """An image [h + 2 margin, w + 2 margin, C], and the same with the label [h, w] of its middle painted over."""
   from segjax.run import pictures
 
-  out = np.round(image).astype(np.uint8)
-  margin = (image.shape[0] - label.shape[0]) // 2
+  dtype = source.pixels.dtype
+  image = pictures.visible((np.round(image) if dtype.kind == "u" else image).astype(dtype))
+  painted, margin = image.copy(), (image.shape[0] - label.shape[0]) // 2
   inner = np.s_[margin : margin + label.shape[0], margin : margin + label.shape[1]]
-  out[inner] = pictures.paint(out[inner], label.astype(np.uint8), palette)
-  return out
+  painted[inner] = pictures.paint(image[inner], label.astype(np.uint8), source.palette)
+  return _picture(image), _picture(painted)
+
+
+def _percent(share: float, digits: int) -> str:
+  """In %; what would round to 0, and is not, as below the least."""
+  least = 10.0**-digits
+  return f"< {least:g} %" if 0 < 100 * share < least / 2 else f"{100 * share:.{digits}f} %"
 
 
 def _shown(sample: Sample, source) -> dict:
   """What the page has of a sample."""
-  shown = dict(name=source.describe(sample.index), step=sample.step, row=sample.row, raw=None)
-  shown["crop"] = _picture(sample.image), _picture(_painted(sample.image, sample.label, source.palette))
-  if sample.readable:
+  counts = np.bincount(sample.label.ravel(), minlength=256)
+  present = [number for number in np.argsort(-counts, kind="stable").tolist() if counts[number]]
+  shown = dict(
+    name=source.describe(sample.index),
+    step=sample.step,
+    row=sample.row,
+    problem=sample.problem,
+    size="{} x {}".format(*sample.label.shape),
+    crop=_pair(sample.image, sample.label, source),
+    classes=[(number, _percent(counts[number] / counts.sum(), 1)) for number in present],
+  )
+  if not sample.problem:
     image, label = source[sample.index]
-    shown["raw"] = _picture(image), _picture(_painted(image, label, source.palette))
-    shown["size"] = "{} x {}".format(*label.shape)
+    shown |= dict(raw=_pair(image, label, source), raw_size="{} x {}".format(*label.shape))
   return shown
 
 
-def _complaint(split: str, source, index: int | None, text: str) -> dict:
-  """What the page has of a problem; with the image, where that at least can be read."""
-  complaint = dict(split=split, text=text, name=None, picture=None)
-  if index is not None:
-    complaint["name"] = source.describe(index)
-    files = source.files()["image"]
-    try:
-      complaint["picture"] = _picture(images.read_image(files[index], exif="ignore")) if files else None
-    except DataError:
-      pass  # The text says what is wrong with it.
-  return complaint
+class _Problem(NamedTuple):
+  """What the page has of a problem: where, what, and, where they are known and can be read, example and image."""
+
+  split: str
+  text: str
+  name: str = ""
+  picture: _Picture | None = None
 
 
-def _class_rows(splits: dict, source, shown: list[Sample]) -> list[dict]:
-  """A row of the table for each class, and one for void: its share of the pixels of each split, and of the crops."""
+def _problem(split: str, source, index: int | None, text: str) -> _Problem:
   from segjax.run import pictures
 
-  colors = pictures.color_table(source.palette)
-  crops = sum((np.bincount(sample.label.ravel(), minlength=256) for sample in shown), np.zeros(256, int))
-  shares = {name: found.counts.sum(0) / max(found.counts.sum(), 1) for name, found in splits.items()}
-  largest = max((share.max() for share in list(shares.values())[:1]), default=1)
-  rows = []
+  if index is None:
+    return _Problem(split, text)
+  files, name = source.files()["image"], source.describe(index)
+  reading = images.Reading("ignore", channels=source.pixels.channels, depth=source.pixels.depth)
+  try:
+    picture = _picture(pictures.visible(rasters.read(files[index], reading)), _THUMBNAIL) if files else None
+  except DataError:
+    picture = None  # The text says what is wrong with it.
+  return _Problem(split, text, name, picture)
+
+
+class _Class(NamedTuple):
+  """A row of the table: a class or void.
+
+  Attributes:
+    splits: of each split, its share of the pixels as text, and how many images hold it.
+    crops: the same of the crops.
+    bars: widths of the bars of the first split and of the crops, in % of the widest of all rows.
+  """
+
+  name: str
+  color: str
+  splits: list[tuple[str, int]]
+  crops: tuple[str, int]
+  bars: list[float]
+
+
+def _classes(source, counts: dict[str, np.ndarray], shown: Sequence[Sample]) -> dict[int, _Class]:
+  """The rows of the table by label value.
+
+  Args:
+    counts: {split: [N, 256] label values of each example}, without examples that cannot be read.
+  """
+  from segjax.run import pictures
+
+  colors = pictures.painted_colors(source.palette)
+  of_crops = [np.bincount(sample.label.ravel(), minlength=256) for sample in shown]
+  whole = [*counts.values(), np.array(of_crops, int).reshape(-1, 256)]
+  shares = [number.sum(0) / max(number.sum(), 1) for number in whole]
+  images_with = [(number > 0).sum(0) for number in whole]
+  barred = [shares[0], shares[-1]] if counts else [shares[-1]]
+  widest = max(max(share) for share in barred) or 1
+  rows = {}
   for number, name in [*enumerate(source.classes), (IGNORE_LABEL, "void")]:
-    of_splits = [
-      (f"{100 * shares[split][number]:.2f} %", int((found.counts[:, number] > 0).sum()))
-      for split, found in splits.items()
-    ]
-    width = 100 * next(iter(shares.values()))[number] / max(largest, 1e-9) if shares else 0
-    color = "rgb({}, {}, {})".format(*colors[number])
-    crop_share = f"{100 * crops[number] / max(crops.sum(), 1):.2f} %"
-    rows.append(dict(name=name, color=color, splits=of_splits, crops=crop_share, width=round(float(width), 2)))
+    cells = [(_percent(share[number], 2), int(held[number])) for share, held in zip(shares, images_with)]
+    bars = [round(float(100 * share[number] / widest), 4) for share in barred]
+    unpainted = number == 0 and len(source.classes) == 2  # See `pictures.paint`.
+    color = "transparent" if unpainted else "rgb({}, {}, {})".format(*colors[number])
+    rows[number] = _Class(name, color, cells[:-1], cells[-1], bars)
   return rows
 
 
-def page(config, count: int) -> tuple[str, int]:
-  """The page of `count` samples, and the number of problems that it names.
+def _summary(config, source) -> list[str]:
+  """Lines on what is shown."""
+  acting = ", ".join(f"{name} {value}" for name, value in config.augment.items() if value not in _OFF)
+  kind = f"{source.pixels.count} channels of {source.pixels.depth}" if source.pixels.channels else "RGB"
+  lines = [
+    f"{len(source):,} training images ({config.data.train_split}), {kind}, {len(source.classes)} classes;"
+    " crops of {} x {} (height x width)".format(*config.crop_size)
+    + f", {config.batch_size} to a step.",
+    f"augment: {acting}; data.sampling {config.data.sampling}.",
+  ]
+  if source.pixels.channels:
+    lines.append(
+      "Pictures show the first three channels, or one in grey, each stretched from its 2nd percentile to its 98th."
+    )
+  return lines
+
+
+def page(config, count: int, check: bool = True) -> tuple[str, int, str]:
+  """The page of `count` samples, the number of problems that it names, and why there are no samples, or "".
+
+  Args:
+    check: whether both splits are read whole.
 
   Raises:
-    DataError, ConfigError: the training split cannot be opened at all.
+    DataError: the training split cannot be opened at all.
+    ConfigError: what would stop the run before its first step, but for what is wrong with data.
   """
   import jax
   import jinja2
 
   from segjax import sharding
   from segjax.experiment import Experiment
+  from segjax.run import image_statistics
   from segjax.tools import check_data
 
-  experiment = Experiment(config, mesh=sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
-  source = experiment.train_source
-  found = check_data.examine(config)
-  shown, failure = [], ""
+  mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+  source, shown, failure = Experiment(config, mesh=mesh).train_source, [], ""
   try:
-    shown = samples(experiment, count)
-  except (ConfigError, DataError) as error:
+    shown = samples(Experiment(image_statistics.resolved(config, None, measure=True), mesh=mesh), count)
+  except DataError as error:
     failure = str(error)
+  found = check_data.examine(config) if check else check_data.Findings({}, [], [])
   whole = {name: split for name, split in found.splits.items() if split.source is not None}
   listed = [(name, split.source, *problem) for name, split in found.splits.items() for problem in split.problems]
-  listed += [("both splits", None, None, problem) for problem in found.others]
+  listed += [("data folders", None, None, problem) for problem in found.others]
   template = pathlib.Path(__file__).with_suffix(".html.jinja").read_text(encoding="utf-8")
   environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
   text = environment.from_string(template).render(
-    title=f"Training data of {config.data.dir or config.data.name}",
-    summary=f"{', '.join(f'{len(split.source):,} images in {name}' for name, split in whole.items())};"
-    f" {len(source.classes)} classes; crops of {config.crop_size[0]} x {config.crop_size[1]} (height x width),"
-    f" {config.batch_size} to a step.",
-    splits=list(whole),
-    classes=_class_rows(whole, source, shown),
-    complaints=[_complaint(*problem) for problem in listed[:_MOST_COMPLAINTS]],
-    left_out=max(len(listed) - _MOST_COMPLAINTS, 0),
-    notes=found.notes,
+    title=f"Training data: {config.data.dir or config.data.name}",
+    summary=_summary(config, source),
+    checked=check,
+    splits={name: len(split.source) for name, split in whole.items()},
+    classes=_classes(source, {name: split.counts for name, split in whole.items()}, shown),
+    problems=[_problem(*problem) for problem in listed[:_MOST_PROBLEMS]],
+    left_out=max(len(listed) - _MOST_PROBLEMS, 0),
+    notes=[note for split in whole.values() for note in split.source.notes] + found.notes,
     failure=failure,
     samples=[_shown(sample, source) for sample in shown],
   )
-  return text, len(listed) + bool(failure)
+  return text.encode(errors="backslashreplace").decode(), len(listed), failure  # Paths need not be UTF-8.
 
 
-def browse(config, out: pathlib.Path, count: int) -> int:
-  """Writes `page` and says what it holds; returns the number of problems.
+def browse(config, out: pathlib.Path, count: int, check: bool = True) -> None:
+  """Writes `page` and says what it holds.
 
   Raises:
-    ConfigError: the page cannot be written there.
+    ConfigError: the page cannot be written there; or what `page` raises.
+    DataError: what `page` raises.
   """
-  if not out.parent.is_dir():
-    raise ConfigError(f"--out={out}: no folder {out.parent}. Make it, or name another.")
-  text, problems = page(config, count)
+  if not out.parent.is_dir() or out.is_dir() or not os.access(out.parent, os.W_OK):
+    raise ConfigError(
+      f"--out={out}: no file can be written there. Name one in a folder that exists and can be written."
+    )
+  text, problems, failure = page(config, count, check)
   try:
     atomic.write_text(out, text)
   except OSError as error:
     raise ConfigError(f"--out={out} cannot be written ({error}). Name another file.") from error
-  found = f"{problems} problem(s) found, see there" if problems else "no problems found"
-  print(f"{out}: {len(text.encode()) / 1e6:.1f} MB; {found}")
-  return problems
+  found = f"{problems} problem(s) found, listed there" if problems else "no problems found"
+  print(f"{out}: {len(text) / 1e6:.1f} MB; {found if check else 'not checked'}")
+  if failure:
+    print(f"No crops can be made yet: {failure}")
 
 
 def main(argv: list[str]) -> None:
@@ -203,8 +283,9 @@ def main(argv: list[str]) -> None:
   del argv
   with commandline.readable_errors():
     config = commandline.config()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # Crops are soon made, and an accelerator that is here may be in use.
     commandline.enable_float64(config)
-    browse(config, pathlib.Path(_OUT.value), _SAMPLES.value)
+    browse(config, pathlib.Path(_OUT.value), _SAMPLES.value, _CHECK.value)
 
 
 if __name__ == "__main__":
