@@ -33,8 +33,8 @@ def write(writer: Writer, step: int, evaluation: Evaluation) -> None:
   writer.scalars(step, evaluation.scalars)
   places = {"worst": itertools.count(1), "median": itertools.count(1)}
   named = {f"{example.rank}/{next(places[example.rank])}": example.picture for example in evaluation.examples}
-  pictures = evaluation.pictures | named
-  files, folder = outputs.flat_names(pictures, ".png"), writer.pictures(step, pictures).relative_to(writer.folder)
+  writer.pictures(step, evaluation.pictures)
+  folder, files = writer.pictures(step, named, FOLDER).relative_to(writer.folder), outputs.flat_names(named, ".png")
   if writer.writes:
     _save(writer.folder, step, evaluation, [(folder / files[name]).as_posix() for name in named])
 

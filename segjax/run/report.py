@@ -141,12 +141,12 @@ class Writer:
     if self._trackers:
       self._trackers.scalars(step, {n: v for n, v in values.items() if np.isfinite(v)})
 
-  def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
-    """Writes {name: [H, W, 3] uint8} as overlays/step_N/NAME.png (`outputs.flat_names`); returns the folder.
+  def pictures(self, step: int, pictures: dict[str, np.ndarray], kind: str = "overlays") -> pathlib.Path:
+    """Writes {name: [H, W, 3] uint8} as KIND/step_N/NAME.png (`outputs.flat_names`); returns the folder.
 
     One that cannot be written is left out, with a note: it must not cost the run.
     """
-    folder = self.folder / "overlays" / f"step_{step:06d}"
+    folder = self.folder / kind / f"step_{step:06d}"
     if not self.writes:
       return folder
     files = outputs.flat_names(pictures, ".png")
