@@ -20,7 +20,7 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=[*setuptools.find_packages(include=["segjax", "segjax.*"]), "segjax.configs"],
-  package_data={"segjax": ["py.typed", "tools/*.jinja"]},
+  package_data={"segjax": ["py.typed", "tools/*.jinja"], "segjax.run.page": ["*.html", "*.css"]},
   package_dir={"segjax.configs": "configs"},  # At the top of the repository, and known by name (segjax/config/file.py).
   entry_points={"console_scripts": ["segjax = segjax.tools.verbs:main"]},
   python_requires=">=3.11",
@@ -31,6 +31,7 @@ setuptools.setup(
     "importlib-resources",  # TFDS imports it when it builds a data set of one's own, and names it for old Python only.
     "jax>=0.10",  # The first release this was measured on; also tested on 0.12.
     "jinja2>=3.1",  # Fills in HTML pages.
+    "matplotlib>=3.8",  # Draws the charts in them.
     "ml-collections>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8",

@@ -14,7 +14,8 @@ def evaluate(config, workdir) -> dict[str, float]:
   """--mode=eval: scores the best or last checkpoint of `workdir` on `config.data.eval_split`.
 
   Where `workdir` holds no run, the weights that `config.init` names are scored as they are. Prints the table, appends
-  the scores to `workdir`/eval_SPLIT/metrics.jsonl, and writes overlays beside it; says so where these cannot be written.
+  the scores to `workdir`/eval_SPLIT/metrics.jsonl, and writes counts and overlays beside it, and `workdir`/report.html; says
+  so where these cannot be written.
 
   Returns:
     The scores, e.g. {"val/mean_iou": ...}.
@@ -36,7 +37,7 @@ def evaluate(config, workdir) -> dict[str, float]:
   variables, step, origin = experiment.trained_variables(workdir, loaded)
 
   evaluation = evaluator(variables)
-  written = _write(results, step, evaluation)
+  written = _write(results, step, evaluation, workdir)
   if jax.process_index() == 0:
     window = f", windows {tuple(config.eval.window)}" if any(config.eval.window) else ""
     print(
@@ -47,13 +48,15 @@ def evaluate(config, workdir) -> dict[str, float]:
   return evaluation.scalars
 
 
-def _write(folder: pathlib.Path, step: int, evaluation: Evaluation) -> str:
-  """Writes scores and pictures, and tells where they are, or why they are not: the table must not be lost with them."""
+def _write(folder: pathlib.Path, step: int, evaluation: Evaluation, workdir: pathlib.Path) -> str:
+  """Writes scores, pictures and the report of `workdir`, and tells where they are, or why they are not: the table must not be lost with them."""
   try:
-    record.write(report.Writer(folder), step, evaluation)
+    writer = report.Writer(folder)
+    record.write(writer, step, evaluation)
   except OSError as error:
     return f"NOT WRITTEN, scores and pictures in {folder}: {error}. The table above is all there is."
-  return f"scores and pictures: {folder}"
+  page = writer.page(workdir)
+  return f"scores and pictures: {folder}" + (f"\nreport: {page}" if page else "")
 
 
 if __name__ == "__main__":

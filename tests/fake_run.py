@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from segjax import metrics
 from segjax.experiment import Experiment
-from segjax.run import evaluation
+from segjax.run import evaluation, report
 
 
 class Fake:
@@ -43,6 +43,9 @@ class Fake:
     totals = metrics.Totals(len(evaluator.source.classes))
     return evaluation.Evaluation(totals, scalars, "table", {}, [], evaluator.source, evaluator.config)
 
+  def page(self, writer):
+    """None: it takes half a second, and nothing was scored."""
+
 
 def install(monkeypatch) -> Fake:
   """Puts it in the place of the steps and evaluations of every run."""
@@ -50,4 +53,5 @@ def install(monkeypatch) -> Fake:
   monkeypatch.setattr(Experiment, "make_train_step", lambda experiment, *weights: made.make_step(*weights))
   monkeypatch.setattr(evaluation.Evaluator, "compile", lambda self, variables: made.events.append("compile"))
   monkeypatch.setattr(evaluation.Evaluator, "__call__", lambda self, variables: made.evaluate(self, variables))
+  monkeypatch.setattr(report.Writer, "page", lambda self: made.page(self))
   return made

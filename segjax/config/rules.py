@@ -319,7 +319,8 @@ def _optimizer(config) -> Rules:
   yield 0 <= optimizer.end_lr < optimizer.base_lr, "optimizer.end_lr", remedy
   yield optimizer.poly_power > 0, "optimizer.poly_power", "must be above 0."
   warmed_up = 0 <= optimizer.warmup_steps < max(config.num_steps, 1)
-  yield warmed_up, "optimizer.warmup_steps", "must be below num_steps."
+  remedy = f"must be below num_steps = {config.num_steps}: lower it, e.g. to {max(config.num_steps, 1) // 10}, or train longer."
+  yield warmed_up, "optimizer.warmup_steps", remedy
   yield 0 <= optimizer.warmup_lr <= optimizer.base_lr, "optimizer.warmup_lr", "must lie in [0, base_lr]."
   yield (
     optimizer.warmup == "linear" or optimizer.warmup_steps == 0 or optimizer.warmup_lr > 0,

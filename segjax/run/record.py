@@ -33,8 +33,8 @@ def write(writer: Writer, step: int, evaluation: Evaluation) -> None:
   writer.scalars(step, evaluation.scalars)
   places = {"worst": itertools.count(1), "median": itertools.count(1)}
   named = {f"{example.rank}/{next(places[example.rank])}": example.picture for example in evaluation.examples}
-  pictures = evaluation.pictures | named
-  files, folder = outputs.flat_names(pictures, ".png"), writer.pictures(step, pictures).relative_to(writer.folder)
+  writer.pictures(step, evaluation.pictures)
+  folder, files = writer.pictures(step, named, FOLDER).relative_to(writer.folder), outputs.flat_names(named, ".png")
   if writer.writes:
     _save(writer.folder, step, evaluation, [(folder / files[name]).as_posix() for name in named])
 
@@ -84,14 +84,19 @@ def newest(folder: pathlib.Path) -> dict | None:
 
 def origin() -> dict:
   """Date, command, commit, versions and devices of this process."""
-  versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
   return dict(
     date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     command=shlex.join(sys.orig_argv),
     commit=_commit(),
-    versions=dict(segjax=segjax.__version__, python=platform.python_version()) | versions,
+    versions=dict(segjax=segjax.__version__, python=platform.python_version()) | _versions(),
     devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)",
   )
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+  installed = importlib.metadata.distributions()  # A tenth of a second.
+  return {package.name: package.version for package in installed if package.name in _PACKAGES}
 
 
 @functools.cache

@@ -86,7 +86,8 @@ def closing_lines(config, workdir: pathlib.Path, mean_iou: float, checkpoints) -
     f" {_percent(checkpoints.best_score())} at step {checkpoints.best_step()}\n"
     f"  checkpoints  {checkpoints.folder}\n  curves       {workdir / 'metrics.jsonl'}"
     f" (or: tensorboard --logdir {workdir})\n  pictures     {workdir / 'overlays'}  (image | label | prediction)"
-    f"\nto use it: python -m segjax.predict --workdir={workdir} IMAGES --out=DIR"
+    + (f"\n  report       {page}" if (page := workdir / "report.html").exists() else "")
+    + f"\nto use it: python -m segjax.predict --workdir={workdir} IMAGES --out=DIR"
   )
 
 
@@ -118,7 +119,7 @@ class Writer:
     self.folder = pathlib.Path(workdir)
     self._path = self.folder / "metrics.jsonl"
     self._trackers = trackers
-    self.writes = jax.process_index() == 0
+    self.writes, self._page_failed = jax.process_index() == 0, False
     if not self.writes:
       return
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -140,12 +141,12 @@ class Writer:
     if self._trackers:
       self._trackers.scalars(step, {n: v for n, v in values.items() if np.isfinite(v)})
 
-  def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> pathlib.Path:
-    """Writes {name: [H, W, 3] uint8} as overlays/step_N/NAME.png (`outputs.flat_names`); returns the folder.
+  def pictures(self, step: int, pictures: dict[str, np.ndarray], kind: str = "overlays") -> pathlib.Path:
+    """Writes {name: [H, W, 3] uint8} as KIND/step_N/NAME.png (`outputs.flat_names`); returns the folder.
 
     One that cannot be written is left out, with a note: it must not cost the run.
     """
-    folder = self.folder / "overlays" / f"step_{step:06d}"
+    folder = self.folder / kind / f"step_{step:06d}"
     if not self.writes:
       return folder
     files = outputs.flat_names(pictures, ".png")
@@ -158,6 +159,23 @@ class Writer:
     if self._trackers:
       self._trackers.pictures(step, pictures)
     return folder
+
+  def page(self, run: pathlib.Path | None = None) -> pathlib.Path | None:
+    """Makes report.html anew, of the run in `folder` or in `run`; returns where it is, None where there is none.
+
+    Whatever fails there is said once, and costs nothing but the page: all that it shows is in other files.
+    """
+    if not self.writes:
+      return None
+    try:
+      from segjax.run import page  # Not earlier: it takes a second of imports.
+
+      return page.write(self.folder if run is None else run)
+    except Exception as error:
+      if not self._page_failed:
+        print(f"note: no report.html ({type(error).__name__}: {error}); the run needs none", flush=True)
+      self._page_failed = True
+      return None
 
 
 def _step_of(line: str) -> tuple[float, bool]:

@@ -121,6 +121,7 @@ class Validation:
       self._say(f"note: {self._metric} has no value here, which counts as no gain, and never as best", flush=True)
     checkpoints.record(step, score)
     state.policy = self._remember(state.policy, score.value)
+    writer.page()  # Last: a run that is killed here need not evaluate again.
     return evaluation.scalars
 
   @contextlib.contextmanager

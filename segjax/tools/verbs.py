@@ -11,6 +11,7 @@ from segjax.run import commandline
 VERBS = {
   "train": ("segjax.main", ("--mode=train",), "train a config, or go on with the run in --workdir"),
   "eval": ("segjax.main", ("--mode=eval",), "score a checkpoint of a run, or weights, on a split"),
+  "report": ("segjax.report", (), "make the page of a run again, or compare several"),
   "predict": ("segjax.predict", (), "predict any images with a run or weights"),
   "export": ("segjax.export", (), "write a trained network as files that run without segjax"),
   "submit": ("segjax.main", ("--mode=submit",), "predict a split and pack it as its benchmark's server takes it"),
