@@ -27,6 +27,7 @@ def compiled(crop, margin, **options):
       margin=margin,
       fill=FILL,
       ignore_label=255,
+      num_classes=254,
     )
   )
 
