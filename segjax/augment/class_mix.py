@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from segjax.augment import labels
+
 
 def mix(key, crops, probability: float, num_classes: int):
   """Pastes half of the classes (rounded down) that crop i + 1 of the global batch shows into crop i, with their labels.
@@ -27,7 +29,7 @@ def mix(key, crops, probability: float, num_classes: int):
 
   def choose(index, label):
     act_key, class_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, index), 2))
-    present = (label[..., None] == numbers.reshape(1, 1, -1)).any((0, 1))
+    present = labels.present(label, num_classes)
     # Ranks of random numbers, those of absent classes last. By comparisons, as XLA:CPU is slow to sort and to scatter.
     drawn = jnp.where(present, jax.random.uniform(class_key, present.shape), 2.0)
     before = (drawn[None] < drawn[:, None]) | ((drawn[None] == drawn[:, None]) & (numbers[None] < numbers[:, None]))
