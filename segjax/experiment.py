@@ -88,6 +88,7 @@ class Experiment:
       margin=self.network.margin,
       fill=self.network.mean,
       ignore_label=IGNORE_LABEL,
+      num_classes=self.num_classes,
       classes=label_balance.of_crops(self.num_classes, self.balance) if self.augmentation.foreground else None,
     )
 

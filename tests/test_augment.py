@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.ndimage import gaussian_filter
 
 from segjax import augment, sharding
-from segjax.augment import color
+from segjax.augment import color, labels
 
 FILL = (10.0, 20.0, 30.0)
 
@@ -27,6 +27,7 @@ def compiled(crop, margin, **options):
       margin=margin,
       fill=FILL,
       ignore_label=255,
+      num_classes=254,
     )
   )
 
@@ -359,3 +360,14 @@ def test_a_device_more_or_less_changes_no_bit_of_what_is_new(name):
   split = run(*put, crop=(16, 16), **options)
   np.testing.assert_array_equal(split[1], alone[1])
   np.testing.assert_allclose(split[0], alone[0], atol=2e-2 if name in ("gamma", "blur") else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+@pytest.mark.parametrize("num_classes", [1, 2, 31, 32, 33, 150, 255])
+def test_classes_are_present_if_any_pixel_is_theirs_whatever_the_void_ones_are(num_classes, dtype):
+  rng = np.random.default_rng(num_classes)
+  label = rng.choice(256, (6, 5, 7)).astype(dtype)
+  label[0], label[1, 0, :3] = 255, [0, num_classes - 1, 255]
+  found = np.asarray(jax.jit(jax.vmap(lambda x: labels.present(x, num_classes)))(label))
+  for has, one in zip(found, label):
+    assert np.flatnonzero(has).tolist() == [n for n in np.unique(one).tolist() if n < num_classes]

@@ -22,7 +22,13 @@ def compiled(crop, margin, **options):
   options = augment.Augmentation(**options)
   return jax.jit(
     functools.partial(
-      augment.augment_batch, options=options, crop_size=crop, margin=margin, fill=(1, 2, 3), ignore_label=255
+      augment.augment_batch,
+      options=options,
+      crop_size=crop,
+      margin=margin,
+      fill=(1, 2, 3),
+      ignore_label=255,
+      num_classes=9,
     )
   )
 

@@ -28,7 +28,7 @@ def crops(border=False):
 
 @functools.cache
 def compiled(probability):
-  return jax.jit(functools.partial(class_mix.mix, probability=probability, ignore_label=255))
+  return jax.jit(functools.partial(class_mix.mix, probability=probability, num_classes=6))
 
 
 def mixed(given, probability=1.0, seed=0):

@@ -38,7 +38,9 @@ def test_it_gathers_no_activations_or_images(model):
   # Sums; keys and scalars of the augmentation: a number or two for each example; and each device's mean and variance of what
   # a batch norm sees, which are as many numbers as all devices' running statistics.
   kinds = {kind for kind, sizes in program.collectives.items() if sizes}
-  assert "all-reduce" in kinds and kinds <= {"all-reduce", "all-gather"}
+  mixed = made.config.augment.class_mix > 0  # By which each device gets one crop of a neighbour's, and its label.
+  assert "all-reduce" in kinds and kinds <= {"all-reduce", "all-gather"} | ({"collective-permute"} if mixed else set())
+  assert sum(program.collectives["collective-permute"]) <= 4 * (3 + 1) * math.prod(made.config.crop_size)
   sizes = program.collectives["all-gather"]
   moments = 8 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.abstract_state.batch_stats))
   assert sum(size for size in sizes if size > 16 * made.config.batch_size) <= moments, sizes

@@ -109,8 +109,9 @@ def test_foreground_crops_hold_the_one_object_wherever_it_lies(size, scale):
 
   def crops(**options):
     options = augment.Augmentation(scale=scale, **options)
-    keywords = dict(crop_size=(24, 20), margin=0, fill=(0, 0, 0), ignore_label=255, classes=np.array([0.0, 1.0]))
-    return np.asarray(augment.augment_batch(jax.random.key(3), batch, options=options, **keywords)[1])
+    keywords = dict(crop_size=(24, 20), margin=0, fill=(0, 0, 0), ignore_label=255, num_classes=2)
+    made = augment.augment_batch(jax.random.key(3), batch, options=options, classes=np.array([0.0, 1.0]), **keywords)
+    return np.asarray(made[1])
 
   held = (crops(foreground=1.0, flip_vertical=True) == 1).any((1, 2))
   assert held.all()

@@ -235,7 +235,9 @@ def _bilinear_pixels(image, row: _Neighbours, col: _Neighbours):
   return upper * (1 - down) + lower * down
 
 
-def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin, fill, ignore_label, classes=None):
+def augment_batch(
+  key, batch: dict, *, options: Augmentation, crop_size, margin, fill, ignore_label, num_classes, classes=None
+):
   """A batch of canvases to a batch of crops; example i draws from fold_in(key, i).
 
   Args:
@@ -244,6 +246,7 @@ def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin,
     crop_size, margin: as in `random_crop`.
     fill: of each channel, the padding.
     ignore_label: the label of the padding.
+    num_classes: labels below it are classes.
     classes: [K] float, for options.foreground: how probable each class is to be in such a crop. None without it.
 
   Returns:
@@ -264,4 +267,4 @@ def augment_batch(key, batch: dict, *, options: Augmentation, crop_size, margin,
     return image, jnp.where(inside, label, ignore_label), None if border is None else jnp.where(inside, border, 0)
 
   crops = jax.vmap(one)(jnp.arange(batch["image"].shape[0]), batch)
-  return class_mix.mix(key, crops, options.class_mix, ignore_label) if options.class_mix else crops
+  return class_mix.mix(key, crops, options.class_mix, num_classes) if options.class_mix else crops

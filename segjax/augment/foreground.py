@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from segjax.augment import labels
+
 
 def choose_pixel(key, label, classes, probability: float):
   """A pixel of a random class among those that an image has, uniform among the pixels of this class.
@@ -21,10 +23,8 @@ def choose_pixel(key, label, classes, probability: float):
   act_key, class_key, pixel_key = jax.random.split(key, 3)
   # The largest of log p + Gumbel noise is a draw by p, also of those that are there (Gumbel-max trick).
   score = jnp.log(classes.astype(jnp.float32)) + jax.random.gumbel(class_key, classes.shape, jnp.float32)
-  numbers = jnp.arange(len(classes), dtype=label.dtype)
-  present = (label[..., None] == numbers.reshape(1, 1, -1)).any((0, 1))
-  score = jnp.where(present, score, -jnp.inf)
-  chosen = label == numbers[jnp.argmax(score)]
+  score = jnp.where(labels.present(label, len(classes)), score, -jnp.inf)
+  chosen = label == jnp.argmax(score)
   found = (score.max() > -jnp.inf) & jax.random.bernoulli(act_key, probability)
   in_row = jnp.cumsum(chosen.sum(1, dtype=jnp.int32))  # Up to and with each row.
   number = jax.random.randint(pixel_key, (), 0, jnp.maximum(in_row[-1], 1))  # Of the pixel, in reading order.

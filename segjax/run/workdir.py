@@ -1,7 +1,7 @@
 """The folder of a run: claimed by one process at a time, for one config and its examples.
 
 It holds config.json, task.json and examples_SPLIT.json, which say what the run is; checkpoints/; and what it reports:
-metrics.jsonl, TensorBoard's files, overlays/.
+metrics.jsonl, TensorBoard's files, overlays/, evaluations/, report.html.
 """
 
 import contextlib
