@@ -3,7 +3,7 @@
 #   docker build -t segjax .
 #   docker build -t segjax:cuda --build-arg EXTRA=cuda12 .
 #   docker run --rm -v "$PWD/runs:/runs" segjax --config=quickstart --workdir=/runs/quickstart
-#   docker run --rm --gpus=all -v DATA:/data -v "$PWD/runs:/runs" segjax:cuda --config=unet_camvid --config.data.dir=/data --workdir=/runs/camvid
+#   docker run --rm --gpus=all -v "$PWD/DATA:/data" -v "$PWD/runs:/runs" segjax:cuda --config=unet_camvid --config.data.dir=/data --workdir=/runs/camvid
 #
 # launch/jobset.yaml runs it on Kubernetes.
 ARG PYTHON=3.12
@@ -12,5 +12,6 @@ FROM python:${PYTHON}-slim
 ARG EXTRA=""
 WORKDIR /segjax
 COPY . .
-RUN pip install --no-cache-dir -e ".[${EXTRA}]"
+# pip refuses empty brackets.
+RUN pip install --no-cache-dir -e ".${EXTRA:+[$EXTRA]}"
 ENTRYPOINT ["python", "-u", "-m", "segjax.main"]

@@ -24,17 +24,19 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-  """Turns links between files of the repository into links between pages, and diagrams into their pictures."""
+  """Turns links between files of the repository into links between pages, with their titles for file names, and diagrams
+  into their pictures."""
   own = page.file.src_uri
   origin = {to: path for path, to in ELSEWHERE.items()}.get(own, f"docs/{own}")
 
   def link(found):
-    target, _, anchor = found[1].partition("#")
+    target, _, anchor = found[2].partition("#")
     if not target or ":" in target:
       return found[0]
     path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
     to = ELSEWHERE.get(path, path.removeprefix("docs/"))
-    return f"]({posixpath.relpath(to, posixpath.dirname(own) or '.')}{'#' + anchor if anchor else ''})"
+    text = f"[{files.src_uris[to].page.title}" if found[1] else ""
+    return f"{text}]({posixpath.relpath(to, posixpath.dirname(own) or '.')}{'#' + anchor if anchor else ''})"
 
   def picture(found):
     name = f"{pathlib.PurePath(own).stem}.svg"
@@ -42,8 +44,13 @@ def on_page_markdown(markdown, page, config, files):
       raise PluginError(f"docs/{name} is not of the diagram in {origin}: python docs/diagram.py says how to make it")
     return f"![The diagram]({name}){{ .diagram }}"
 
-  markdown = re.sub(r"\]\(([^)\s]+)\)", link, markdown)
+  markdown = re.sub(r"(\[[\w./]+\.md)?\]\(([^)\s]+)\)", link, markdown)
   return re.sub(r"(?s)```mermaid\n(.*?)```", picture, markdown)
+
+
+def on_page_content(html, page, config, files):
+  """Keeps the hyphens of an option and its first word on one line."""
+  return re.sub(r"(?<=[\s>(])--\w+", r'<span class="option">\g<0></span>', html)
 
 
 def diagram_sum(text: str) -> str:

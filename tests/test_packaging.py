@@ -2,7 +2,9 @@
 
 import pathlib
 import re
+import subprocess
 
+import pytest
 import yaml
 
 import segjax
@@ -37,3 +39,15 @@ def test_the_image_starts_what_the_jobset_starts_and_takes_extras_that_exist():
   assert extras and all(f'"{extra}": [' in SETUP for extra in extras)
   instructions = [line.split()[0] for line in text.splitlines() if line and line[0] != "#"]
   assert instructions == ["ARG", "FROM", "ARG", "WORKDIR", "COPY", "RUN", "ENTRYPOINT"]
+
+
+@pytest.mark.parametrize(
+  "extra, target", [("", "."), ("cuda12", ".[cuda12]"), ("cuda12,tensorflow", ".[cuda12,tensorflow]")]
+)
+def test_the_image_installs_what_pip_takes_with_and_without_an_extra(extra, target):
+  """Pip refuses `.[]`."""
+  (command,) = re.findall(r"(?m)^RUN pip (.*)$", (ROOT / "Dockerfile").read_text())
+  shell = subprocess.run(
+    ["sh", "-c", f"printf '%s\\n' {command}"], env={"EXTRA": extra}, capture_output=True, text=True, check=True
+  )
+  assert shell.stdout.splitlines() == ["install", "--no-cache-dir", "-e", target]

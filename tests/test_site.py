@@ -57,7 +57,7 @@ def test_pictures_of_diagrams_are_of_todays_text():
 @pytest.mark.skipif(
   importlib.util.find_spec("mkdocstrings") is None, reason="mkdocs is not installed (pip install -e '.[docs]')"
 )
-def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
+def test_the_site_builds_strictly_loads_nothing_from_elsewhere_and_its_links_name_pages(tmp_path):
   command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
@@ -67,3 +67,4 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
     assert not re.findall(
       r"<(?:script|img|link)[^>]* (?:src|href)=\"?https?:[^> ]*(?:js|css|png|svg|woff2)", page.read_text()
     )
+    assert not re.findall(r"<a [^>]*>[^<]*\.md</a>", page.read_text())
