@@ -253,6 +253,7 @@ def test_a_second_interrupt_ends_a_program_at_once_even_outside_of_python_code()
 import ctypes, os, signal, threading
 from segjax.run import distributed
 libc = ctypes.CDLL(None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell starts background jobs, as these tests, without.
 with distributed.StopSignal() as stop:
   for after in (0.2, 0.6):
     threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
