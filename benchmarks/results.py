@@ -67,7 +67,9 @@ def row(run: pathlib.Path) -> str:
 
 def table() -> str:
   """All runs."""
-  head = "| run | val score | step, batch | seed | minutes of training | hardware | commit |\n|---|---|---|---|---|---|---|"
+  head = (
+    "| run | val score | step, batch | seed | minutes of training | hardware | commit |\n|---|---|---|---|---|---|---|"
+  )
   return "\n".join([head, *(row(run) for run in sorted(FOLDER.iterdir()))])
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from segjax.input_pipeline.sources import datasets
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SIZE = (240, 180)  # Of each picture, (W, H).
 
@@ -39,7 +39,9 @@ def main():
   figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
   for row, name in zip(axes, names):
     for axis, (title, picture) in zip(row, columns.items()):
-      axis.imshow(picture(name).resize(SIZE, Image.Resampling.NEAREST if title != "image" else Image.Resampling.LANCZOS))
+      axis.imshow(
+        picture(name).resize(SIZE, Image.Resampling.NEAREST if title != "image" else Image.Resampling.LANCZOS)
+      )
       axis.axis("off")
       if name == names[0]:
         axis.set_title(title, fontsize=11)
