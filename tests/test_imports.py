@@ -21,10 +21,10 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "segjax"
 # From the foundation up: folders, and files at the top. Each imports from itself and from those before it.
 LAYERS = (
   ("config", "files"),
-  ("losses", "metrics", "optimizer", "sharding"),
+  ("losses", "optimizer", "sharding"),
   ("kernels",),
   ("models",),
-  ("augment", "inference"),
+  ("augment", "inference", "metrics"),
   ("pretrained", "input_pipeline", "state", "steps"),
   ("run",),
   ("experiment",),
