@@ -21,6 +21,7 @@ from segjax.input_pipeline.sources import datasets
 from segjax.run import evaluation, page, record, report
 from segjax.run.page import charts
 from tests import command, fake_run
+from tests.marks import full
 
 WRITE_PAGE = report.Writer.page  # Which fake runs replace.
 ODD = "a</p><script>alert(1)</script>\udcdf.png"
@@ -157,7 +158,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
   assert writer.page() is None and not (run / "report.html").exists()
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("mesh", [(4, 2), *full(((1, 1),))])
 def test_the_worst_and_the_median_images_are_those_that_single_predictions_tell(tiny_config, mesh):
   tiny_config.data.update(num_val=11, loader="grain", workers=1)
   experiment = Experiment(tiny_config, mesh=sharding.make_mesh(*mesh, devices=jax.devices()[: mesh[0] * mesh[1]]))

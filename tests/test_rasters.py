@@ -22,6 +22,7 @@ from segjax.tools import check_data
 from segjax.tools.dry_run import dry_run
 from segjax.train import train
 from tests.experiment import mesh_of
+from tests.marks import full
 
 imagecodecs = pytest.importorskip("imagecodecs")
 
@@ -140,7 +141,7 @@ def test_mean_and_deviation_are_those_of_all_pixels_of_training(layout, tmp_path
 
 
 @pytest.mark.parametrize(
-  "layout, loader", [("grey of 16 bits", "grain"), ("four of 8 bits", "tf_data"), ("array", "tf_data")]
+  "layout, loader", [("grey of 16 bits", "grain"), *full(("four of 8 bits", "tf_data"), ("array", "tf_data"))]
 )
 def test_a_run_keeps_its_statistics_and_goes_on_is_scored_and_predicts_with_them(layout, loader, tmp_path):
   config, _ = make(tmp_path / "data", layout)
@@ -180,6 +181,7 @@ def test_weights_of_a_run_predict_with_its_statistics_and_without_a_run_they_mus
   assert new.data.mean == scan.image_statistics(input_pipeline.make_source(config.data, "train"))[0]
 
 
+@pytest.mark.full
 def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path):
   config, _ = make(tmp_path / "data", "six of float")
   config.optimizer.schedule = "constant"
@@ -402,7 +404,7 @@ def test_pictures_of_many_channels_show_the_first_three_stretched_and_rgb_as_it_
 
 @pytest.mark.parametrize(
   "channels, model, options, path",
-  [(channels, *layer) for layer in FIRST_LAYERS for channels in (1, 4)] + [(6, *FIRST_LAYERS[0])],
+  [*((4, *layer) for layer in FIRST_LAYERS), (6, *FIRST_LAYERS[0]), *full(*((1, *layer) for layer in FIRST_LAYERS))],
 )
 def test_every_network_takes_any_number_of_channels_and_a_first_layer_of_rgb_is_adapted(channels, model, options, path):
   def variables(channels):

@@ -1,5 +1,6 @@
 """The commands of README and the documentation name configs, modules and fields that exist."""
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -13,11 +14,17 @@ from segjax.run import commandline
 from segjax.tools import verbs
 from tests import archives, folder_of_images
 from tests import command as in_process
+from tests.marks import SUITES
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
 TEXT = "\n".join((ROOT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+DEVELOPERS_PAGES = (
+  "CONTRIBUTING.md",
+  "launch/README.md",
+  *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/*.md")),
+)
 COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&") if "-m segjax" in c]
 
 
@@ -41,6 +48,47 @@ def test_command_of_the_documentation_is_understood(command, monkeypatch):
     argv = [argv[0], next(word for word in origin.split() if word.startswith("--config=")), *argv[1:]]
   # Exits on an unknown file or field.
   commandline._ConfigFile(argv).parse(next(word for word in argv if word.startswith("--config=")).partition("=")[2])
+
+
+def commands_of(page):
+  """The commands of a page, in words: loops opened, `compare` (a function of the shell) written out."""
+  compare = ""
+  for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+    for line in block.replace("\\\n", " ").splitlines():
+      if line.startswith("compare() {"):
+        compare = line.removeprefix("compare() {").rpartition(";")[0]
+        continue
+      if line.startswith("compare "):
+        line = compare.replace('"$@"', line.removeprefix("compare "))
+      for command in re.split("&&|;", re.sub(r"\[(--[^]]+)\]", r"\1", line)):
+        words = shlex.split(command, comments=True)
+        if start := [n for n, word in enumerate(words) if word in ("python", "pytest", "bash") or "launch/" in word]:
+          yield words[start[0] :]
+
+
+@functools.cache
+def options_of(program):
+  """The options that a program has; those of a script of launch/ go to training."""
+  if program.endswith(".py"):
+    return set(re.findall(r'add_argument\(\s*"--(\w+)"', (ROOT / program).read_text()))
+  _, text, _ = in_process.run("segjax.main" if "/" in program else program, "--help")
+  return set(re.findall(r"(?m)^\s+--(?:\[no\])?(\w+)", text)) | {"config"}
+
+
+@pytest.mark.parametrize("page", DEVELOPERS_PAGES)
+def test_commands_for_developers_name_programs_options_and_fields_that_exist(page):
+  for words in commands_of(page):
+    if words[0] == "pytest":
+      assert "-m" not in words or words[words.index("-m") + 1] in SUITES, words
+      continue
+    program = words[2] if words[1] == "-m" else words[0] if "launch/" in words[0] else words[1]
+    assert importlib.util.find_spec(program) if words[1] == "-m" else (ROOT / program).is_file(), words
+    given = [word[2:].partition("=") for word in words if word.startswith("--")]
+    assert {name for name, *_ in given if not name.startswith("config.")} <= options_of(program), words
+    for path in (value for name, _, value in given if name == "config"):
+      path, *_ = ROOT.glob(re.sub(r"\$\{?\w+\}?", "*", path))
+      argv = [program, f"--config={path}", *(word for word in words if word.startswith("--config."))]
+      commandline._ConfigFile(argv).parse(str(path))  # Exits on an unknown file or field.
 
 
 # What makes the runs of the commands small; they are given to each command, as the config of a workdir stays.
@@ -89,7 +137,7 @@ def test_commands_of_a_page_that_need_no_large_data_run_one_after_another_as_typ
 
 
 def test_verbs_and_shipped_configs_that_the_documentation_names_exist():
-  text = TEXT
+  text = TEXT + "\n".join((ROOT / page).read_text() for page in DEVELOPERS_PAGES)
   named = re.findall(r"`segjax ([\w-]+)", text)
   assert len(named) > 3 and set(named) <= set(verbs.VERBS)
   assert set(re.findall(r"--config=(\w+)(?![\w/.])", text)) - {"NAME"} <= set(config_file.SHIPPED)

@@ -54,6 +54,7 @@ def test_pictures_of_diagrams_are_of_todays_text():
       assert hashlib.sha256(text.encode()).hexdigest() in page.with_suffix(".svg").read_text()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
   importlib.util.find_spec("mkdocstrings") is None, reason="mkdocs is not installed (pip install -e '.[docs]')"
 )

@@ -27,6 +27,7 @@ def write(workdir, name, begin, later, lines):
     writer.pictures(later, {"a/b": PICTURE})
 
 
+@pytest.mark.full
 @needs("mlflow")
 def test_mlflow_has_config_curves_and_pictures_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, monkeypatch):
   from mlflow import MlflowClient
@@ -48,6 +49,7 @@ def test_mlflow_has_config_curves_and_pictures_and_a_resumed_run_goes_on_in_the_
   ]
 
 
+@pytest.mark.full
 @needs("wandb")
 def test_wandb_offline_writes_below_the_workdir_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
   monkeypatch.setenv("WANDB_MODE", "offline")
