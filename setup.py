@@ -56,11 +56,18 @@ setuptools.setup(
     "coco": ["pycocotools>=2.0.8"],  # segjax prepare coco.
     "rasters": ["imagecodecs", "tifffile"],  # Images of many channels or 16 bits; see input_pipeline/rasters.py.
     "hub": ["huggingface-hub>=1"],  # segjax export --push.
-    "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],  # The site: mkdocs build --strict.
+    "docs": [
+      "mkdocs-jupyter>=0.25",
+      "mkdocs-material>=9.6,<10",
+      "mkdocstrings[python]>=1,<2",
+    ],  # The site: mkdocs build --strict.
     "test": [
       "ai-edge-litert>=2.1",
       "imagecodecs",
+      "ipykernel",
+      "mkdocs-jupyter>=0.25",
       "mkdocs-material>=9.6,<10",
+      "nbclient",  # Runs the notebooks.
       "mkdocstrings[python]>=1,<2",
       "wandb>=0.20",
       "mlflow-skinny>=3",

@@ -97,7 +97,9 @@ def _window_max(x, radius, most: int):
     x = jnp.maximum(jnp.maximum(part(part(x, 2), 0), part(x, -2)), part(part(x, 1), -1))
     for s, grows in passes:
       x = jnp.where(grows, jnp.maximum(part(x, 2 * s), part(x, -2 * s)), part(part(x, s), -s))
-    x = jax.lax.optimization_barrier(x)  # Else XLA:CPU computes the passes anew for each that reads them, in 9 times the time.
+    x = jax.lax.optimization_barrier(
+      x
+    )  # Else XLA:CPU computes the passes anew for each that reads them, in 9 times the time.
   return x
 
 

@@ -24,10 +24,10 @@ def make_config(model: str, dtype: str = "float64"):
   """A run on synthetic shapes with everything random on.
 
   Args:
-    model: "unet"; "published_unet", unpadded and without batch norm; "fcn", on crops that no stride divides;
+    model: "unet"; "shallow_unet", of depth 1, which has each of its layers; "published_unet", unpadded and without batch norm; "fcn", on crops that no stride divides;
       "deeplab", with every kind of layer: inverted residuals, atrous branches, pooling, decoder.
   """
-  names = dict(unet="unet", published_unet="unet", fcn="fcn", deeplab="deeplab_v3plus")
+  names = dict(unet="unet", shallow_unet="unet", published_unet="unet", fcn="fcn", deeplab="deeplab_v3plus")
   config = default_config(model=names[model], data="synthetic")
   config.batch_size, config.crop_size, config.dtype = BATCH_SIZE, (16, 24), dtype
   config.data.update(image_size=(22, 32), num_train=20, loader="grain", workers=1)
@@ -47,7 +47,9 @@ def make_config(model: str, dtype: str = "float64"):
     config.optimizer.base_lr = 0.001
   else:
     config.model.update(width=4, depth=2, dropout=0.3)
-  if model == "published_unet":
+  if model == "shallow_unet":
+    config.model.depth = 1
+  elif model == "published_unet":
     config.model.update(padding="valid", batch_norm=False, depth=1)
   return config
 

@@ -68,7 +68,7 @@ def test_no_model_reduces_in_bfloat16(network):
     jax.eval_shape(function, *arguments)
 
 
-@pytest.mark.parametrize("model", ["published_unet", "deeplab"])
+@pytest.mark.parametrize("model", ["published_unet", *full("deeplab")])
 def test_no_train_step_reduces_in_bfloat16(model):
   made = Experiment(experiment.make_config(model, "bfloat16"), mesh=experiment.mesh_of(1))
   with reductions_in_16_bits_refused():
@@ -103,7 +103,7 @@ def test_sums_in_bfloat16_would_be_found(function):
   assert sums_in_bfloat16(jax.jit(function).lower(np.ones((4, 4), jnp.bfloat16)).as_text())
 
 
-@pytest.mark.parametrize("network, bound", [("published_unet", 0.05), *full(("bilinear_unet", 0.1), ("fcn", 0.3))])
+@pytest.mark.parametrize("network, bound", full(("published_unet", 0.05), ("bilinear_unet", 0.1), ("fcn", 0.3)))
 def test_gradients_of_all_parameters_are_near_those_of_float32(network, bound):
   """Biases were off by 43 % where their gradients were summed in bfloat16.
 

@@ -213,7 +213,7 @@ def test_every_option_of_schedule_and_optimizer_reaches_its_function_and_no_othe
 
 
 # Of one model the others differ in the head, the loss, the augmentation and the protocol; a DeepLab takes longest to trace.
-SLOW_TO_TRACE = ("deeplab_camvid", "deeplab_cityscapes", "deeplab_voc")
+SLOW_TO_TRACE = ("deeplab_camvid", "deeplab_cityscapes", "deeplab_voc", "unet_camvid_half", "unet_carvana")
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in SLOW_TO_TRACE] + full(*SLOW_TO_TRACE))

@@ -13,6 +13,7 @@ from jax._src import distributed as jax_distributed
 
 from segjax.config import ConfigError
 from segjax.run import cluster, distributed
+from tests.marks import full
 
 SLURM = dict(
   SLURM_JOB_ID="123456",
@@ -168,7 +169,7 @@ def test_incomplete_and_contradicting_settings_are_named(arguments, message):
 
 
 @pytest.mark.parametrize(
-  "process_id, message", [(0, "and not all others came"), (1, "could not reach the coordinator")]
+  "process_id, message", [(0, "and not all others came"), *full((1, "could not reach the coordinator"))]
 )
 def test_a_process_that_stays_alone_stops_after_the_stated_time_naming_the_address(process_id, message):
   with socket.socket() as probe:

@@ -21,6 +21,7 @@ def test_speed_counts_images_after_the_start_up():
   assert counted / 0.2 >= wall > 0.5 * counted / 0.2 and cpu >= 0.9 * wall
 
 
+@pytest.mark.full
 def test_the_table_has_a_row_for_each_format_and_loader(tmp_path, monkeypatch):
   monkeypatch.setattr(input_speed.prepare, "store_voc", lambda *_: None)  # Shards are another test's.
   formats = input_speed.generate_voc(tmp_path, 4)

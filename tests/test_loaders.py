@@ -11,6 +11,7 @@ from PIL import Image
 from segjax import input_pipeline
 from segjax.config import IGNORE_LABEL, default_config
 from segjax.input_pipeline import DataError, order
+from tests.marks import full
 
 LOADERS = ["tf_data", "grain"]
 
@@ -121,7 +122,7 @@ def test_canvas_option_pads_further_and_refuses_larger_images(data):
     train(data, "grain", steps=1)
 
 
-@pytest.mark.parametrize("loader", ["tf_data", "grain_loader"])
+@pytest.mark.parametrize("loader", [*full("tf_data"), "grain_loader"])
 def test_a_program_that_fails_between_batches_ends(loader):
   """In a process that can be killed: TensorFlow waited at Python's end for threads that were no more."""
   code = f"""

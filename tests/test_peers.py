@@ -159,13 +159,11 @@ def check(case, z, tolerance=20):
 
 
 # One of each table of names; the others are the same at another stride or depth.
+DEEPER = ("timm_xception65_features_only_os16", "timm_xception71_os16", "smp_deeplabv3plus_resnet50_rates6_full")
 DISTINCT = (
   "vainf_deeplabv3plus_resnet50_separable",
   "vainf_deeplabv3plus_mobilenet",
   "timm_xception41_os8",
-  "timm_xception65_features_only_os16",
-  "timm_xception71_os16",
-  "smp_deeplabv3plus_resnet50_rates6_full",
   "smp_deeplabv3plus_mobilenet_v2",
   "smp_deeplabv3plus_tu-xception41_os8",
   "smp_unet_resnet18",
@@ -179,7 +177,12 @@ DISTINCT = (
 
 
 @pytest.mark.parametrize(
-  "case", [case if case in DISTINCT else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+  "case",
+  [
+    *DISTINCT,
+    *full(*DEEPER),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in DISTINCT + DEEPER),
+  ],
 )
 def test_every_name_has_one_place_in_the_model(case):
   arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes(case).items()}

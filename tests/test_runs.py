@@ -20,6 +20,7 @@ from segjax.run import distributed, report
 from segjax.run.checkpoint import Checkpoints
 from segjax.run.workdir import WorkdirError
 from tests import fake_run
+from tests.marks import full
 from tests.test_train import assert_identical, checkpoint, read_metrics
 
 
@@ -121,7 +122,7 @@ def test_an_evaluation_only_a_shorter_run_makes_changes_no_learning_rate(config,
   assert_identical(checkpoint(tmp_path / "whole", 7), checkpoint(tmp_path / "broken", 7))
 
 
-@pytest.mark.parametrize("field, value", [("data.eval_split", "train"), ("eval_every", 1), ("eval.flip", True)])
+@pytest.mark.parametrize("field, value", [("eval_every", 1), *full(("data.eval_split", "train"), ("eval.flip", True))])
 def test_policies_count_anew_and_best_is_not_compared_after_a_change_of_what_they_go_by(
   config, fake, tmp_path, capsys, field, value
 ):
@@ -253,6 +254,7 @@ def test_a_second_interrupt_ends_a_program_at_once_even_outside_of_python_code()
 import ctypes, os, signal, threading
 from segjax.run import distributed
 libc = ctypes.CDLL(None)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell starts background jobs, as these tests, without.
 with distributed.StopSignal() as stop:
   for after in (0.2, 0.6):
     threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -42,12 +42,16 @@ def assert_same_experiment(result, want, **tolerance):
 
 
 @pytest.mark.parametrize(
-  "data, space",
-  [(8, 1), *full((4, 2)), *(pytest.param(*shape, marks=SLOW) for shape in MESHES if shape not in ((8, 1), (4, 2)))],
+  "model, data, space",
+  [
+    ("shallow_unet", 8, 1),
+    *full(("unet", 8, 1), ("unet", 4, 2)),
+    *(pytest.param("unet", *shape, marks=SLOW) for shape in MESHES if shape not in ((8, 1), (4, 2))),
+  ],
 )
-def test_any_mesh_is_the_same_experiment_in_float64(data, space):
-  result = experiment.run(experiment.make_config("unet"), mesh_of(data, space))
-  assert_same_experiment(result, on_one_device("unet", "float64"), rtol=1e-9, atol=1e-11)
+def test_any_mesh_is_the_same_experiment_in_float64(model, data, space):
+  result = experiment.run(experiment.make_config(model), mesh_of(data, space))
+  assert_same_experiment(result, on_one_device(model, "float64"), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.slow

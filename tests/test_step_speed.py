@@ -90,9 +90,10 @@ NETWORKS = [
   *(("deeplab_v3plus", dict(backbone=name)) for name in ("mobilenet_v2", "resnet_50", "resnet_101")),
   ("deeplab_v3plus", dict(output_stride=8)),
 ]
+DEEPER = NETWORKS[6:8] + NETWORKS[10:]  # More units of those before them.
 
 
-@pytest.mark.parametrize("name, options", NETWORKS)
+@pytest.mark.parametrize("name, options", [case for case in NETWORKS if case not in DEEPER] + full(*DEEPER))
 def test_pytorchs_network_has_as_many_parameters_and_multiply_adds(name, options, monkeypatch):
   torch = pytest.importorskip("torch", reason="PyTorch is for comparing speed only")
   counter = importlib.import_module("torch.utils.flop_counter").FlopCounterMode(display=False)
@@ -114,6 +115,7 @@ def test_pytorchs_network_has_as_many_parameters_and_multiply_adds(name, options
   assert counter.get_total_flops() / 2 == pytest.approx(count, rel=1e-2 if name == "fcn" else 1e-9)
 
 
+@pytest.mark.full
 def test_pytorch_answers_in_turn(config, monkeypatch):
   pytest.importorskip("torch", reason="PyTorch is for comparing speed only")
   config.model.dropout = 0.0

@@ -28,8 +28,14 @@ def zeros(table):
   return {name: np.zeros(shape, np.float32) for name, (shape, _) in seeded.variables(table).items()}
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("output_stride", [*full(8), 32])
+@pytest.mark.parametrize(
+  "table, output_stride",
+  [
+    *((table, 32) for table in ("xception41", "mobilenetv2")),
+    *full(*((table, 32) for table in TABLES if table.startswith(("xception65", "xception71")))),
+    *full(*((table, 8) for table in TABLES)),
+  ],
+)
 def test_every_official_name_has_one_place_in_the_model(table, output_stride):
   arrays = zeros(table)
   slots = {f"{name}/Momentum": array for name, array in arrays.items()} | {"global_step": np.zeros(())}

@@ -161,7 +161,9 @@ EVAL = dict(
   threshold=Option(0.5, "of the foreground's probability under the sigmoid head; each evaluation names the best one."),
   outside=Option("void", 'what the canvas shows beyond an image: "void" (the mean pixel), or "mirror".'),
   checkpoint=Option("best", 'which one is scored: "best" by policy.metric, or "last".'),
-  num_overlays=Option(4, "pictures of image, label and prediction per evaluation, each of the first, the worst and the median."),
+  num_overlays=Option(
+    4, "pictures of image, label and prediction per evaluation, each of the first, the worst and the median."
+  ),
 )
 INIT = dict(
   path=Option(
