@@ -1,4 +1,4 @@
-"""The commands of README and the documentation name configs, modules and fields that exist."""
+"""The commands of README, docs/ and the pages elsewhere name configs, modules and fields that exist."""
 
 import functools
 import importlib.util
@@ -17,7 +17,12 @@ from tests import command as in_process
 from tests.marks import SUITES
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
+PAGES = (
+  *("README.md", "CONTRIBUTING.md", "launch/README.md"),
+  *sorted(
+    path.relative_to(ROOT).as_posix() for folder in ("docs", "benchmarks") for path in ROOT.glob(f"{folder}/*.md")
+  ),
+)
 TEXT = "\n".join((ROOT / page).read_text() for page in PAGES)
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 DEVELOPERS_PAGES = (
@@ -25,23 +30,50 @@ DEVELOPERS_PAGES = (
   "launch/README.md",
   *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/*.md")),
 )
-COMMANDS = [c.strip() for block in BLOCKS for line in block.splitlines() for c in line.split("&&") if "-m segjax" in c]
+# Of loops and shell functions: the command in it, with a value in each variable's place.
+SHELL = {
+  "compare --": "python -m segjax.benchmark --",
+  "${model}": "unet",
+  "$cache": "none",
+  "[": "",
+  "]": "",
+  '"$@"': "",
+}
+COMMANDS = [
+  command
+  for block in BLOCKS
+  for line in block.replace("\\\n", "").splitlines()
+  for command in re.findall(
+    r"(?:^|&& |do |-c \d |\{ )((?:python -m segjax|segjax|compare) ?[-.].*?|segjax .*?)(?=\s*(?:&&|;|#|$))", line
+  )
+]
+
+
+@functools.cache
+def _help(module):
+  return in_process.run(module, "--help")[1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_of_the_documentation_is_understood(command, monkeypatch):
   monkeypatch.chdir(ROOT)
+  for word, meant in SHELL.items():
+    command = command.replace(word, meant)
   words = shlex.split(command)
+  if words[0] == "segjax":
+    module, mode, _ = verbs.VERBS[words[1]]
+    words = ["python", "-m", module, *mode, *words[2:]]
   assert words[:2] == ["python", "-m"] and importlib.util.find_spec(words[2])
   if words[2] == "segjax.prepare":
-    _, known, _ = in_process.run(words[2], "--help")
     assert words[3] in ("voc", "cityscapes", "nuclei", "coco", "labelme")
-    assert all(re.search(rf"--(\[no\])?{word[2:].partition('=')[0]}\b", known) for word in words[4:])
-    return
   names = [word.lstrip("-").partition("=")[0] for word in words[3:] if word.startswith("-")]
-  known = ("config", "workdir", "mode") + (("out", "tile") if words[2] == "segjax.predict" else ())
-  assert all(name in known or name.startswith("config.") for name in names)
+  assert all(
+    name in ("config", "workdir") or name.startswith("config.") or re.search(rf"--(\[no\])?{name}\b", _help(words[2]))
+    for name in names
+  )
   argv = words[2:]
+  if "config" not in names and "workdir" not in names:
+    return
   if "config" not in names:  # It continues the run of another command.
     workdir = next(word for word in words if word.startswith("--workdir="))
     origin = next(c for c in COMMANDS if workdir in c.split() and "--config=" in c)
