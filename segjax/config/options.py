@@ -169,9 +169,13 @@ INIT = dict(
   path=Option(
     "",
     "weights that a new run starts from. Empty: random. The workdir of another run; or a file: .npz, .safetensors, .pth,"
-    " .tflite, a TensorFlow checkpoint (the name before .index) or frozen graph (.pb).",
+    " .tflite, a TensorFlow checkpoint (the name before .index) or frozen graph (.pb). Or what is downloaded once: a name of"
+    " the registry (torchvision/resnet50, ...; docs/weights.md), https://..., hf://OWNER/REPOSITORY/FILE.",
   ),
-  scheme=Option("", "whose names a file's tensors have: tf_deeplab, ... (segjax/pretrained). Empty for a workdir."),
+  scheme=Option(
+    "",
+    "whose names a file's tensors have: tf_deeplab, ... (segjax/pretrained). Empty for a workdir and a name of the registry.",
+  ),
   exclude=Option(
     (),
     'patterns, as of optimizer.freeze, of parameters and statistics left random, e.g. ("logits",) for other classes.',

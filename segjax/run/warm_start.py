@@ -5,7 +5,7 @@ import pathlib
 from segjax import config as config_lib
 from segjax import pretrained
 from segjax.config import ConfigError
-from segjax.pretrained import channels, files
+from segjax.pretrained import channels, fetch, files
 from segjax.run import checkpoint
 from segjax.run.checkpoint import Checkpoints
 
@@ -19,7 +19,8 @@ def load(init) -> tuple[dict, str]:
   Raises:
     ConfigError: nothing there, no checkpoint in that workdir, an unreadable file, or names that are not the scheme's.
   """
-  path = pathlib.Path(init.path).expanduser()
+  local, scheme = fetch.local_file(init.path, init.scheme)
+  path = pathlib.Path(local).expanduser()
   if path.is_dir():
     if init.scheme:
       raise ConfigError(
@@ -32,13 +33,14 @@ def load(init) -> tuple[dict, str]:
       if step is None:
         raise ConfigError(f"init.path = {path}: no checkpoint in {origin.folder}. Name the workdir of a trained run.")
       return origin.restore_variables(step), f"{path} (step {step})"
-  if init.scheme not in pretrained.SCHEMES:
+  if scheme not in pretrained.SCHEMES:
     raise ConfigError(
-      f"init.scheme = {init.scheme!r}: say whose names the tensors of {init.path} have, one of"
+      f"init.scheme = {scheme!r}: say whose names the tensors of {init.path} have, one of"
       f" {', '.join(pretrained.SCHEMES)}."
     )
   try:
-    return pretrained.SCHEMES[init.scheme](files.load_arrays(init.path)), str(path)
+    origin = str(path) if local == init.path else init.path
+    return pretrained.SCHEMES[scheme](files.load_arrays(local)), origin
   except ValueError as error:
     raise ConfigError(f"init.path = {init.path}: {error}") from error
 
