@@ -19,7 +19,9 @@ def test_a_notebook_is_kept_with_its_outputs_and_small(path):
   cells = [cell for cell in _read(path).cells if cell.cell_type == "code"]
   assert [cell.execution_count for cell in cells] == list(range(1, 1 + len(cells)))
   assert sum(bool(cell.outputs) for cell in cells) >= len(cells) - 1 and path.stat().st_size < 300_000
-  assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+  outputs = [output for cell in cells for output in cell.outputs]
+  assert not any(output.output_type == "error" for output in outputs)
+  assert not any("\r" in output.text or not output.text.strip() for output in outputs if "text" in output)
 
 
 @pytest.mark.full
