@@ -1,6 +1,6 @@
 """DeepLabV3+ with MobileNetV2 on a part of PASCAL VOC 2012, for two CPU cores: what weights of others are worth.
 
-python -m segjax.main --config=configs/deeplab_voc_part.py:imagenet --config.data.dir=VOC2012 --workdir=runs/voc_part_imagenet
+python -m segjax.main --config=configs/deeplab_voc_part.py --config.data.dir=VOC2012 --workdir=runs/voc_part
 
 Variants:  `:imagenet` (the default) begins with an ImageNet classifier, `:frozen` trains only the head on it, `:official`
            begins with a network that DeepLab's authors trained on VOC, `:scratch` with nothing.

@@ -51,7 +51,7 @@ def image_counts(label: jax.Array, prediction: jax.Array, size: jax.Array, num_c
     label, in the prediction, and in both; `images`, [B, 3, K] int32: the same three numbers of whole classes, of each image.
   """
   void = (label < 0) | (label >= num_classes)
-  near = jax.lax.optimization_barrier([_near_boundary(classes, void, size) for classes in (label, prediction)])
+  near = _apart([_near_boundary(classes, void, size) for classes in (label, prediction)])
   rows, columns = (2 * x.astype(jnp.int32) + edge for x, edge in zip((label, prediction), near))
   counts = _histograms(jnp.where(void, 2 * num_classes, rows), columns, 2 * num_classes, 2 * num_classes)
   counts = counts.reshape(-1, num_classes, 2, num_classes, 2)
@@ -79,6 +79,11 @@ def _near_boundary(classes, void, size):
   return (largest - 1 != smallest) | (distance[0] < width) | (distance[1] < width)
 
 
+def _apart(x):
+  """The same, computed once: XLA:CPU would compute it anew for each that reads it, in 9 times the time."""
+  return kernels.fastest(lambda x: x, **dict.fromkeys(("cpu", "split_cpu"), jax.lax.optimization_barrier))(x)
+
+
 def _window_max(x, radius, most: int):
   """The largest of x [B, H, W] at most `radius` [B, 1, 1] >= 1 rows and columns away, where all these are in the array.
 
@@ -99,8 +104,7 @@ def _window_max(x, radius, most: int):
     x = jnp.maximum(jnp.maximum(part(part(x, 2), 0), part(x, -2)), part(part(x, 1), -1))
     for s, grows in passes:
       x = jnp.where(grows, jnp.maximum(part(x, 2 * s), part(x, -2 * s)), part(part(x, s), -s))
-    # XLA:CPU would compute the passes anew for each that reads them, in 9 times the time.
-    x = kernels.fastest(lambda x: x, cpu=jax.lax.optimization_barrier, split_cpu=jax.lax.optimization_barrier)(x)
+    x = _apart(x)
   return x
 
 

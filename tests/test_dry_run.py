@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from segjax import config as config_lib
-from segjax import input_pipeline, sharding, steps
+from segjax import input_pipeline, metrics, sharding, steps
 from segjax.config import ConfigError
 from segjax.tools import flops
 from segjax.tools.dry_run import device_memory, dry_run
@@ -41,8 +41,8 @@ def test_dry_run_tells_what_the_real_step_holds_and_writes_nothing(config, tmp_p
   assert programs["train"].temporary > 16 * 24 * 16 * 4  # Some layer of the only crop that a device has.
   found = programs["train"].collectives
   assert found["all-reduce"] and found["all-gather"]
-  prediction = 2 * 24 * 32
-  assert prediction <= programs["evaluation"].outputs < 2 * prediction
+  prediction, counts = 2 * 24 * 32, 2 * metrics.BINS * metrics.FINE_BINS * 4
+  assert prediction <= programs["evaluation"].outputs < 2 * prediction + counts
   output = capsys.readouterr().out
   count = sum(leaf.size for leaf in jax.tree.leaves(current.params))
   for text in (

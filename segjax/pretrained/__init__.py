@@ -18,7 +18,6 @@ from segjax.pretrained.peers import PEERS, build
 __all__ = ["PEERS", "SCHEMES", "assign", "build", "merge_variables"]
 
 SCHEMES = {
-  "segjax": native.convert,
   "tf_deeplab": tf_deeplab.convert,
   "torchvision": torchvision.convert,
   "timm": timm.convert,
@@ -27,6 +26,7 @@ SCHEMES = {
   "wkentaro": wkentaro.convert,
   "milesial": milesial.convert,
   "mmseg": mmseg.convert,
+  "segjax": native.convert,
 }
 
 

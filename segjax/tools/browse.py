@@ -20,10 +20,6 @@ from segjax.files import atomic
 from segjax.input_pipeline import DataError, images, rasters
 from segjax.run import commandline
 
-_OUT = commandline.define_path("out", "browse.html", "The page to write.")
-_SAMPLES = flags.DEFINE_integer("samples", 16, "How many training examples it shows.", lower_bound=1)
-_CHECK = flags.DEFINE_bool("check", True, "Whether both splits are read for the classes' shares and the problems.")
-
 _LARGEST, _THUMBNAIL = 720, 360  # Pixels of the longer side of a picture; larger ones are shrunk.
 _SMALL = 200  # Pixels of the longer side, below which single pixels are to be seen.
 _MOST_PROBLEMS = 100
@@ -278,15 +274,24 @@ def browse(config, out: pathlib.Path, count: int, check: bool = True) -> None:
     print(f"No crops can be made yet: {failure}")
 
 
+def _define_flags() -> None:
+  # Not at import, where prepare's flag of that name would be in the way.
+  commandline.define_path("out", "browse.html", "The page to write.")
+  flags.DEFINE_integer("samples", 16, "How many training examples it shows.", lower_bound=1)
+  flags.DEFINE_bool("check", True, "Whether both splits are read for the classes' shares and the problems.")
+
+
 def main(argv: list[str]) -> None:
   """The command line."""
   del argv
+  args = flags.FLAGS
   with commandline.readable_errors():
     config = commandline.config()
     os.environ["JAX_PLATFORMS"] = "cpu"  # Crops are soon made, and an accelerator that is here may be in use.
     commandline.enable_float64(config)
-    browse(config, pathlib.Path(_OUT.value), _SAMPLES.value, _CHECK.value)
+    browse(config, pathlib.Path(args.out), args.samples, args.check)
 
 
 if __name__ == "__main__":
+  _define_flags()
   commandline.run(main)
