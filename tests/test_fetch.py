@@ -108,6 +108,7 @@ def test_other_content_is_refused_and_removed_and_a_damaged_file_fetched_again(s
     fetch.local_file(f"{server.url}#md5=0", "")
 
 
+@pytest.mark.full  # The library tries five seconds long.
 def test_without_a_network_the_error_says_where_to_put_the_file(server):
   server.shutdown()
   server.server_close()

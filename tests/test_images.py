@@ -316,8 +316,8 @@ def test_pillow_offers_a_file_to_no_other_reader_than_those_of_our_formats(tmp_p
 
 def test_pictures_are_opened_in_one_place():
   package = pathlib.Path(images.__file__).parents[1]
-  calls = {path.name: path.read_text().count("Image.open(") for path in package.rglob("*.py")}
-  assert {name: count for name, count in calls.items() if count} == {"images.py": 1}
+  calls = {path: path.read_text().count("Image.open(") for path in package.rglob("*.py")}
+  assert {path.name: count for path, count in calls.items() if count} == {"images.py": 1}
 
 
 @pytest.mark.parametrize("folder", ["voc_samples", "voc_part", "camvid", "kitti_road", "nuclei", "salt"])

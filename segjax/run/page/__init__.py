@@ -20,6 +20,7 @@ from PIL import Image
 from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.files import atomic
+from segjax.input_pipeline import DataError, images
 from segjax.run import record
 from segjax.run.page import charts
 
@@ -261,10 +262,10 @@ def _matrix(classes: list[str], confusion: np.ndarray) -> list[dict]:
 def _panels(path: pathlib.Path) -> list[str]:
   """The four panels of `pictures.comparison` as data URIs; [] where its file is gone."""
   try:
-    with Image.open(path) as picture:
+    with images.opened(path, None, "not a picture") as picture:
       width, height = picture.width // 4, picture.height
       parts = [picture.crop((n * width, 0, (n + 1) * width, height)).convert("RGB") for n in range(4)]
-  except OSError:
+  except DataError:
     return []
   return [_data_uri(part) for part in parts]
 
