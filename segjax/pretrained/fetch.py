@@ -56,7 +56,7 @@ def _download(url: str, sha256: str, path: str) -> pathlib.Path:
   file = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
   part = folder / f"{file.name}.part"
   with filelock.FileLock(folder / f"{file.name}.lock"):  # The other processes of this machine wait.
-    if file.exists() and _checksum(file).startswith(sha256):
+    if file.exists() and (not sha256 or _checksum(file).startswith(sha256)):
       return file
     try:
       with open(part, "ab") as stream:
