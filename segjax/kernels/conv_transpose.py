@@ -22,7 +22,7 @@ def conv_transpose(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   Args:
     kernel: [k, k, in, out], k a multiple of the stride; output pixel stride * i + a takes x[i] @ kernel[a].
   """
-  form = kernels.fastest(_plain, cpu=_as_one_product, onnx=_as_one_product)
+  form = kernels.fastest(_plain, cpu=_as_one_product)
   rows, out_rows = x.shape[1], (x.shape[1] - 1) * stride + kernel.shape[0]
   return sharding.split_height(form(sharding.split_height(x, out_rows), kernel, stride), rows)
 
