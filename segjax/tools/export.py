@@ -157,11 +157,9 @@ def _repository(address: str) -> tuple[str, str]:
 
 
 def _hub():
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ConfigError(f"--push needs huggingface_hub ({error}): pip install 'segjax[hub]'") from error
-  return huggingface_hub
+  from segjax.tools.exports.formats import library
+
+  return library("huggingface_hub", "'segjax[hub]'")
 
 
 def _define_flags() -> None:

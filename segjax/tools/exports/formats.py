@@ -1,5 +1,6 @@
 """The formats: each writes a file and gives back the function that its own runtime computes from that file."""
 
+import functools
 import importlib
 import pathlib
 import tempfile
@@ -62,12 +63,12 @@ def _load_safetensors(path: pathlib.Path, program: Program) -> Run:
   again, _, _ = pretrained.merge_variables(
     jax.device_get(program.variables), native.convert(files.load_arrays(str(path))), (), str(path)
   )
-  return program.replaced(again).evaluated
+  return functools.partial(program.evaluated, variables=again)
 
 
 def _write_onnx(program: Program, path: pathlib.Path) -> None:
   # Without its dependencies, as it asks for an older Orbax than ours.
-  jax2onnx = _library("jax2onnx", f"onnx onnxruntime onnx-ir && pip install --no-deps {_JAX2ONNX}")
+  jax2onnx = library("jax2onnx", f"onnx onnxruntime onnx-ir && pip install --no-deps {_JAX2ONNX}")
   model = jax2onnx.to_onnx(
     program.on_canvas(), _fixed(program, "batch"), input_names=["image", "size"], output_names=["ids", "probabilities"]
   )
@@ -75,7 +76,7 @@ def _write_onnx(program: Program, path: pathlib.Path) -> None:
 
 
 def _load_onnx(path: pathlib.Path, program: Program) -> Run:
-  session = _library("onnxruntime", "onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+  session = library("onnxruntime", "onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
 
   def run(image):
     laid, size = program.laid(image)
@@ -85,7 +86,7 @@ def _load_onnx(path: pathlib.Path, program: Program) -> Run:
 
 
 def _write_litert(program: Program, path: pathlib.Path) -> None:
-  tf = _library("tensorflow", "'segjax[tensorflow]'")
+  tf = library("tensorflow", "'segjax[tensorflow]'")
   from jax.experimental import jax2tf
 
   specs = [tf.TensorSpec(x.shape, x.dtype, name) for x, name in zip(_fixed(program, 1), ("image", "size"))]
@@ -100,7 +101,7 @@ def _write_litert(program: Program, path: pathlib.Path) -> None:
 
 
 def _load_litert(path: pathlib.Path, program: Program) -> Run:
-  interpreter = _library("ai_edge_litert.interpreter", "'segjax[tflite]'").Interpreter(str(path))
+  interpreter = library("ai_edge_litert.interpreter", "'segjax[tflite]'").Interpreter(str(path))
   runner = interpreter.get_signature_runner()
 
   def run(image):
@@ -122,11 +123,12 @@ def _cut(results, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return tuple(np.asarray(x)[0, :h, :w] for x in results)
 
 
-def _library(name: str, install: str):
+def library(name: str, install: str):
+  """An optional package; ConfigError where it is missing, with what pip is to install."""
   try:
     return importlib.import_module(name)
   except ImportError as error:
-    raise ConfigError(f"This format needs {name} ({error}): pip install {install}") from error
+    raise ConfigError(f"This needs {name} ({error}): pip install {install}") from error
 
 
 _ON_CANVAS = (

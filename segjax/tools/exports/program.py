@@ -33,10 +33,6 @@ class Program:
   info: PredictionInfo
   origin: str
 
-  def replaced(self, variables: dict) -> "Program":
-    """The same of other variables."""
-    return dataclasses.replace(self, variables=sharding.gather(variables, self.experiment.mesh))
-
   @property
   def canvas(self) -> tuple[int, int]:
     return self.info.canvas_size
@@ -45,23 +41,22 @@ class Program:
   def pixels(self) -> images.Pixels:
     return images.pixels_of(self.experiment.config.data)
 
+  def _predict(self, variables: dict, image: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See `on_canvas`."""
+    config, protocol = self.experiment.config, self.experiment.protocol
+    options = dict(outside=config.eval.outside, sigmoid=config.head == "sigmoid", threshold=config.eval.threshold)
+    with jax.default_matmul_precision(config.matmul_precision):
+      model = steps.merge(self.experiment.graphdef, jax.tree.map(jnp.asarray, variables))
+      ids, scores = inference.predict(model, image, size, protocol=protocol, **options)
+      return ids, inference.probabilities(scores, **protocol)
+
   def on_canvas(self) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """predict(image [B, H, W, C], size [B, 2]) -> class ids [B, H, W] uint8, probabilities [B, H, W, K] float32.
 
     The image lies in the canvas' upper left corner; `size` int32 is its (height, width), outside of which nothing counts.
-    Operations have their plain forms, which every platform computes, unless it is traced under `kernels.on`.
+    Operations have their plain forms, which every platform computes.
     """
-    config, graphdef, protocol = self.experiment.config, self.experiment.graphdef, self.experiment.protocol
-    options = dict(outside=config.eval.outside, sigmoid=config.head == "sigmoid", threshold=config.eval.threshold)
-    variables = jax.device_get(self.variables)  # Constants of the program, on no device.
-
-    @jax.default_matmul_precision(config.matmul_precision)
-    def predict(image, size):
-      model = steps.merge(graphdef, jax.tree.map(jnp.asarray, variables))
-      ids, scores = inference.predict(model, image, size, protocol=protocol, **options)
-      return ids, inference.probabilities(scores, **protocol)
-
-    return predict
+    return functools.partial(self._predict, jax.device_get(self.variables))  # Constants of the program, on no device.
 
   def of_any_size(self) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
     """predict(image [B, h, w, C]) -> class ids [B, h, w], probabilities [B, h, w, K], of images up to the canvas.
@@ -87,17 +82,22 @@ class Program:
   @functools.cached_property
   def _by_own_kernels(self) -> Callable:
     mesh = self.experiment.mesh
-    own = kernels.on(kernels.target(mesh, self.experiment.config.kernels))(self.on_canvas())
+    own = kernels.on(kernels.target(mesh, self.experiment.config.kernels))(self._predict)
     return jax.jit(sharding.on(mesh)(own))
 
-  def evaluated(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def evaluated(self, image: np.ndarray, variables: dict | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What segjax itself computes for an image [h, w, C]: the ids [h, w] of evaluation's compiled step, and probabilities
-    [h, w, K] by the same kernels."""
+    [h, w, K] by the same kernels.
+
+    Args:
+      variables: in place of the program's.
+    """
+    variables = self.variables if variables is None else sharding.gather(variables, self.experiment.mesh)
     h, w = image.shape[:2]
     batch = pad_batch([unlabelled.example(image, 0)] * self.experiment.config.eval.batch_size, self.canvas)
     (on_device,) = sharding.to_device(iter([batch]), self.experiment.mesh)
-    ids = self.experiment.eval_step(self.variables, on_device)["prediction"]
-    _, probabilities = self._by_own_kernels(*self.laid(image))
+    ids = self.experiment.eval_step(variables, on_device)["prediction"]
+    _, probabilities = self._by_own_kernels(variables, *self.laid(image))
     return np.asarray(ids)[0, :h, :w], np.asarray(probabilities)[0, :h, :w]
 
   def samples(self, count: int) -> tuple[list[np.ndarray], str]:
