@@ -100,6 +100,19 @@ def fields(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, object
   return leaves
 
 
+def changed(leaves: dict[str, object]) -> dict[str, tuple[object, object]]:
+  """{field: (value, default)} of the leaves that differ from the defaults of their model and data source.
+
+  Args:
+    leaves: of `fields`, of this version or an earlier one, or as JSON has them, with lists for tuples; a field that is no
+      more has the default None.
+  """
+  default = fields(default_config(leaves["model.name"], leaves["data.name"]))
+  plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
+  pairs = {name: (value, default[name] if name in default else None) for name, value in leaves.items()}
+  return {name: pair for name, pair in pairs.items() if plain(pair[0]) != plain(pair[1])}
+
+
 def schema_problem(config) -> str:
   """Which fields are not those of the config's model and data source, or ''.
 

@@ -1,5 +1,8 @@
 """Class ids and probabilities in colours, alone or over their images."""
 
+import base64
+import io
+
 import numpy as np
 from PIL import Image
 
@@ -68,6 +71,13 @@ def paint(image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> np.nda
 
 def _blend(image: np.ndarray, color: np.ndarray, percent: int) -> np.ndarray:
   return (((100 - percent) * image.astype(np.uint16) + percent * color.astype(np.uint16)) // 100).astype(np.uint8)
+
+
+def data_uri(picture: Image.Image, *, lossless: bool) -> str:
+  """A picture inside an HTML page: a PNG, or else a JPEG."""
+  file, kind = io.BytesIO(), "png" if lossless else "jpeg"
+  picture.save(file, kind, **({} if lossless else dict(quality=90, subsampling=0)))
+  return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def overlay(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, palette: np.ndarray) -> np.ndarray:

@@ -5,8 +5,6 @@ loader and augmentation, beside the images and labels in the files; how often ea
 complains about, for which it reads both splits once (--nocheck: not).
 """
 
-import base64
-import io
 import os
 import pathlib
 from collections.abc import Sequence
@@ -79,14 +77,12 @@ def _picture(pixels: np.ndarray, largest: int = _LARGEST) -> _Picture:
   """[H, W, 3] uint8 in a data URI: a JPEG, shrunk where large; where small, a PNG with each pixel as it is."""
   from PIL import Image
 
-  image, file = Image.fromarray(pixels), io.BytesIO()
+  from segjax.run import pictures
+
+  image = Image.fromarray(pixels)
   image.thumbnail((largest, largest))
-  if small := max(image.size) < _SMALL:
-    image.save(file, "PNG")
-  else:
-    image.save(file, "JPEG", quality=90, subsampling=0)
-  kind = "png" if small else "jpeg"
-  return _Picture(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", small)
+  small = max(image.size) < _SMALL
+  return _Picture(pictures.data_uri(image, lossless=small), small)
 
 
 def _pair(image: np.ndarray, label: np.ndarray, source) -> tuple[_Picture, _Picture]:

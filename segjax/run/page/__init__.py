@@ -3,10 +3,8 @@
 It is made of what the workdir holds (metrics.jsonl, evaluations/, overlays/), so it can be made again at any time.
 """
 
-import base64
 import datetime
 import importlib.resources
-import io
 import json
 import pathlib
 from collections.abc import Sequence
@@ -15,13 +13,12 @@ from typing import NamedTuple
 import jinja2
 import markupsafe
 import numpy as np
-from PIL import Image
 
 from segjax import config as config_lib
 from segjax.config import ConfigError
 from segjax.files import atomic
 from segjax.input_pipeline import DataError, images
-from segjax.run import record
+from segjax.run import pictures, record
 from segjax.run.page import charts
 
 FILE = "report.html"
@@ -166,13 +163,9 @@ def _differing(runs: list[Run]) -> list[tuple[str, list]]:
 
 
 def _changed(config: dict) -> list[tuple[str, object, object]]:
-  """(field, value, default) where they differ; [] without a config."""
-  if not config:
-    return []
-  default = config_lib.fields(config_lib.default_config(config["model.name"], config["data.name"]))
-  default = {name: list(value) if isinstance(value, tuple) else value for name, value in default.items()}
-  rows = [(name, value, default[name] if name in default else None) for name, value in config.items()]
-  return [row for row in rows if row[1] != row[2] and row[0] not in ("model.name", "data.name")]
+  """(field, value, default) where they differ, but for model and data source; [] without a config."""
+  pairs = config_lib.changed(config) if config else {}
+  return [(name, *pair) for name, pair in pairs.items() if name not in ("model.name", "data.name")]
 
 
 def _charts(runs: list[Run]) -> list[dict]:
@@ -267,14 +260,8 @@ def _panels(path: pathlib.Path) -> list[str]:
       parts = [picture.crop((n * width, 0, (n + 1) * width, height)).convert("RGB") for n in range(4)]
   except DataError:
     return []
-  return [_data_uri(part) for part in parts]
-
-
-def _data_uri(picture: Image.Image) -> str:
-  """PNG for small pictures, which are shown larger; else JPEG."""
-  out, kind = io.BytesIO(), "png" if max(picture.size) <= 160 else "jpeg"
-  picture.save(out, kind, **({} if kind == "png" else dict(quality=88)))
-  return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+  # Small ones are shown larger.
+  return [pictures.data_uri(part, lossless=max(part.size) <= 160) for part in parts]
 
 
 def _write(path: pathlib.Path, template: str, **content) -> pathlib.Path:

@@ -20,12 +20,8 @@ def card(program: Program, name: str, checks: dict[str, str], record: dict | Non
     license: of the weights, an identifier of Hugging Face's or words; "": not stated.
   """
   config, classes = program.experiment.config, program.info.classes
-  default = config_lib.fields(config_lib.default_config(config.model.name, config.data.name))
-  changed = {
-    field: value
-    for field, value in config_lib.fields(config).items()
-    if field not in _HIDDEN and not (field in default and default[field] == value)
-  }
+  pairs = config_lib.changed(config_lib.fields(config))
+  changed = {field: value for field, (value, _) in pairs.items() if field not in _HIDDEN}
   return "\n\n".join(
     (
       _header(license),
