@@ -82,7 +82,10 @@ def main():
   jax.config.update("jax_enable_compilation_cache", False)
   mesh = sharding.make_mesh(1, 1)
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, float32, {args.rounds} rounds\n", flush=True)
-  print("| step | without | ms with | ms without | ratio (p25-p75 of rounds) |\n|---|---|---|---|---|", flush=True)
+  print(
+    "| step | without | ms with | ms without | ratio (p25-p75 of rounds) | MiB with | MiB without |\n|---|---|---|---|---|---|---|",
+    flush=True,
+  )
   for step in args.only.split(","):
     base = compiled(step, mesh, None)
     text = base.program.compiled.as_text()
@@ -102,9 +105,15 @@ def main():
       without = 1e3 * np.array(seconds[1:])
       low, middle, high = np.percentile(without / ours, (25, 50, 75))
       print(
-        f"| {step} | {name} | {np.median(ours):.0f} | {np.median(without):.0f} | {middle:.2f} ({low:.2f}-{high:.2f}) |",
+        f"| {step} | {name} | {np.median(ours):.0f} | {np.median(without):.0f} | {middle:.2f} ({low:.2f}-{high:.2f})"
+        f" | {mebibytes(base)} | {mebibytes(steps[name])} |",
         flush=True,
       )
+
+
+def mebibytes(measured: step_speed.Measured) -> str:
+  """The temporary memory of a step."""
+  return f"{measured.program.temporary / 2**20:,.0f}"
 
 
 def _without_names(text: str) -> str:

@@ -73,8 +73,9 @@ def table() -> str:
   return "\n".join([head, *(row(run) for run in sorted(FOLDER.iterdir()))])
 
 
-def class_table(names: list[str], classes: tuple[str, ...]) -> str:
-  """The IoU of each class in runs beside each other, in per cent."""
+def class_table(data: str) -> str:
+  """The IoU of each of the `CLASSES` in the runs on one of these data sets, in per cent."""
+  names, classes = [run.name for run in sorted(FOLDER.iterdir()) if run.name.startswith(data)], CLASSES[data]
   columns = [evaluations(FOLDER / name)[-1] for name in names]
   cell = lambda scores, c: "-" if scores[f"iou/{c}"] is None else f"{100 * scores[f'iou/{c}']:.1f}"  # noqa: E731
   rows = [f"| {c} | {' | '.join(cell(scores, c) for scores in columns)} |" for c in classes]
@@ -96,7 +97,7 @@ def keep(run: pathlib.Path, commit: str, note: str) -> None:
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("action", choices=("keep", "table"))
-  parser.add_argument("runs", nargs="*", type=pathlib.Path, help="workdirs to keep, or names of kept runs to compare")
+  parser.add_argument("runs", nargs="*", type=pathlib.Path, help="workdirs to keep")
   parser.add_argument("--commit", help="that the runs trained with")
   parser.add_argument("--note", help="the hardware, and what else ran on it")
   args = parser.parse_args()
@@ -106,7 +107,7 @@ def main():
     for run in args.runs:
       keep(run, args.commit, args.note)
   else:
-    print(table())
+    print("\n\n".join([table(), *map(class_table, CLASSES)]))
 
 
 if __name__ == "__main__":
