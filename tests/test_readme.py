@@ -169,10 +169,9 @@ def test_commands_of_a_page_that_need_no_large_data_run_one_after_another_as_typ
 
 
 def test_verbs_and_shipped_configs_that_the_documentation_names_exist():
-  text = TEXT + "\n".join((ROOT / page).read_text() for page in DEVELOPERS_PAGES)
-  named = re.findall(r"`segjax ([\w-]+)", text)
+  named = re.findall(r"`segjax ([\w-]+)", TEXT)
   assert len(named) > 3 and set(named) <= set(verbs.VERBS)
-  assert set(re.findall(r"--config=(\w+)(?![\w/.])", text)) - {"NAME"} <= set(config_file.SHIPPED)
+  assert set(re.findall(r"--config=(\w+)(?![\w/.])", TEXT)) - {"NAME"} <= set(config_file.SHIPPED)
 
 
 def test_options_that_the_documentation_names_exist():
