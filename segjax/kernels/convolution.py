@@ -2,7 +2,7 @@
 
 | platform | form | gain | measured by `python benchmarks/kernels.py` |
 |---|---|---|---|
-| cpu | a convolution of 1x1 as one product of all pixels | 1.04 in the step of Xception-65, which holds 12 % less memory | --only=pointwise |
+| cpu | a convolution of 1x1 as one product of all pixels | 1.03 in the step of Xception-65, whose temporary memory is 13 % less | --only=pointwise |
 | cpu | fewer pixels than filters: products over patches | 146 times for an fc6 of 2048 filters | --only=fc6 |
 | cpu | 3x3 of many features: Winograd's sums (winograd.py) | 1.5 times for 256 and 1024 features | --only=conv |
 | cpu, split_cpu | feature maps computed before | 1.18 in the step of U-Net-16 | benchmarks/torch.md, "What is computed once" |
