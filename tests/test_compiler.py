@@ -66,9 +66,9 @@ def test_other_platforms_get_none(platform):
 
 
 @pytest.mark.parametrize("platform", ["gpu", "split_gpu"])
-def test_a_gpu_is_told_which_all_reduces_become_one_by_an_option_that_this_xla_knows(platform):
+def test_a_gpu_is_told_which_all_reduces_become_one_and_to_round_by_options_that_this_xla_knows(platform):
   options = compiler.options("train", platform)
-  assert options.keys() == {"xla_gpu_all_reduce_combine_threshold_bytes"}
+  assert options.keys() == {"xla_gpu_all_reduce_combine_threshold_bytes", "xla_allow_excess_precision"}
   jax.jit(lambda: 0, compiler_options=options).lower().compile()
   with pytest.raises(jax.errors.JaxRuntimeError):
     jax.jit(lambda: 0, compiler_options=dict.fromkeys((name + "_unknown" for name in options), "1")).lower().compile()

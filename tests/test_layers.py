@@ -48,10 +48,9 @@ def trained(norm, x, platform):
 def test_what_has_no_form_of_a_platform_is_traced_as_the_plain_one():
   image, norm = jax.ShapeDtypeStruct((2, 6, 8, 3), jnp.float32), layers.BatchNorm(3)
   transposed = layers.ConvTranspose2x2(3, 5, rngs=nnx.Rngs(0)), layers.ConvTranspose(3, 3, 8, rngs=nnx.Rngs(0))
+  own_on_gpu = layers.max_pool_2x2, lambda x: resize.resize_bilinear(x, (9, 5))
   plain_everywhere = {
-    "max_pool_2x2": layers.max_pool_2x2,
     "max_pool_3x3": resnet.max_pool_3x3,
-    "resize_bilinear": lambda x: resize.resize_bilinear(x, (9, 5)),
     "upsample_bilinear": lambda x: resize.upsample_bilinear(x, 8),
     "dropout": lambda x: layers.dropout(x, 0.5, jax.random.key(0)),
     "batch_norm in evaluation": lambda x: norm(x, False),
@@ -65,10 +64,13 @@ def test_what_has_no_form_of_a_platform_is_traced_as_the_plain_one():
     assert traced(function, "plain") == traced(function, "cpu") == traced(function, "gpu"), name
   for layer in transposed:
     assert traced(layer, "plain") == traced(layer, "gpu") != traced(layer, "cpu")
+  for function in own_on_gpu:
+    assert traced(function, "plain") == traced(function, "cpu") != traced(function, "gpu")
 
 
+@pytest.mark.parametrize("platform", ["plain", "gpu"])
 @pytest.mark.parametrize("size, ceil_mode", [((6, 8), False), ((6, 8), True), ((5, 8), True), ((5, 7), True)])
-def test_max_pool_equals_reduce_window_in_value_and_gradient(size, ceil_mode):
+def test_max_pool_equals_reduce_window_in_value_and_gradient(size, ceil_mode, platform):
   x, weight = random(2, *size, 3), random(2, 3, 4, 3, seed=1)
 
   def ours(x):
@@ -78,7 +80,17 @@ def test_max_pool_equals_reduce_window_in_value_and_gradient(size, ceil_mode):
     outside = ((0, 0), (0, size[0] % 2), (0, size[1] % 2), (0, 0))
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), outside)
 
-  for got, want in zip(*values_and_gradients("plain", (ours, plain), weight, x)):
+  for got, want in zip(*values_and_gradients(platform, (ours, plain), weight, x)):
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_max_pool_shares_gradients_alike_on_every_platform_where_values_tie(dtype):
+  windows = np.stack(np.meshgrid(*[[0, 1]] * 4), -1).reshape(1, 1, 16, 2, 2)  # All 16 of two values.
+  x = jnp.asarray(windows.transpose(0, 1, 3, 2, 4).reshape(1, 2, 32, 1), dtype)
+  weight = random(1, 1, 16, 1).astype(dtype)
+  plain, gpu = (values_and_gradients(platform, (layers.max_pool_2x2,), weight, x)[0] for platform in ("plain", "gpu"))
+  for got, want in zip(gpu, plain):
     np.testing.assert_array_equal(got, want)
 
 
@@ -110,6 +122,24 @@ def test_resizing_equals_torch_by_either_convention(size, align_corners):
   got = resize.resize_bilinear(jnp.asarray(z["x"].transpose(0, 2, 3, 1)), size, align_corners)
   want = z[f"bilinear_{size[0]}x{size[1]}_corners{int(align_corners)}"]
   np.testing.assert_allclose(got.transpose(0, 3, 1, 2), want, atol=2e-6)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("size", [(13, 14), (4, 40), (7, 3), (1, 21)])
+def test_resizing_on_gpu_equals_the_plain_one_in_value_and_gradient(size, align_corners):
+  x, weight = random(2, 7, 5, 3), random(2, *size, 3, seed=1)
+  resized = (lambda x: resize.resize_bilinear(x, size, align_corners),)
+  plain, gpu = (values_and_gradients(platform, resized, weight, x)[0] for platform in ("plain", "gpu"))
+  for got, want in zip(gpu, plain):
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_resizing_on_gpu_rounds_to_bfloat16_once_along_each_axis():
+  x = jnp.asarray([[[[1.0], [1.0078125]]]], jnp.bfloat16)  # One number of bfloat16 apart.
+  with kernels.on("gpu"):
+    got = resize.resize_bilinear(x, (1, 5))
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got.reshape(-1), jnp.linspace(1, 1.0078125, 5).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("platform", ["plain", "cpu"])

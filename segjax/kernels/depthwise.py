@@ -2,13 +2,13 @@
 
 | platform | form | gain | measured by `python benchmarks/kernels.py` |
 |---|---|---|---|
-| cpu, tpu | shifted products, added | cpu: 30 to 50 times forward; tpu: see below | --only=depthwise |
+| cpu | shifted products, added | 30 to 50 times forward | --only=depthwise |
 | gpu | the same at rates above 1 | not measured; cuDNN's grouped convolutions slow down with the rate | --only=depthwise |
 | cpu | kernel's gradient by a loop over rows | 1.5 times beside autodiff of the shifted products | --only=depthwise |
-| gpu, tpu | kernel's gradient as XLA's own, of each device's images | reads both maps once, not nine times | below |
+| gpu | kernel's gradient as XLA's own, of each device's images | reads both maps once, not nine times | below |
 
 They can go when XLA's grouped convolution is as fast, and its partitioner right. By the compiler's accounts of
-benchmarks/accelerators.md.
+benchmarks/accelerators.md, which also say why TPU has the plain form.
 
 Cures, on every platform. The kernel's gradient is our own: XLA's partitioner multiplies that of a grouped convolution,
 silently, by the size of each mesh axis over which the batch is replicated (jax 0.10.2 and 0.12.0.1). And the height of
@@ -41,7 +41,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padd
     stride, rate: same for height and width; rate is the dilation.
     padding: zeros around x.
   """
-  forms = kernels.fastest(PLAIN, cpu=ON_CPU, gpu=ON_GPU if rate == 1 else ON_TPU, tpu=ON_TPU)
+  forms = kernels.fastest(PLAIN, cpu=ON_CPU, gpu=ON_GPU if rate == 1 else ON_GPU_DILATED)
   rows, (out_rows, _) = x.shape[1], output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   y = _by_forms(sharding.split_height(x, out_rows), kernel, forms, stride, rate, padding)
   return sharding.split_height(y, rows)
@@ -178,4 +178,4 @@ def _assemble(gradient: dict, kernel):
 PLAIN = _Forms(_plain, _kernel_gradient_by_sums)
 ON_CPU = _Forms(_shifted, _kernel_gradient_by_rows)
 ON_GPU = _Forms(_plain, _kernel_gradient_of_each_device)
-ON_TPU = _Forms(_shifted, _kernel_gradient_of_each_device)
+ON_GPU_DILATED = _Forms(_shifted, _kernel_gradient_of_each_device)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from segjax.kernels import batch_norm, conv_transpose, convolution, depthwise
+from segjax.kernels import batch_norm, conv_transpose, convolution, depthwise, max_pool
 from segjax.models import resize
 
 # Mean and standard deviation of ImageNet's training images, RGB in [0, 255], as commonly used.
@@ -211,9 +211,7 @@ def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
   b, h, w, c = x.shape
   if h % 2 or w % 2:
     raise ValueError(f"max_pool_2x2 needs an even height and width, got {h}x{w}; pad the input to the model's stride.")
-  x = x.reshape(b, h // 2, 2, w // 2, 2, c)
-  x = jnp.maximum(x[:, :, 0], x[:, :, 1])  # [B, H/2, W/2, 2, C]
-  return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
+  return max_pool.max_pool_2x2(x)
 
 
 def linear(x: jax.Array) -> jax.Array:

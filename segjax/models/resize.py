@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from segjax.kernels import resample
+
 
 def interpolation_matrix(size_in: int, size_out: int, align_corners: bool = True) -> np.ndarray:
   """[size_out, size_in] float32; each row holds the one or two weights of an output pixel. Identity for equal sizes."""
@@ -30,15 +32,10 @@ def interpolation_matrix(size_in: int, size_out: int, align_corners: bool = True
 
 @jax.named_scope("resize")  # For profiles, and flops.py leaves it out.
 def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = True) -> jax.Array:
-  """Resizes [B, h, w, C] to [B, H, W, C], `size` = (H, W), in x's dtype.
-
-  Two small matrix products: unlike a gather, their gradient is no scatter, and accelerators like them.
-  """
+  """Resizes [B, h, w, C] to [B, H, W, C], `size` = (H, W), in x's dtype."""
   for axis, size_out in ((1, size[0]), (2, size[1])):
     if x.shape[axis] != size_out:
-      matrix = jnp.asarray(interpolation_matrix(x.shape[axis], size_out, align_corners), x.dtype)
-      spec = "oh,bhwc->bowc" if axis == 1 else "ow,bhwc->bhoc"
-      x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
+      x = resample.resample(x, interpolation_matrix(x.shape[axis], size_out, align_corners), axis)
   return x
 
 
