@@ -2,7 +2,7 @@
 
 | platform | form | gain | measured by |
 |---|---|---|---|
-| gpu | weighted sums of gathered rows | TODO | benchmarks/accelerators.md, "What was tried" |
+| gpu | weighted sums of gathered rows | with max_pool.py 40.2 -> 34.5 GB a step of U-Net-64 on H100; 102.5 -> 97.2 of Xception-65 | benchmarks/accelerators.md, "What was tried" |
 
 It can go when XLA:GPU fuses matrix products with what reads and writes their operands.
 """
