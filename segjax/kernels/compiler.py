@@ -25,10 +25,9 @@ _BY_YNNPACK = {
 }
 # XLA:CPU's pass that takes optimization_barrier out, before loops are fused: it would not keep them apart.
 _LEFT_OUT = "cse_barrier_expander"
-# Bytes up to which XLA:GPU joins all-reduces. By default a network's gradients are one or two, which wait for the last.
-_JOINED = "8388608"
 _ON_GPU = {
-  "xla_gpu_all_reduce_combine_threshold_bytes": _JOINED,
+  # Bytes up to which all-reduces are joined. By default a network's gradients are one or two, which wait for the last.
+  "xla_gpu_all_reduce_combine_threshold_bytes": "8388608",
   # Or XLA leaves out a rounding to bfloat16 and back, and writes the feature map in float32.
   "xla_allow_excess_precision": False,
 }

@@ -2,7 +2,7 @@
 
 | platform | form | gain | measured by |
 |---|---|---|---|
-| gpu | a gradient of its own, which keeps one byte of each window | with resample.py 40.2 -> 34.5 GB a step of U-Net-64 on H100 | benchmarks/accelerators.md, "What was tried" |
+| gpu | a gradient of its own, which keeps one byte of each window | with resample.py and rounding (compiler.py) 40.2 -> 34.5 GB a step of U-Net-64 on H100 | benchmarks/accelerators.md, "What was tried" |
 
 It can go when XLA:GPU keeps no comparisons for the backward pass.
 """

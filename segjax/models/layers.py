@@ -197,8 +197,6 @@ class ConvTranspose(nnx.Module):
 def max_pool_2x2(x: jax.Array, ceil_mode: bool = False) -> jax.Array:
   """[B, H, W, C] -> [B, H/2, W/2, C]. Where values tie, the gradient is shared.
 
-  Pairwise maxima: the gradient of lax.reduce_window is a select-and-scatter, which is not deterministic on GPU.
-
   Args:
     ceil_mode: an odd size is rounded up, its last window being half outside (Caffe's pooling). Off: refused.
 

@@ -50,13 +50,12 @@ def upsample_bilinear(x: jax.Array, stride: int) -> jax.Array:
   Pixels have their values at their centres, and there are zeros around x.
   """
   line = bilinear_filter(stride)
-  for axis, spec in ((1, "oh,bhwc->bowc"), (2, "ow,bhwc->bhoc")):
+  for axis in (1, 2):
     n = x.shape[axis]
     matrix = np.zeros((n + 1, stride, n))
     matrix[np.arange(n), :, np.arange(n)] = line[:stride]
     matrix[np.arange(1, n + 1), :, np.arange(n)] = line[stride:]
-    matrix = jnp.asarray(matrix.reshape(-1, n), x.dtype)
-    x = jnp.einsum(spec, matrix, x, precision=jax.lax.Precision.HIGHEST)
+    x = resample.product(x, matrix.reshape(-1, n), axis)
   return x
 
 

@@ -19,7 +19,7 @@ EPSILON = 1e-5  # Of the batch norms.
 def max_pool_3x3(x: jax.Array) -> jax.Array:
   """3x3 windows at stride 2, centred on every second pixel: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), C].
 
-  Outside the image is -inf. Pairwise maxima, as in `layers.max_pool_2x2`.
+  Outside the image is -inf. Pairwise maxima, as in kernels/max_pool.py.
   """
   for axis in (1, 2):
     size = x.shape[axis]
