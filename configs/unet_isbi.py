@@ -20,12 +20,12 @@ from segjax.config import default_config
 
 def get_config():
   config = default_config(model="unet", data="folder")
-  config.num_steps = 300
+  config.num_steps = 1000
   config.batch_size = 2
   config.crop_size = (212, 212)  # The network sees 300x300.
   config.head = "sigmoid"
-  config.eval_every = 150
-  config.checkpoint_every = 150
+  config.eval_every = 500
+  config.checkpoint_every = 250
   config.log_every = 10
   config.data.images = "images"
   config.data.masks = "labels"

@@ -17,12 +17,12 @@ from segjax.config import default_config
 
 def get_config():
   config = default_config(model="unet", data="folder")
-  config.num_steps = 600
+  config.num_steps = 1500
   config.batch_size = 8
   config.crop_size = (128, 128)
   config.head = "sigmoid"
-  config.eval_every = 200
-  config.checkpoint_every = 200
+  config.eval_every = 500
+  config.checkpoint_every = 250
   config.data.images = "images"
   config.data.masks = "masks"
   config.data.list = "{split}.txt"
