@@ -26,6 +26,7 @@ Padding = winograd.Padding
 # So many multiplications saved for each number of the two feature maps outweigh what Winograd's transforms write: measured
 # for 32 to 1024 features.
 PAYS = 32
+_ONE = dict(stride=1, rate=1, padding=((0, 0), (0, 0)))  # What a convolution of 1x1 does.
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Padding) -> jax.Array:
@@ -34,10 +35,17 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Paddi
   Args:
     stride, rate: same for height and width; rate is the dilation.
   """
-  form = kernels.fastest(plain, cpu=_on_cpu, split_cpu=_on_split_cpu)
+  form = kernels.fastest(plain, cpu=_on_cpu, split_cpu=_on_split_cpu, gpu=_on_gpu)
   rows, (out_rows, _) = x.shape[1], output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
-  y = form(sharding.split_height(x, out_rows), kernel, stride=stride, rate=rate, padding=padding)
+  x = sharding.split_height(x, out_rows)
+  if _is_pointwise(kernel, padding):
+    x, stride = x[:, ::stride, ::stride], 1  # Pixels that nobody looks at are neither read nor given a gradient.
+  y = form(x, kernel, stride=stride, rate=rate, padding=padding)
   return sharding.split_height(y, rows)
+
+
+def _is_pointwise(kernel, padding: Padding) -> bool:
+  return kernel.shape[0] == 1 and not any(map(any, padding))
 
 
 def output_size(size: tuple[int, int], kernel_size: int, stride: int, rate: int, padding: Padding) -> tuple[int, int]:
@@ -54,9 +62,8 @@ def plain(x, kernel, *, stride, rate, padding):
 
 
 def _on_cpu(x, kernel, *, stride, rate, padding):
-  if kernel.shape[0] == 1:
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0))) if any(map(any, padding)) else x
-    return matmul(x[:, ::stride, ::stride], kernel[0, 0])
+  if _is_pointwise(kernel, padding):
+    return matmul(x, kernel[0, 0])
   options = dict(stride=stride, rate=rate, padding=padding)
   return _by_forms(x, kernel, _fast_forms(x, kernel, stride, rate, padding), tuple(options.items()))
 
@@ -65,9 +72,34 @@ def _on_split_cpu(x, kernel, **options):
   return _by_forms(x, kernel, XLA, tuple(options.items()))
 
 
+def _on_gpu(x, kernel, **options):
+  return _pointwise(x, kernel) if _is_pointwise(kernel, options["padding"]) else plain(x, kernel, **options)
+
+
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """[B, H, W, in] times [in, out] -> [B, H, W, out]: pixels as the rows of one matrix, which XLA:CPU multiplies fastest."""
   return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@jax.custom_vjp
+def _pointwise(x, kernel):
+  return plain(x, kernel, **_ONE)
+
+
+def _pointwise_forward(x, kernel):
+  return _pointwise(x, kernel), (x, kernel)
+
+
+def _pointwise_backward(saved, g):
+  """cuDNN gives a kernel's gradient as [out, k, k, in], another layout than the kernel's, which cannot be updated in place by
+  it: XLA then copies it, and its momentum. That of the convolution from g to x is ours, in our layout.
+  """
+  x, kernel = saved
+  kernel_gradient = _kernel_gradient_by_xla(g, x, kernel=kernel.swapaxes(2, 3), **_ONE).swapaxes(2, 3)
+  return _input_gradient(plain)(g, x=x, kernel=kernel, **_ONE), kernel_gradient
+
+
+_pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 
 def _views(x, size: int, stride: int, rate: int, padding: Padding) -> list[jax.Array]:

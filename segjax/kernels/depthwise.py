@@ -41,7 +41,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padd
     stride, rate: same for height and width; rate is the dilation.
     padding: zeros around x.
   """
-  forms = kernels.fastest(PLAIN, cpu=ON_CPU, gpu=ON_GPU if rate == 1 else ON_GPU_DILATED)
+  forms = kernels.fastest(PLAIN, cpu=ON_CPU, gpu=ON_GPU if rate == stride == 1 else ON_GPU_SHIFTED)
   rows, (out_rows, _) = x.shape[1], output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   y = _by_forms(sharding.split_height(x, out_rows), kernel, forms, stride, rate, padding)
   return sharding.split_height(y, rows)
@@ -178,4 +178,4 @@ def _assemble(gradient: dict, kernel):
 PLAIN = _Forms(_plain, _kernel_gradient_by_sums)
 ON_CPU = _Forms(_shifted, _kernel_gradient_by_rows)
 ON_GPU = _Forms(_plain, _kernel_gradient_of_each_device)
-ON_GPU_DILATED = _Forms(_shifted, _kernel_gradient_of_each_device)
+ON_GPU_SHIFTED = _Forms(_shifted, _kernel_gradient_of_each_device)
