@@ -110,8 +110,9 @@ def _moments_in_one_pass(sums_of_examples, x, dtype):
   """
   (b, h, w, c), data = x.shape, sharding.batch_parts()
   middle = x[:, h // 2].astype(dtype).mean(1)
-  offset = x.astype(dtype) - middle.reshape(b, 1, 1, c)
-  first, second = (total / (h * w) for total in sums_of_examples(offset, jnp.square(offset)))
+  typed, about = x.astype(dtype), middle.reshape(b, 1, 1, c)
+  # The offset is written twice, in ways that XLA does not know for the same: shared, XLA:GPU writes some of them to memory.
+  first, second = (total / (h * w) for total in sums_of_examples(typed - about, jnp.square(about - typed)))
   examples = (part.reshape(data, b // data, c) for part in (middle + first, second - jnp.square(first)))
   devices = jnp.stack(_merged(*examples, 1))  # [2, data, 1, C]
   mean, var = _merged(*(sharding.on_all(devices) if data > 1 else devices), 0)
