@@ -1,11 +1,13 @@
-"""A matrix along the height or the width of a feature map, few of whose numbers are not 0: linear interpolation.
+"""Matrices along the height and the width of a feature map, few of whose numbers are not 0: linear interpolation.
 
 | platform | form | gain | measured by |
 |---|---|---|---|
-| gpu | weighted sums of gathered rows | with max_pool.py and rounding (compiler.py) 40.2 -> 34.5 GB a step of U-Net-64 on H100; 102.5 -> 97.2 of Xception-65 | benchmarks/accelerators.md, "What was tried" |
+| gpu | weighted sums of gathered pixels | U-Net-64 -1.0, Xception-65 -x GB a step on H100 beside the products | benchmarks/accelerators.md, "What was tried" |
 
 It can go when XLA:GPU fuses matrix products with what reads and writes their operands.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +15,66 @@ import numpy as np
 
 from segjax import kernels
 
-# Rows that a sum may have; in the gradient where an axis becomes four times as long there are eight.
-MOST = 10
+# Pixels that a sum may have: where both axes become twice as long, so many in the gradient.
+MOST = 16
+Matrices = tuple[tuple[int, np.ndarray], ...]
 
 
-def resample(x: jax.Array, matrix: np.ndarray, axis: int) -> jax.Array:
-  """[B, h, w, C] -> [B, H, w, C] by a [H, h] matrix (axis 1), or [B, h, W, C] by [W, w] (axis 2), in x's type."""
-  return kernels.fastest(product, gpu=_on_gpu)(x, matrix, axis)
+def resample(x: jax.Array, matrices: Matrices) -> jax.Array:
+  """[B, h, w, C] -> [B, H, W, C] in x's type.
+
+  Args:
+    matrices: (1, [H, h]), (2, [W, w]), or one of them: an axis and what it is multiplied by.
+  """
+  return kernels.fastest(product, gpu=_on_gpu)(x, matrices)
 
 
-def product(x, matrix, axis):
+def product(x, matrices: Matrices):
   """The plain form. Unlike a gather, its gradient is no scatter, and matrix units like it."""
-  spec = "oh,bhwc->bowc" if axis == 1 else "ow,bhwc->bhoc"
-  return jnp.einsum(spec, jnp.asarray(matrix, x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+  for axis, matrix in matrices:
+    spec = "oh,bhwc->bowc" if axis == 1 else "ow,bhwc->bhoc"
+    x = jnp.einsum(spec, jnp.asarray(matrix, x.dtype), x, precision=jax.lax.Precision.HIGHEST)
+  return x
 
 
-def _on_gpu(x, matrix, axis):
+def _on_gpu(x, matrices):
   @jax.custom_vjp
   def by_taps(x):
-    return _sum_of_taps(x, matrix, axis)
+    return _by_taps(x, matrices)
 
-  by_taps.defvjp(lambda x: (by_taps(x), None), lambda _, g: (_sum_of_taps(g, matrix.T, axis),))
+  transposed = tuple((axis, matrix.T) for axis, matrix in reversed(matrices))
+  by_taps.defvjp(lambda x: (by_taps(x), None), lambda _, g: (_by_taps(g, transposed),))
   return by_taps(x)
 
 
-def _sum_of_taps(x, matrix, axis):
-  """By the numbers of each row that are not 0."""
-  taps = (matrix != 0).sum(1).max()
-  if taps > MOST:
-    return product(x, matrix, axis)
-  # Zeros come last in each row; where there are too few others, some of them are added.
-  columns = np.argsort(matrix == 0, axis=1, kind="stable")[:, :taps]
-  weights = np.take_along_axis(matrix, columns, 1)
+def _by_taps(x, matrices: Matrices):
+  """In one sum, or one axis after the other where that has too many pixels."""
+  taps = math.prod(_taps(matrix) for _, matrix in matrices)
+  if taps <= MOST:
+    return _sum_of_taps(x, matrices).astype(x.dtype)
+  if len(matrices) == 1:
+    return product(x, matrices)
+  for one in matrices:
+    x = _by_taps(x, (one,))
+  return x
+
+
+def _taps(matrix: np.ndarray) -> int:
+  """Numbers that are not 0, in the row with most of them."""
+  return (matrix != 0).sum(1).max()
+
+
+def _sum_of_taps(x, matrices: Matrices):
+  """In float32 at least."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
+  if not matrices:
+    return x.astype(dtype)
+  (axis, matrix), *others = matrices
+  # Zeros come last in each row; where there are too few others, some of them are added.
+  columns = np.argsort(matrix == 0, axis=1, kind="stable")[:, : _taps(matrix)]
+  weights = np.take_along_axis(matrix, columns, 1)
   total, shape = 0, [-1 if n == axis else 1 for n in range(x.ndim)]
   for column, weight in zip(columns.T, weights.T):
     rows = x.at[(slice(None),) * axis + (column,)].get(mode="promise_in_bounds")
-    total += rows.astype(dtype) * weight.reshape(shape).astype(dtype)
-  return total.astype(x.dtype)
+    total += _sum_of_taps(rows, others) * weight.reshape(shape).astype(dtype)
+  return total

@@ -33,10 +33,9 @@ def interpolation_matrix(size_in: int, size_out: int, align_corners: bool = True
 @jax.named_scope("resize")  # For profiles, and flops.py leaves it out.
 def resize_bilinear(x: jax.Array, size: tuple[int, int], align_corners: bool = True) -> jax.Array:
   """Resizes [B, h, w, C] to [B, H, W, C], `size` = (H, W), in x's dtype."""
-  for axis, size_out in ((1, size[0]), (2, size[1])):
-    if x.shape[axis] != size_out:
-      x = resample.resample(x, interpolation_matrix(x.shape[axis], size_out, align_corners), axis)
-  return x
+  axes = ((axis, x.shape[axis], size_out) for axis, size_out in ((1, size[0]), (2, size[1])))
+  matrices = ((axis, interpolation_matrix(n, size_out, align_corners)) for axis, n, size_out in axes if n != size_out)
+  return resample.resample(x, tuple(matrices))
 
 
 def bilinear_filter(stride: int) -> np.ndarray:
@@ -49,14 +48,14 @@ def upsample_bilinear(x: jax.Array, stride: int) -> jax.Array:
 
   Pixels have their values at their centres, and there are zeros around x.
   """
-  line = bilinear_filter(stride)
+  line, matrices = bilinear_filter(stride), []
   for axis in (1, 2):
     n = x.shape[axis]
     matrix = np.zeros((n + 1, stride, n))
     matrix[np.arange(n), :, np.arange(n)] = line[:stride]
     matrix[np.arange(1, n + 1), :, np.arange(n)] = line[stride:]
-    x = resample.product(x, matrix.reshape(-1, n), axis)
-  return x
+    matrices.append((axis, matrix.reshape(-1, n)))
+  return resample.product(x, tuple(matrices))
 
 
 def resize_nearest(label: jax.Array, size: tuple[int, int]) -> jax.Array:
