@@ -10,9 +10,9 @@ Paper:     Ronneberger et al. 2015 (arXiv 1505.04597): unpadded convolutions and
            10 pixels (section 3.1), predictions in overlapping tiles (figure 2). Ours: 1/16 of its multiply-adds (width
            16), three poolings instead of four (44 instead of 92 pixels of border), batch norm, Adam.
 Published: pixel error 0.0611, Rand error 0.0382 on the challenge's test images (table 1), whose labels are not public.
-Ours:      after 300 steps, IoU of cells 0.867, of membranes 0.642 at a threshold of 0.5; of cells 0.897 at 0.2, the best
-           for these images; pixel error 0.107; seed 0, one run, 5:45 on two cores that others used too. Without the weight
-           map, which widens the membranes, 0.898 and 0.659. benchmarks/cells.md: what it and elastic deformation bring.
+Ours:      IoU of cells 0.868, of membranes 0.648 at a threshold of 0.5; of cells 0.899 at 0.2, the best for these images;
+           pixel error 0.106; seed 0, one run (benchmarks/results.md). The weight map widens the membranes:
+           benchmarks/cells.md has what it and elastic deformation bring in 300 steps.
 """
 
 from segjax.config import default_config

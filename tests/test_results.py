@@ -34,8 +34,10 @@ def test_a_log_is_of_its_config_and_whole():
     assert config["data"]["dir"] == "DATA" and len(json.loads((run / "run.json").read_text())["commit"]) == 40
     last = results.evaluations(run)[-1]
     assert last["step"] == max(line["step"] for line in results.lines(run)) <= config["num_steps"]
-    name, _, variant = run.name.partition("_half_")
-    recipe = f"{name}_half:{variant}" if variant else run.name
+    trained, _, seed = run.name.partition("_seed")
+    assert config["seed"] == int(seed or 0)
+    name, _, variant = trained.partition("_half_")
+    recipe = f"{name}_half:{variant}" if variant else trained
     recipe = f"deeplab_voc_part:{run.name.rpartition('_')[2]}" if run.name.startswith("voc_part") else recipe
     wanted = config_file.load(recipe)
     assert config["model"]["name"] == wanted.model.name and config["crop_size"] == list(wanted.crop_size)
