@@ -111,7 +111,7 @@ def _moments_in_one_pass(sums_of_examples, x, dtype):
   (b, h, w, c), data = x.shape, sharding.batch_parts()
   middle = x[:, h // 2].astype(dtype).mean(1)
   typed, about = x.astype(dtype), middle.reshape(b, 1, 1, c)
-  # The offset is written twice, in ways that XLA does not know for the same: shared, XLA:GPU writes some of them to memory.
+  # Two offsets, which XLA does not know for one: what both sums share XLA:GPU writes to memory where the map is small.
   first, second = (total / (h * w) for total in sums_of_examples(typed - about, jnp.square(about - typed)))
   examples = (part.reshape(data, b // data, c) for part in (middle + first, second - jnp.square(first)))
   devices = jnp.stack(_merged(*examples, 1))  # [2, data, 1, C]

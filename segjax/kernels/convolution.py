@@ -6,8 +6,10 @@
 | cpu | fewer pixels than filters: products over patches | 146 times for an fc6 of 2048 filters | --only=fc6 |
 | cpu | 3x3 of many features: Winograd's sums (winograd.py) | 1.5 times for 256 and 1024 features | --only=conv |
 | cpu, split_cpu | feature maps computed before | 1.18 in the step of U-Net-16 | benchmarks/torch.md, "What is computed once" |
+| gpu | 1x1: the kernel's gradient in the kernel's layout | 0.6 GB in a step of Xception-65 on H100 | benchmarks/accelerators.md, "What was tried" |
 
-They can go when XLA:CPU is as fast. What each brings to whole steps is in benchmarks/kernels.md.
+They can go when XLA:CPU is as fast, and when XLA:GPU updates a kernel in place by a gradient of another layout. What each brings to
+whole steps on CPU is in benchmarks/kernels.md.
 
 Cure, on every platform: the height of the map is split over all devices or none, see `sharding.split_height`.
 """
@@ -39,7 +41,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, rate: int, padding: Paddi
   rows, (out_rows, _) = x.shape[1], output_size(x.shape[1:3], kernel.shape[0], stride, rate, padding)
   x = sharding.split_height(x, out_rows)
   if _is_pointwise(kernel, padding):
-    x, stride = x[:, ::stride, ::stride], 1  # Pixels that nobody looks at are neither read nor given a gradient.
+    x, stride = x[:, ::stride, ::stride], 1  # So that no gradient with zeros for the pixels between is written.
   y = form(x, kernel, stride=stride, rate=rate, padding=padding)
   return sharding.split_height(y, rows)
 
@@ -91,8 +93,8 @@ def _pointwise_forward(x, kernel):
 
 
 def _pointwise_backward(saved, g):
-  """cuDNN gives a kernel's gradient as [out, k, k, in], another layout than the kernel's, which cannot be updated in place by
-  it: XLA then copies it, and its momentum. That of the convolution from g to x is ours, in our layout.
+  """cuDNN gives a kernel's gradient as [out, 1, 1, in]. XLA does not update a kernel in place by what must be transposed: it copies
+  kernel and momentum. As the kernel of a convolution from g to x, the gradient is [in, 1, 1, out], which is our layout.
   """
   x, kernel = saved
   kernel_gradient = _kernel_gradient_by_xla(g, x, kernel=kernel.swapaxes(2, 3), **_ONE).swapaxes(2, 3)
