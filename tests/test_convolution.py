@@ -57,14 +57,19 @@ def ours_and_plain(x, kernel, **options):
 
 
 @pytest.mark.parametrize("size, of, to, kernel_size, stride, rate, padding", CASES)
-def test_each_form_equals_xlas_in_value_and_gradients(size, of, to, kernel_size, stride, rate, padding):
+def test_each_form_equals_xlas_in_value_and_gradients(size, of, to, kernel_size, stride, rate, padding, platform="cpu"):
   rng = np.random.default_rng(0)
-  with jax.enable_x64(True):
+  with jax.enable_x64(True), kernels.on(platform):
     x, kernel = rng.normal(size=(2, *size, of)), rng.normal(size=(kernel_size, kernel_size, of, to))
     padding = layers.paddings(size, kernel_size, stride, rate, padding)
     options = dict(stride=stride, rate=rate, padding=padding)
     for ours, theirs in zip(*ours_and_plain(x, kernel, **options)):
       np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("size, of, to, stride", [((9, 12), 5, 3, 1), ((9, 12), 3, 5, 2)])
+def test_so_does_that_of_1x1_on_gpu(size, of, to, stride):
+  test_each_form_equals_xlas_in_value_and_gradients(size, of, to, 1, stride, 1, "same", "gpu")
 
 
 WINOGRAD = [  # (H, W), padding: rows that fill their tiles of four and rows that do not.

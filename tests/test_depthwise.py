@@ -11,7 +11,7 @@ from segjax.kernels import depthwise
 from segjax.models import layers
 from tests.marks import full
 
-PLATFORMS = ("plain", "cpu")  # Each has a form.
+PLATFORMS = ("plain", "cpu", "gpu")  # Each has a form.
 
 
 def grouped(x, kernel, stride, rate, padding):
