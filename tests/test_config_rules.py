@@ -126,7 +126,7 @@ CASES = [
     {"model.auxiliary": True, "loss.auxiliary_weight": 0.1},
     {"model.auxiliary": False},
   ),
-  ("loss.auxiliary_weight", DEEPLAB, {"model.auxiliary": True, "loss.auxiliary_weight": 0.1}, UNET),
+  ("loss.auxiliary_weight", DEEPLAB, {"model.auxiliary": True, "loss.auxiliary_weight": 0.1}, FCN),
   ("optimizer.poly_power", UNET, {"optimizer.poly_power": 0.5}, {"optimizer.schedule": "cosine"}),
   ("optimizer.end_lr", UNET, {"optimizer.end_lr": 1e-4}, {"optimizer.schedule": "constant"}),
   ("optimizer.decay_every", UNET, STEP, {"optimizer.schedule": "poly"}),

@@ -198,23 +198,26 @@ def test_every_name_has_one_place_in_the_model(case):
 @pytest.mark.parametrize(
   "case, network, rates",
   [
-    ("r50-d8", "deeplabv3plus_r50-d8", [1] + [2] * 5 + [2, 4, 4]),
-    ("r50-d8", "deeplabv3plus_r50-d8_769", [1] + [2] * 5 + [2, 4, 4]),
-    ("r101-d16-mg124", "deeplabv3plus_r101-d16-mg124", [1] * 23 + [1, 2, 4]),
-    ("mobilenet-v2-d8", "deeplabv3plus_mobilenet-v2-d8", [2] * 7 + [4] * 4),
+    ("deeplabv3plus_r50-d8_cityscapes", "deeplabv3plus_r50-d8", [1] + [2] * 5 + [2, 4, 4]),
+    ("deeplabv3plus_r50-d8_cityscapes", "deeplabv3plus_r50-d8_769", [1] + [2] * 5 + [2, 4, 4]),
+    ("deeplabv3plus_r101-d16-mg124_cityscapes", "deeplabv3plus_r101-d16-mg124", [1] * 23 + [1, 2, 4]),
+    ("deeplabv3plus_mobilenet-v2-d8_cityscapes", "deeplabv3plus_mobilenet-v2-d8", [2] * 7 + [4] * 4),
+    ("fcn_r50-d8_voc12aug", "fcn_r50-d8", [1] + [2] * 5 + [2, 4, 4]),
+    ("unet-s5-d16_fcn_cityscapes", "unet-s5-d16_fcn", []),
   ],
 )
 def test_mmsegmentations_names_have_one_place_and_its_dilations_are_ours(case, network, rates):
-  keys = shapes(f"mmseg_deeplabv3plus_{case}_cityscapes")
-  model = nnx.eval_shape(lambda: pretrained.build(f"mmseg/{network}", num_classes=19, rngs=nnx.Rngs(0)))
-  exclude = ("auxiliary",) if "mobilenet" in case else ()  # Its head for that is none of ours.
+  keys = shapes(f"mmseg_{case}")
+  num_classes = keys["decode_head.conv_seg.bias"][0]
+  model = nnx.eval_shape(lambda: pretrained.build(f"mmseg/{network}", num_classes=num_classes, rngs=nnx.Rngs(0)))
   arrays = {key: np.zeros(shape, np.float32) for key, shape in keys.items()}
-  used = [key for key in keys if not (exclude and key.startswith("auxiliary"))]
-  assert pretrained.assign(model, arrays, "mmseg", exclude) == len(used)
+  assert pretrained.assign(model, arrays, "mmseg") == len(keys)
   learnt = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-  assert learnt == sum(arrays[key].size for key in used if "running" not in key)
+  assert learnt == sum(array.size for key, array in arrays.items() if "running" not in key)
   if "mobilenet" in case:
     found = [getattr(model.backbone, f"layer_{n}").depthwise.rate for n in range(8, 19)]
+  elif "unet" in case:
+    found = []
   else:
     units = [getattr(getattr(model.backbone, f"block{b}"), f"unit{n}") for b, n in model.backbone.units if b > 2]
     found = [unit.conv2.conv.rate for unit in units]

@@ -76,9 +76,12 @@ def test_gradients_are_finite_and_reach_every_parameter():
 
 
 @pytest.mark.parametrize("network", ["deeplab_v3plus", "dilated_fcn"])
-def test_only_a_resnet_has_an_auxiliary_head(network):
-  with pytest.raises(ValueError, match="model.auxiliary = True: only a ResNet has one, mobilenet_v2 has not"):
-    models.build(network, num_classes=3, backbone="mobilenet_v2", auxiliary=True, rngs=nnx.Rngs(0))
+def test_an_xception_has_no_auxiliary_head(network):
+  message = "model.auxiliary = True: only a ResNet and mobilenet_v2 have one, xception_65 has not"
+  with pytest.raises(ValueError, match=message):
+    nnx.eval_shape(
+      lambda: models.build(network, num_classes=3, backbone="xception_65", auxiliary=True, rngs=nnx.Rngs(0))
+    )
 
 
 @pytest.mark.parametrize("size", [(33, 49), (32, 46), (1, 7)])

@@ -39,6 +39,17 @@ def test_logits_have_the_images_size_whatever_it_is(up, size):
   assert logits.shape == (2, *size, 3) and logits.dtype == jnp.float32 and jnp.isfinite(logits).all()
 
 
+@pytest.mark.parametrize("size", [(16, 16), (17, 23), (1, 1)])
+def test_auxiliary_logits_have_half_the_images_size_rounded_up(size):
+  def forward(image):
+    endpoints = {}
+    models.build("unet", num_classes=3, width=4, auxiliary=True, rngs=nnx.Rngs(0))(image, endpoints=endpoints)
+    return endpoints["auxiliary"]
+
+  logits = jax.eval_shape(forward, jax.ShapeDtypeStruct((2, *size, 3), jnp.bfloat16))
+  assert logits.shape == (2, -(-size[0] // 2), -(-size[1] // 2), 3) and logits.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("up", ["transposed", "bilinear"])
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_each_skip_changes_the_output(up, level):
@@ -181,7 +192,9 @@ def test_tiled_logits_equal_untiled_ones(size, tile):
   [
     (dict(padding="zeros"), "model.padding = 'zeros': choose same or valid"),
     (dict(padding="valid", up="bilinear"), "set it to transposed, or model.padding to same"),
-    (dict(up="nearest"), "model.up = 'nearest': choose transposed or bilinear"),
+    (dict(up="nearest"), "model.up = 'nearest': choose transposed, bilinear or bilinear_conv"),
+    (dict(up="bilinear_conv", batch_norm=False), "up = bilinear_conv, head_conv and auxiliary have batch norm"),
+    (dict(auxiliary=True, depth=1), "set model.depth to 2 or more, and model.padding to same"),
     (dict(depth=0), "model.depth = 0"),
     (dict(dropout=1.0), r"model.dropout = 1.0 must lie in \[0, 1\)"),
     (dict(bn_momentum=1.5), "model.bn_momentum = 1.5"),

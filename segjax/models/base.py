@@ -71,7 +71,8 @@ class Backbone(nnx.Module):
       classification. Those behind the output stride have that.
     low_levels: {end point: channels} of stride 4 that a decoder may take, the usual one first.
     low_level: the one that it takes.
-    auxiliary: the stride in `pyramid` whose features an auxiliary head takes; None: it has none for one.
+    auxiliary: what an auxiliary head takes, (end point, channels), and the channels of its convolution; None: it has none
+      for one.
     normalization: what images it was first trained on, see `backbones.normalize`.
     ends_pooled: whether its features are a pooling's result, without a convolution behind it.
   """

@@ -79,8 +79,8 @@ class DeepLabV3Plus(base.Network):
       statistics of evaluation are still those of the start.
     frozen_bn: normalise by the running statistics in training too (fine-tuning with a small batch); scale and bias
       still learn.
-    auxiliary: a second classifier, on the features before a ResNet's last block, for a second loss in training. Its
-      logits are the end point "auxiliary", of those features' size.
+    auxiliary: a second classifier, on the features before a ResNet's last block or a MobileNetV2's last of 96 channels,
+      for a second loss in training. Its logits are the end point "auxiliary", of those features' size.
     details: fields of `deeplab_details.Details` that differ from the official code, for weights that were trained so.
     channels: of the image.
     dtype: of the computation.
@@ -143,7 +143,8 @@ class DeepLabV3Plus(base.Network):
     small = nnx.initializers.truncated_normal(0.01)
     width = detail.head_features
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, kernel_init=small, dtype=dtype, rngs=rngs)
-    self.auxiliary = dilated_fcn.AuxiliaryHead(self.backbone, num_classes, options=options) if auxiliary else None
+    head = dilated_fcn.AuxiliaryHead
+    self.auxiliary = head(*self.backbone.auxiliary, num_classes, options=options) if auxiliary else None
 
   def normalize(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float32 as the backbone wants it: in [-1, 1], a ResNet standardised."""

@@ -1,7 +1,7 @@
 """The fully convolutional network on a ResNet: a dilated backbone, one 3x3 convolution and a classifier.
 
 Long, Shelhamer & Darrell 2015 (arXiv 1411.4038) on a backbone of output stride 8 (Yu & Koltun 2017, arXiv 1705.09914), a
-common baseline, as torchvision has it. The FCN-8s of the paper is another network.
+common baseline, as torchvision and mmsegmentation have it. The FCN-8s of the paper is another network.
 """
 
 import jax
@@ -9,26 +9,28 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segjax.models import backbones, base, layers
+from segjax.models.deeplab_details import Details
 
 
 class AuxiliaryHead(nnx.Module):
   """A second classifier on inner features, whose loss helps in training (Zhao et al. 2017, arXiv 1612.01105, section 3.3).
 
-  3x3 convolution to a quarter of the channels, batch norm, ReLU, dropout of 0.1, 1x1 convolution to the classes.
+  3x3 convolution, batch norm, ReLU, dropout of 0.1, 1x1 convolution to the classes.
 
   Args:
+    endpoint, in_features: whose features, and their channels.
+    width: channels of the convolution.
     options: norm, dtype, rngs.
   """
 
-  def __init__(self, backbone: base.Backbone, num_classes: int, *, options):
-    endpoint, in_features = backbone.pyramid[backbone.auxiliary]
-    width, rest = in_features // 4, {k: v for k, v in options.items() if k != "norm"}
+  def __init__(self, endpoint: str, in_features: int, width: int, num_classes: int, *, options):
+    rest = {k: v for k, v in options.items() if k != "norm"}
     self.endpoint = endpoint
     self.conv = layers.ConvNorm(in_features, width, 3, **options)
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, **rest)
 
   def __call__(self, train: bool, key: jax.Array | None, endpoints: dict) -> None:
-    """From the backbone's end point to "auxiliary", logits of its size, float32 (float64 under float64)."""
+    """From the end point to "auxiliary", logits of its size, float32 (float64 under float64)."""
     key = jax.random.fold_in(key, 1) if train and key is not None else None  # Not the main classifier's.
     x = layers.dropout(self.conv(endpoints[self.endpoint], train), 0.1, key)
     endpoints["auxiliary"] = self.logits(x).astype(layers.param_dtype(self.logits.dtype))
@@ -45,6 +47,8 @@ class DilatedFCN(base.Network):
     bn_momentum, frozen_bn: as of DeepLabV3Plus.
     auxiliary: a second classifier, as of DeepLabV3Plus.
     align_corners: convention of the resizing (`models/resize.py`).
+    deep_stem: as `resnet_deep_stem` of `deeplab_details.Details`.
+    concat_head: mmsegmentation's head: two 3x3 convolutions, and one over the features beside their result. Off: one.
     channels: of the image.
     dtype: of the computation.
 
@@ -63,17 +67,22 @@ class DilatedFCN(base.Network):
     frozen_bn=False,
     auxiliary=False,
     align_corners=True,
+    deep_stem=False,
+    concat_head=False,
     channels=3,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
     base.check_share(dropout=dropout)
+    if deep_stem and not backbone.startswith("resnet"):
+      raise ValueError(f"model.deep_stem = {deep_stem}: only a ResNet has one, {backbone} has not.")
     self.backbone = backbones.build(
       backbone,
       output_stride=output_stride,
       bn_momentum=bn_momentum,
       frozen_bn=frozen_bn,
       auxiliary=auxiliary,
+      detail=Details(resnet_deep_stem=deep_stem),
       channels=channels,
       dtype=dtype,
       rngs=rngs,
@@ -81,8 +90,10 @@ class DilatedFCN(base.Network):
     options = dict(norm=dict(momentum=bn_momentum, frozen=frozen_bn), dtype=dtype, rngs=rngs)
     width = self.backbone.features // 4
     self.head = layers.ConvNorm(self.backbone.features, width, 3, **options)
+    self.head2 = layers.ConvNorm(width, width, 3, **options) if concat_head else None
+    self.head_concat = layers.ConvNorm(self.backbone.features + width, width, 3, **options) if concat_head else None
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
-    self.auxiliary = AuxiliaryHead(self.backbone, num_classes, options=options) if auxiliary else None
+    self.auxiliary = AuxiliaryHead(*self.backbone.auxiliary, num_classes, options=options) if auxiliary else None
     self.dropout, self.dtype, self.coarsest_stride, self.align_corners = dropout, dtype, output_stride, align_corners
     self.mean = backbones.MEANS[self.backbone.normalization]
 
@@ -92,8 +103,11 @@ class DilatedFCN(base.Network):
 
   def scores(self, image, size, train, key, endpoints):
     """[B, H / output_stride, W / output_stride, num_classes], rounded up. End points are the backbone's."""
-    x = self.backbone(image, train, endpoints)
-    x = layers.dropout(self.head(x, train), self.dropout, key if train else None)
+    features = self.backbone(image, train, endpoints)
+    x = self.head(features, train)
+    if self.head_concat is not None:
+      x = self.head_concat(jnp.concatenate((features, self.head2(x, train)), axis=-1), train)
+    x = layers.dropout(x, self.dropout, key if train else None)
     if self.auxiliary is not None:
       self.auxiliary(train, key, endpoints)
     return self.logits(x)

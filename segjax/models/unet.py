@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import backbones, base, layers, resize, unet_decoder
+from segjax.models import backbones, base, dilated_fcn, layers, resize, unet_decoder
 from segjax.models.deeplab_details import Details
 
 # PyTorch's MobileNetV2, whose weights the encoders have.
 TORCH_MOBILENET = Details(
   mobilenet_padding="fixed", mobilenet_epsilon=1e-5, mobilenet_last_conv=True, normalization="imagenet"
 )
-CLASSIC = dict(
-  width=64, depth=4, up="transposed", padding="same", batch_norm=True
-)  # What an encoder leaves no choice of.
+# What an encoder leaves no choice of.
+CLASSIC = dict(width=64, depth=4, up="transposed", padding="same", batch_norm=True, head_conv=False, auxiliary=False)
 
 
 class DoubleConv(nnx.Module):
@@ -40,7 +39,8 @@ class UNet(base.Network):
     num_classes: channels of the logits.
     width: channels at full resolution; they double at each level (the paper: 64).
     depth: number of 2x2 poolings (the paper: 4).
-    up: "transposed" convolution, as in the paper, or "bilinear" resizing, whose bottleneck is half as wide.
+    up: "transposed" convolution, as in the paper; "bilinear" resizing, whose bottleneck is half as wide; or
+      "bilinear_conv": resizing with half-pixel centres, 1x1 convolution, batch norm and ReLU, as mmsegmentation's.
     dropout: rate at the end of the contracting path (section 3.1; its code uses 0.5).
     padding: "same": zeros around each convolution. "valid", as in the paper: none, so that a logit depends on real
       pixels only; skips are cropped, and `margin` pixels around the image are needed (section 2, figure 2).
@@ -48,8 +48,10 @@ class UNet(base.Network):
     bn_momentum: of the running statistics.
     encoder: "none": the contracting path is the paper's. One of `backbones.BACKBONES`: it is that backbone, to be trained
       on ImageNet first, and the expanding path that of segmentation_models_pytorch (`unet_decoder`): 256, 128, 64, 32, 16
-      channels, nearest neighbours, 3x3 convolution to the logits. Of the options above, `dropout` and `bn_momentum` then
-      act, and `width`, `depth`, `up`, `padding` and `batch_norm` keep their defaults.
+      channels, nearest neighbours, 3x3 convolution to the logits. Of the options here, `dropout` and `bn_momentum` then
+      act, and all others keep their defaults.
+    head_conv: a 3x3 convolution, batch norm and ReLU before the logits, as mmsegmentation's.
+    auxiliary: a second classifier, on the features of stride 2 ("up1"), for a second loss in training.
     channels: of the image.
     dtype: of the computation.
 
@@ -76,12 +78,14 @@ class UNet(base.Network):
     batch_norm=True,
     bn_momentum=0.9,
     encoder="none",
+    head_conv=False,
+    auxiliary=False,
     channels=3,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
-    if up not in ("transposed", "bilinear"):
-      raise ValueError(f"model.up = {up!r}: choose transposed or bilinear.")
+    if up not in ("transposed", "bilinear", "bilinear_conv"):
+      raise ValueError(f"model.up = {up!r}: choose transposed, bilinear or bilinear_conv.")
     if padding not in ("same", "valid"):
       raise ValueError(f"model.padding = {padding!r}: choose same or valid.")
     if padding == "valid" and up != "transposed":
@@ -91,13 +95,19 @@ class UNet(base.Network):
       )
     if depth < 1 or width < 1:
       raise ValueError(f"model.depth = {depth} and model.width = {width} must be at least 1.")
+    if not batch_norm and (up == "bilinear_conv" or head_conv or auxiliary):
+      raise ValueError("model.batch_norm = False: up = bilinear_conv, head_conv and auxiliary have batch norm.")
+    if auxiliary and (depth < 2 or padding == "valid"):
+      raise ValueError("model.auxiliary = True: set model.depth to 2 or more, and model.padding to same.")
     base.check_share(dropout=dropout, bn_momentum=bn_momentum)
     self.up, self.dropout, self.dtype, self.padding = up, dropout, dtype, padding
     self.depth = depth if encoder == "none" else 5
     self.coarsest_stride = 2**self.depth
+    self.align_corners = up != "bilinear_conv"
     self.margin = 6 * 2**depth - 4 if padding == "valid" else 0
     if encoder != "none":
       given = dict(width=width, depth=depth, up=up, padding=padding, batch_norm=batch_norm)
+      given |= dict(head_conv=head_conv, auxiliary=auxiliary)
       for name in (name for name in CLASSIC if given[name] != CLASSIC[name]):
         raise ValueError(
           f"model.{name} = {given[name]!r}: a U-Net on an encoder has none, leave it at {CLASSIC[name]!r}, or set"
@@ -106,7 +116,8 @@ class UNet(base.Network):
       self._on_encoder(encoder, num_classes, bn_momentum, dict(channels=channels, dtype=dtype, rngs=rngs))
     else:
       options = dict(padding=padding, batch_norm=batch_norm, bn_momentum=bn_momentum, dtype=dtype, rngs=rngs)
-      self._classic(num_classes, width, channels, options)
+      self._classic(width, channels, options)
+      self._heads(num_classes, width, head_conv, auxiliary, bn_momentum, dict(dtype=dtype, rngs=rngs))
 
   def _on_encoder(self, encoder, num_classes, bn_momentum, options):
     if encoder not in backbones.BACKBONES:
@@ -121,7 +132,7 @@ class UNet(base.Network):
     self.decoder = unet_decoder.Decoder(self.backbone, dict(norm=dict(momentum=bn_momentum), **options))
     self.logits = layers.Conv(unet_decoder.FEATURES[-1], num_classes, use_bias=True, **options)
 
-  def _classic(self, num_classes, width, channels, options):
+  def _classic(self, width, channels, options):
     self.backbone, self.normalization = None, "imagenet"
     depth, up, dtype, rngs = self.depth, self.up, options["dtype"], options["rngs"]
     features = [width * 2**level for level in range(depth + 1)]
@@ -133,14 +144,24 @@ class UNet(base.Network):
       setattr(self, f"down{level}", DoubleConv(features[level - 1], features[level], features[level], **options))
     below = features[-1]
     for level in reversed(range(depth)):
+      mid = out = features[level]
       if up == "transposed":
-        setattr(self, f"upconv{level}", layers.ConvTranspose2x2(below, features[level], dtype=dtype, rngs=rngs))
-        mid, out = features[level], features[level]
+        setattr(self, f"upconv{level}", layers.ConvTranspose2x2(below, mid, dtype=dtype, rngs=rngs))
+      elif up == "bilinear_conv":
+        norm = dict(momentum=options["bn_momentum"])
+        setattr(self, f"upconv{level}", layers.ConvNorm(below, mid, norm=norm, dtype=dtype, rngs=rngs))
       else:
-        mid, out = features[level], features[level - 1] if level else width
-      setattr(self, f"up{level}", DoubleConv(2 * features[level], mid, out, **options))
+        out = features[level - 1] if level else width
+      setattr(self, f"up{level}", DoubleConv(2 * mid, mid, out, **options))
       below = out
-    self.logits = layers.Conv(below, num_classes, 1, use_bias=True, dtype=dtype, rngs=rngs)
+
+  def _heads(self, num_classes, width, head_conv, auxiliary, bn_momentum, options):
+    normed = dict(norm=dict(momentum=bn_momentum), **options)
+    self.head = layers.ConvNorm(width, width, 3, **normed) if head_conv else None
+    self.logits = layers.Conv(width, num_classes, 1, use_bias=True, **options)
+    self.auxiliary = (
+      dilated_fcn.AuxiliaryHead("up1", 2 * width, width, num_classes, options=normed) if auxiliary else None
+    )
 
   def normalize(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet; an encoder as it wants it."""
@@ -167,6 +188,10 @@ class UNet(base.Network):
     x = layers.dropout(x, self.dropout, key if train else None)
     for level in reversed(range(self.depth)):
       x = endpoints[f"up{level}"] = self._ascend(x, skips[level], level, train)  # [B, H/2^level, ...]
+    if self.auxiliary is not None:
+      self.auxiliary(train, key, endpoints)
+      endpoints["auxiliary"] = endpoints["auxiliary"][:, : -(-size[0] // 2), : -(-size[1] // 2)]
+    x = x if self.head is None else self.head(x, train)
     return self.logits(x)[:, : size[0], : size[1]]
 
   @layers.rematerialized
@@ -178,7 +203,9 @@ class UNet(base.Network):
     if self.up == "transposed":
       x = getattr(self, f"upconv{level}")(x)
     else:
-      x = resize.resize_bilinear(x, skip.shape[1:3])
+      x = resize.resize_bilinear(x, skip.shape[1:3], self.align_corners)
+    if self.up == "bilinear_conv":
+      x = getattr(self, f"upconv{level}")(x, train)
     cut = [(n - m) // 2 for n, m in zip(skip.shape[1:3], x.shape[1:3])]  # 0 under "same".
     skip = skip[:, cut[0] : cut[0] + x.shape[1], cut[1] : cut[1] + x.shape[2]]
     return getattr(self, f"up{level}")(jnp.concatenate([skip, x], axis=-1), train)

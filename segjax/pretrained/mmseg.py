@@ -1,4 +1,4 @@
-"""mmsegmentation: DeepLabV3+ on its ResNetV1c-50/101 and MobileNetV2; names of its `state_dict`."""
+"""mmsegmentation: DeepLabV3+ on its ResNetV1c-50/101 and MobileNetV2, FCN on the first two, U-Net with an FCN's head."""
 
 import itertools
 from collections.abc import Mapping
@@ -53,16 +53,34 @@ def mobilenet_v2() -> state_dict.Modules:
   )
 
 
+def unet() -> state_dict.Modules:
+  """Its U-Net; level 0 is the finest in both paths."""
+  convs = ((r"encoder\.(\d)\.[01]", "down"), (r"decoder\.(\d)\.conv_block", "up"))
+  return (
+    *(
+      (rf"backbone\.{path}\.convs\.{n}\.{leaf}", rf"{ours}\1/{part}{n + 1}")
+      for path, ours in convs
+      for n in (0, 1)
+      for leaf, part in (("conv", "conv"), ("bn", "norm"))
+    ),
+    *conv_norm(r"backbone\.decoder\.(\d)\.upsample\.interp_upsample\.1", r"upconv\1"),
+  )
+
+
 MODULES = (
   *((rf"backbone\.stem\.{n}", f"backbone/{part}") for n, part in STEM.items()),
   *torch_parts.resnet(r"backbone\."),
   *mobilenet_v2(),
+  *unet(),
   *conv_norm(r"decode_head\.image_pool\.1", "aspp/pooling"),
   *conv_norm(r"decode_head\.aspp_modules\.0", "aspp/branch0"),
   *(pair for n in (1, 2, 3) for pair in separable(rf"decode_head\.aspp_modules\.{n}", f"aspp/branch{n}")),
   *conv_norm(r"decode_head\.bottleneck", "aspp/projection"),
   *conv_norm(r"decode_head\.c1_bottleneck", "decoder/low_level"),
   *(pair for n in (0, 1) for pair in separable(rf"decode_head\.sep_bottleneck\.{n}", f"decoder/conv{n + 1}")),
+  *conv_norm(r"decode_head\.convs\.0", "head"),
+  *conv_norm(r"decode_head\.convs\.1", "head2"),
+  *conv_norm(r"decode_head\.conv_cat", "head_concat"),
   (r"decode_head\.conv_seg", "logits"),
   *conv_norm(r"auxiliary_head\.convs\.0", "auxiliary/conv"),
   (r"auxiliary_head\.conv_seg", "auxiliary/logits"),
@@ -71,4 +89,4 @@ MODULES = (
 
 def convert(arrays: Mapping[str, np.ndarray]) -> dict:
   """Our paths and layouts of a `state_dict`, see `state_dict.convert`."""
-  return state_dict.convert(arrays, MODULES, "mmsegmentation's DeepLabV3+")
+  return state_dict.convert(arrays, MODULES, "mmsegmentation")

@@ -36,6 +36,7 @@ TORCHVISION_DEEPLAB = TORCH | dict(
   details=dict(align_corners=False, pooling_first=False, aspp_conv=True),
 )
 TORCHVISION_FCN = TORCH | dict(output_stride=8, auxiliary=True, align_corners=False)
+MMSEG_FCN = TORCHVISION_FCN | dict(backbone="resnet_50", deep_stem=True, concat_head=True)
 
 
 def _smp_xception(depth: int, low_level: str) -> tuple:
@@ -70,16 +71,17 @@ PEERS = {
   "mmseg/deeplabv3plus_r101-d16-mg124": (
     DeepLabV3Plus, MMSEG | dict(backbone="resnet_101", output_stride=16, multi_grid=(1, 1, 2))
   ),
-  # Its auxiliary head, which only training needs, is none of ours: exclude "auxiliary".
   "mmseg/deeplabv3plus_mobilenet-v2-d8": (
     DeepLabV3Plus,
     MMSEG
     | dict(
       backbone="mobilenet_v2",
-      auxiliary=False,
       details=MMSEG_DETAILS | MOBILENET | dict(mobilenet_padding="fixed", dilate_first=True),
     ),
   ),
+  "mmseg/fcn_r50-d8": (DilatedFCN, MMSEG_FCN),
+  "mmseg/fcn_r101-d8": (DilatedFCN, MMSEG_FCN | dict(backbone="resnet_101")),
+  "mmseg/unet-s5-d16_fcn": (UNet, TORCH | dict(up="bilinear_conv", head_conv=True, auxiliary=True)),
   "milesial/unet_transposed": (UNet, TORCH),
   "milesial/unet_bilinear": (UNet, TORCH | dict(up="bilinear")),
   "torchvision/deeplabv3_resnet50": (DeepLabV3Plus, TORCHVISION_DEEPLAB | dict(backbone="resnet_50")),

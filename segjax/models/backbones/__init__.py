@@ -64,8 +64,6 @@ def build(
     raise ValueError(f"model.output_stride = {output_stride!r}: choose 8, 16 or 32.")
   if len(multi_grid) != 3 or not all(isinstance(factor, int) and factor >= 1 for factor in multi_grid):
     raise ValueError(f"model.multi_grid = {tuple(multi_grid)!r}: give three whole numbers from 1, one per convolution.")
-  if auxiliary and BACKBONES[name].func.auxiliary is None:
-    raise ValueError(f"model.auxiliary = {auxiliary}: only a ResNet has one, {name} has not.")
   if not depth_multiplier > 0:
     raise ValueError(f"model.depth_multiplier = {depth_multiplier} must be above 0.")
   if depth_multiplier != 1 and name != "mobilenet_v2":
@@ -82,6 +80,8 @@ def build(
     rngs=rngs,
     **(dict(depth_multiplier=depth_multiplier) if name == "mobilenet_v2" else {}),
   )
+  if auxiliary and backbone.auxiliary is None:
+    raise ValueError(f"model.auxiliary = {auxiliary}: only a ResNet and mobilenet_v2 have one, {name} has not.")
   choices = backbone.low_levels
   backbone.low_level = next(iter(choices)) if detail.low_level == "auto" else detail.low_level
   if backbone.low_level not in choices:

@@ -115,6 +115,7 @@ class MobileNetV2(base.Backbone):
       sampled *= RESIDUALS[n - 2][1]
       ends[sampled] = f"layer_{n}", features
       in_features = features
+    self.auxiliary = (*ends[16], 256)  # mmsegmentation's width.
     last = divisible(LAST * max(depth_multiplier, 1), 8)  # No multiplier narrows it (slim).
     self.layer_19 = (
       layers.ConvNorm(in_features, last, activation=jax.nn.relu6, **options) if detail.mobilenet_last_conv else None

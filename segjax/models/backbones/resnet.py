@@ -94,7 +94,6 @@ class ResNet(base.Backbone):
     channels: of the image.
   """
 
-  auxiliary = 16
   normalization = "imagenet"
 
   def __init__(
@@ -116,6 +115,7 @@ class ResNet(base.Backbone):
     self.low_levels = {"block1": width}
     self.pyramid = {2: ("conv1", 64)}
     self.pyramid |= {2 ** (block + 1): (f"block{block}", width * 2 ** (block - 1)) for block in range(1, 5)}
+    self.auxiliary = ("block3", 4 * width, width)
     if detail.resnet_deep_stem:
       self.stem, widths = ("conv1_1", "conv1_2", "conv1"), (channels, 32, 32, 64)
     else:
