@@ -234,6 +234,8 @@ def test_defaults_of_every_model_and_data_set_are_accepted():
 def test_every_phase_of_a_shipped_config_is_accepted(name):
   module = importlib.import_module(f"configs.{name}")
   phases = dict(deeplab_voc=("trainaug", "trainval"), fcn8_voc=("32s", "16s", "8s", "at_once"))
+  phases |= dict(unet_voc=("scratch", "resnet34"), deeplab_camvid_half=("scratch", "imagenet"))
+  phases["deeplab_voc_part"] = ("imagenet", "frozen", "official", "scratch")
   phases["fcn8_cityscapes"] = phases["fcn8_voc"]
   for arguments in [(phase,) for phase in phases[name]] if name in phases else [()]:
     config = module.get_config(*arguments)

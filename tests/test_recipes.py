@@ -15,11 +15,13 @@ from segjax.config import ConfigError
 from segjax.config import rules as config_rules
 from segjax.experiment import Experiment
 from segjax.input_pipeline import DataError
-from segjax.pretrained import torchvision
+from segjax.pretrained import registry, torchvision
 from segjax.run import warm_start
 from segjax.tools import prepare, submission
 from tests import archives
 from tests.marks import full
+
+NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def scene(name, size, object_size=0.5):
@@ -214,6 +216,40 @@ def test_choices_of_labels_depend_on_the_data_set():
   config.data.labels = "gtFine"
   with pytest.raises(ConfigError, match="data.labels = 'gtFine': choose one of road, lane"):
     config_rules.validate(config)
+
+
+# U-Net on an encoder.
+
+
+def test_resnet34s_weights_fit_what_unet_voc_excludes():
+  """torchvision's names: all of the encoder is taken and nothing else, and no name is left over."""
+  config = importlib.import_module("configs.unet_voc").get_config("resnet34")
+  config.mesh.data, config.data.dir = 1, "/data"
+  config_rules.validate(config_lib.finalize(config))
+  entry = registry.REGISTRY[config.init.path]
+  wanted = f"unet, model.encoder={config.model.encoder}, init.exclude={','.join(config.init.exclude)}"
+  assert wanted in entry.network and entry.url.endswith("/resnet34-b627a593.pth")
+  arrays = {"fc.weight": np.ones((1000, 512), np.float32), "fc.bias": np.ones(1000, np.float32)}
+
+  def add(conv, norm, shape):
+    arrays[f"{conv}.weight"] = np.ones(shape, np.float32)
+    arrays.update({f"{norm}.{leaf}": np.ones(shape[0], np.float32) for leaf in NORM})
+
+  add("conv1", "bn1", (64, 3, 7, 7))
+  below = 64
+  for layer, (units, width) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512)), start=1):
+    for n in range(units):
+      unit = f"layer{layer}.{n}"
+      if below != width:
+        add(f"{unit}.downsample.0", f"{unit}.downsample.1", (width, below, 1, 1))
+      add(f"{unit}.conv1", f"{unit}.bn1", (width, below, 3, 3))
+      add(f"{unit}.conv2", f"{unit}.bn2", (width, width, 3, 3))
+      below = width
+  variables = jax.eval_shape(Experiment(config, num_classes=21).init).variables()
+  merged, _ = warm_start.merge(variables, (pretrained.SCHEMES[entry.scheme](arrays), "file"), config.init.exclude)
+  assert not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(merged["params"]["backbone"]))
+  for part in config.init.exclude:
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(merged["params"][part]))
 
 
 # Binary recipes of the folder source.
