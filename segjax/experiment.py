@@ -228,8 +228,12 @@ class Experiment:
     """A new state, from scratch."""
     return state.materialize(self.init, self.state_sharding)
 
-  def first_state(self) -> tuple[TrainState, str]:
-    """What training begins with: a new state, with the weights that `config.init` names; and the line to report."""
+  def first_state(self, bad: BadExamples | None = None) -> tuple[TrainState, str]:
+    """What training begins with: a new state, with the weights that `config.init` names; and the line to report.
+
+    Args:
+      bad: of the run, where init.unfold reads its training images.
+    """
     init = self.config.init
     if not init.path:
       return self.init_state(), "init: scratch"
@@ -239,7 +243,7 @@ class Experiment:
       jax.device_get(sharding.gather(own, self.mesh)), loaded, init.exclude, self._pixels.count
     )
     if init.unfold:
-      variables = self._unfold(variables)
+      variables = self._unfold(variables, bad)
       report_line += f"; batch norm by the statistics of {len(self.train_source)} training images (init.unfold)"
     variables = jax.device_put(variables, jax.tree.map(lambda x: x.sharding, own))
     new.params, new.batch_stats = variables["params"], variables["batch_stats"]
@@ -247,7 +251,7 @@ class Experiment:
       new.ema = {name: jax.tree.map(jnp.copy, state.without(x, self.frozen)) for name, x in variables.items()}
     return new, report_line
 
-  def _unfold(self, variables: dict) -> dict:
+  def _unfold(self, variables: dict, bad: BadExamples | None) -> dict:
     """Variables of the host with the statistics of the first epoch's crops, see `pretrained.unfold`."""
     config = self.config
     if not variables["batch_stats"]:
@@ -255,7 +259,7 @@ class Experiment:
     options = dict(seed=config.seed, kernels=config.kernels, matmul_precision=config.matmul_precision)
     step = steps.make_moments_step(self.graphdef, self.mesh, augment_batch=self.augment_batch, **options)
     given, count = sharding.gather(variables, self.mesh), -(-len(self.train_source) // config.batch_size)
-    batches = self.device_batches(0, count)
+    batches = self.device_batches(0, count, bad)
     measured = unfold.total(step(given, batch, number) for number, batch in enumerate(batches))
     return unfold.unfold(self.network, variables, measured)
 

@@ -66,7 +66,7 @@ def train(config, workdir) -> dict[str, float]:
     if start >= config.num_steps and not unscored:
       say(report.complete_lines(config, workdir, start, checkpoints.best_score()))
       return {}
-    state = resume_or_begin(experiment, workdir, checkpoints, start)
+    state = resume_or_begin(experiment, workdir, checkpoints, start, bad)
     validation.begin(state, checkpoints)
     if validation.stops(state):
       say("this run stopped early. To continue: raise --config.policy.early_stop, or set it to 0")
@@ -155,13 +155,13 @@ def build_model(experiment: Experiment) -> Validation:
   return Validation(config, experiment.evaluator, say)
 
 
-def resume_or_begin(experiment: Experiment, workdir: pathlib.Path, checkpoints: Checkpoints, start: int) -> TrainState:
+def resume_or_begin(experiment: Experiment, workdir: pathlib.Path, checkpoints, start: int, bad) -> TrainState:
   """1. Resumes the run, else 2. begins with the weights of init.path, else 3. from scratch."""
   if start:
     state = checkpoints.restore(experiment.abstract_state, start)
     say(f"init: resumed {workdir} at step {start}")
     return state
-  state, line = experiment.first_state()
+  state, line = experiment.first_state(bad)
   say(line)
   return state
 

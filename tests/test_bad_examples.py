@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -120,6 +121,25 @@ def test_a_resumed_run_has_the_same_examples_void_though_the_file_is_back(
   train_lib.train(config, tmp_path / "other")
   with pytest.raises(AssertionError):
     assert_identical(end, checkpoint(tmp_path / "other", 6))
+
+
+@pytest.mark.parametrize("cache", ["none", *full("device")])
+def test_the_pass_of_init_unfold_obeys_the_same_rule_and_training_has_the_same_rows_void(config, tmp_path, cache):
+  config.data.cache, config.mesh.data, config.model.depth = cache, 1, 1
+  first = int(order.train_ids(config.seed, 0, 8, 12)[0])
+  places = {
+    (step, row) for step in (0, 1) for row in np.flatnonzero(order.train_ids(config.seed, step, 8, 12) == first)
+  }
+  rot(config, f"{first:02d}")
+  experiment = Experiment(config)
+  variables = jax.device_get(experiment.init_state().variables())
+  for allowed in (None, BadExamples(tmp_path, most=0)):
+    with pytest.raises(DataError, match=f"{first:02d}.png: damaged or truncated"):
+      experiment._unfold(variables, allowed)
+  new = experiment._unfold(variables, BadExamples(tmp_path, most=1))  # Two steps of 8 show the 12 images.
+  assert np.isfinite(new["batch_stats"]["down0"]["norm1"]["var"]).all()
+  bad = BadExamples(tmp_path, most=1)
+  assert {(step, row) for step in range(3) for row in range(8) if (step, row) in bad} == places
 
 
 def test_each_process_writes_its_own_and_all_are_counted(tmp_path):

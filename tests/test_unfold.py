@@ -94,7 +94,7 @@ def test_a_network_without_batch_norm_is_refused(config, tmp_path):
   config.mesh.data, config.model.batch_norm, config.model.width = 1, False, 1
   experiment = Experiment(config)
   with pytest.raises(ConfigError, match="init.unfold = True: unet has no batch norm here"):
-    experiment._unfold(dict(params={}, batch_stats={}))
+    experiment._unfold(dict(params={}, batch_stats={}), None)
 
 
 @pytest.mark.reference
