@@ -183,8 +183,8 @@ INIT = dict(
   unfold=Option(
     False,
     "before training, one pass over the training images measures what each batch norm is given, and makes that its running"
-    " statistics, without changing what the network computes; data.max_bad_examples holds for it too. For weights whose batch norm was folded into the convolutions,"
-    " as in TFLite files: by a batch's statistics they would compute something else.",
+    " statistics, without changing what the network computes; data.max_bad_examples holds for it too. For weights whose batch"
+    " norm was folded into the convolutions, as in TFLite files: by a batch's statistics they would compute something else.",
   ),
 )
 # Arguments with a default that are no options, or those of all data sources, above.
