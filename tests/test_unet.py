@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx, traverse_util
+from flax import nnx
 
-from segjax import inference, models, state, steps
+from segjax import inference, models, pretrained, state, steps
+from tests import test_peers
 from tests.seeded import DATA, torch_weights
 
 
@@ -210,57 +211,17 @@ def test_unknown_model_lists_the_known_ones():
     models.build("segformer", num_classes=2, rngs=nnx.Rngs(0))
 
 
-def milesial_names(depth=4):
-  """Our module paths -> PyTorch's, for the padded U-Net of milesial/Pytorch-UNet."""
-  levels = {"down0": "inc.double_conv"} | {f"down{i}": f"down{i}.maxpool_conv.1.double_conv" for i in range(1, 5)}
-  levels |= {f"up{i}": f"up{depth - i}.conv.double_conv" for i in range(depth)}
-  names = {}
-  for ours, theirs in levels.items():
-    for part, index in (("conv1", 0), ("norm1", 1), ("conv2", 3), ("norm2", 4)):
-      names[f"{ours}/{part}"] = f"{theirs}.{index}"
-  names |= {f"upconv{i}": f"up{depth - i}.up" for i in range(depth)} | {"logits": "outc.conv"}
-  return names
-
-
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-
-
-def check_logits(z, prefix, size, width):
-  """Of a network with seeded weights, within 20 times PyTorch's own float32 noise."""
-  num_classes = int(z[f"{prefix}/logits__shape"][1])
-  model = nnx.eval_shape(lambda: models.build("unet", num_classes=num_classes, width=width, depth=4, rngs=nnx.Rngs(0)))
-  graphdef, *trees = state.split(model)
-  names, merged = milesial_names(), {}
-  flats = [traverse_util.flatten_dict(tree) for tree in trees]
-  shapes = {}
-  for path in (*flats[0], *flats[1]):
-    ours = (flats[0] | flats[1])[path].shape
-    key = f"{names['/'.join(path[:-1])]}.{LEAVES[path[-1]]}"
-    if path[-1] == "kernel":
-      order = (2, 3, 0, 1) if path[0].startswith("upconv") else (3, 2, 0, 1)  # Transposed: [in, out, kh, kw].
-      shapes[key] = tuple(ours[i] for i in order)
-    else:
-      shapes[key] = ours
-  weights = torch_weights(shapes, gain=1.0)
-  for flat in flats:
-    for path in flat:
-      value = weights[f"{names['/'.join(path[:-1])]}.{LEAVES[path[-1]]}"]
-      if path[-1] == "kernel":
-        value = value.transpose((2, 3, 0, 1) if path[0].startswith("upconv") else (2, 3, 1, 0))
-      flat[path] = value
-  merged = dict(zip(("params", "batch_stats"), (traverse_util.unflatten_dict(flat) for flat in flats)))
-  x = np.random.default_rng(0).standard_normal([1, 3, *size]).astype(np.float32).transpose(0, 2, 3, 1)
-  got = np.asarray(jax.jit(lambda v, x: steps.merge(graphdef, v)(x))(merged, x)).transpose(0, 3, 1, 2)
-  np.testing.assert_allclose(got, z[f"{prefix}/logits"], atol=20 * z[f"{prefix}/logits__f32_noise"])
-
-
 def test_logits_of_a_narrow_network_equal_the_pytorch_unet():
-  """tests/narrow_peers.py made them."""
-  check_logits(np.load(DATA / "torch_narrow.npz"), "milesial_unet_transposed/32x48", (32, 48), width=4)
-
-
-@pytest.mark.full
-def test_logits_equal_the_pytorch_unet(shared):
-  z = np.load(shared / "reference/torch/fixtures/milesial_unet_transposed.npz")
-  assert float(z["gain"]) == 1
-  check_logits(z, "64x96", (64, 96), width=64)
+  """tests/narrow_peers.py made them; tests/test_peers.py has the whole network."""
+  z, prefix, width = np.load(DATA / "torch_narrow.npz"), "milesial_unet_transposed/32x48", 4
+  num_classes = int(z[f"{prefix}/logits__shape"][1])
+  shapes = {
+    key: tuple(num_classes if n == 21 else n * width // 64 if n >= 64 else n for n in shape)
+    for key, shape in test_peers.shapes("milesial_unet_transposed").items()
+  }
+  options = dict(num_classes=num_classes, width=width, rngs=nnx.Rngs(0))
+  model = nnx.eval_shape(lambda: pretrained.build("milesial/unet_transposed", **options))
+  pretrained.assign(model, torch_weights(shapes, gain=1.0), "milesial")
+  x = np.random.default_rng(0).standard_normal([1, 3, 32, 48]).astype(np.float32).transpose(0, 2, 3, 1)
+  got = np.asarray(test_peers.forward(model, jnp.asarray(x))[0]).transpose(0, 3, 1, 2)
+  np.testing.assert_allclose(got, z[f"{prefix}/logits"], atol=20 * z[f"{prefix}/logits__f32_noise"])
