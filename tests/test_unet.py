@@ -219,8 +219,8 @@ def test_logits_of_a_narrow_network_equal_the_pytorch_unet():
     key: tuple(num_classes if n == 21 else n * width // 64 if n >= 64 else n for n in shape)
     for key, shape in test_peers.shapes("milesial_unet_transposed").items()
   }
-  options = dict(num_classes=num_classes, width=width, rngs=nnx.Rngs(0))
-  model = nnx.eval_shape(lambda: pretrained.build("milesial/unet_transposed", **options))
+  options = dict(num_classes=num_classes, width=width)
+  model = nnx.eval_shape(lambda: pretrained.build("milesial/unet_transposed", rngs=nnx.Rngs(0), **options))
   pretrained.assign(model, torch_weights(shapes, gain=1.0), "milesial")
   x = np.random.default_rng(0).standard_normal([1, 3, 32, 48]).astype(np.float32).transpose(0, 2, 3, 1)
   got = np.asarray(test_peers.forward(model, jnp.asarray(x))[0]).transpose(0, 3, 1, 2)
