@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -74,6 +75,8 @@ def records(data):
       place += left
       continue
     length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+    if place + 7 + length > len(data):
+      return  # It is being written.
     whole += data[place + 7 : place + 7 + length]
     place += 7 + length
     if kind in (1, 4):  # A whole one, or the last part of one.
@@ -82,14 +85,15 @@ def records(data):
 
 
 def history(file):
-  """All that the records say of steps."""
+  """All that the records say of steps. W&B's own process may write them after the run has finished."""
   from wandb.proto import wandb_internal_pb2
 
-  items = {}
-  for data in records(file.read_bytes()):
-    for item in wandb_internal_pb2.Record.FromString(data).history.item:
-      items[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-  return items
+  found, end = [], time.monotonic() + 60
+  while not any(record.WhichOneof("record_type") == "exit" for record in found):
+    assert time.monotonic() < end, f"{file} has no end"
+    found = [wandb_internal_pb2.Record.FromString(data) for data in records(file.read_bytes())]
+  items = [item for record in found for item in record.history.item]
+  return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
 class Failing:
