@@ -83,7 +83,9 @@ def test_a_damaged_saved_config_is_named_by_its_own_file(tmp_path):
 def test_a_model_of_another_name_is_refused_by_the_rules_not_by_its_constructor():
   config = default_config(model="unet", data="synthetic")
   config.model.name = "fcn"
-  with pytest.raises(ConfigError, match=r"model.name = 'fcn'.*unknown \['model.auxiliary', 'model.batch_norm'.*default_config"):
+  with pytest.raises(
+    ConfigError, match=r"model.name = 'fcn'.*unknown \['model.auxiliary', 'model.batch_norm'.*default_config"
+  ):
     config_rules.validate(config)
 
 
