@@ -155,7 +155,9 @@ def build_model(experiment: Experiment) -> Validation:
   return Validation(config, experiment.evaluator, say)
 
 
-def resume_or_begin(experiment: Experiment, workdir: pathlib.Path, checkpoints, start: int, bad) -> TrainState:
+def resume_or_begin(
+  experiment: Experiment, workdir: pathlib.Path, checkpoints: Checkpoints, start: int, bad: BadExamples
+) -> TrainState:
   """1. Resumes the run, else 2. begins with the weights of init.path, else 3. from scratch."""
   if start:
     state = checkpoints.restore(experiment.abstract_state, start)

@@ -231,8 +231,16 @@ def test_logits_and_end_points_equal_the_peers(case):
   check(case, np.load(seeded.DATA / f"torch_{case}.npz"))
 
 
-@pytest.mark.reference
-@pytest.mark.parametrize("case", [case for case in CASES if case != "torchvision_vgg16"])
+WHOLE = "milesial_unet_transposed"  # tests/test_unet.py has a narrow one.
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    *full(WHOLE),
+    *(pytest.param(case, marks=pytest.mark.reference) for case in CASES if case not in ("torchvision_vgg16", WHOLE)),
+  ],
+)
 def test_all_logits_and_end_points_equal_the_peers(case, shared):
   path = shared / "reference/torch/fixtures" / f"{case}.npz"
   if not path.is_file():

@@ -93,8 +93,10 @@ def _pointwise_forward(x, kernel):
 
 
 def _pointwise_backward(saved, g):
-  """cuDNN gives a kernel's gradient as [out, 1, 1, in]. XLA does not update a kernel in place by what must be transposed: it copies
-  kernel and momentum. As the kernel of a convolution from g to x, the gradient is [in, 1, 1, out], which is our layout.
+  """The kernel's gradient as that of a convolution from g to x, which cuDNN gives as [in, 1, 1, out], our layout.
+
+  That from x to g it gives as [out, 1, 1, in]. XLA updates no kernel in place by what must be transposed: it copies the kernel
+  and its momentum.
   """
   x, kernel = saved
   kernel_gradient = _kernel_gradient_by_xla(g, x, kernel=kernel.swapaxes(2, 3), **_ONE).swapaxes(2, 3)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import aspp, backbones, base, dilated_fcn, layers, resize
+from segjax.models import aspp, auxiliary_head, backbones, base, layers, resize
 from segjax.models.deeplab_details import DETAILS, Details, resolve
 
 DEFAULT_RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (3, 6, 9)}  # By output stride.
@@ -143,7 +143,7 @@ class DeepLabV3Plus(base.Network):
     small = nnx.initializers.truncated_normal(0.01)
     width = detail.head_features
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, kernel_init=small, dtype=dtype, rngs=rngs)
-    head = dilated_fcn.AuxiliaryHead
+    head = auxiliary_head.AuxiliaryHead
     self.auxiliary = head(*self.backbone.auxiliary, num_classes, options=options) if auxiliary else None
 
   def normalize(self, image: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segjax.models import backbones, base, dilated_fcn, layers, resize, unet_decoder
+from segjax.models import auxiliary_head, backbones, base, layers, resize, unet_decoder
 from segjax.models.deeplab_details import Details
 
 # PyTorch's MobileNetV2, whose weights the encoders have.
@@ -106,8 +106,15 @@ class UNet(base.Network):
     self.align_corners = up != "bilinear_conv"
     self.margin = 6 * 2**depth - 4 if padding == "valid" else 0
     if encoder != "none":
-      given = dict(width=width, depth=depth, up=up, padding=padding, batch_norm=batch_norm)
-      given |= dict(head_conv=head_conv, auxiliary=auxiliary)
+      given = dict(
+        width=width,
+        depth=depth,
+        up=up,
+        padding=padding,
+        batch_norm=batch_norm,
+        head_conv=head_conv,
+        auxiliary=auxiliary,
+      )
       for name in (name for name in CLASSIC if given[name] != CLASSIC[name]):
         raise ValueError(
           f"model.{name} = {given[name]!r}: a U-Net on an encoder has none, leave it at {CLASSIC[name]!r}, or set"
@@ -159,9 +166,8 @@ class UNet(base.Network):
     normed = dict(norm=dict(momentum=bn_momentum), **options)
     self.head = layers.ConvNorm(width, width, 3, **normed) if head_conv else None
     self.logits = layers.Conv(width, num_classes, 1, use_bias=True, **options)
-    self.auxiliary = (
-      dilated_fcn.AuxiliaryHead("up1", 2 * width, width, num_classes, options=normed) if auxiliary else None
-    )
+    head = auxiliary_head.AuxiliaryHead
+    self.auxiliary = head("up1", 2 * width, width, num_classes, options=normed) if auxiliary else None
 
   def normalize(self, image: jax.Array) -> jax.Array:
     """Raw RGB in [0, 255], [B, H, W, 3] -> float, zero mean and unit variance over ImageNet; an encoder as it wants it."""
